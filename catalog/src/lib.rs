@@ -1,0 +1,21 @@
+//! What tables, files and tags mean.
+//!
+//! The catalog owns the schemas of all tables ([`tables`]), the translation between tag sets and the integers that
+//! stand for them ([`tag`], [`encoder`], [`registry`]), and the SQL file catalog. It knows no query language, no
+//! ingest protocol and no DataFusion.
+
+pub mod clock;
+pub mod encoder;
+pub mod error;
+pub mod matcher;
+pub mod registry;
+pub mod tables;
+pub mod tag;
+
+pub use clock::{Clock, ManualClock, SystemClock};
+pub use encoder::{Encoded, Encoder, TagRef};
+pub use error::{Error, ErrorKind, Result};
+pub use matcher::{MatchOp, Matcher};
+pub use registry::{Ordinal, Registry, Series};
+pub use tables::{ColumnSchema, TableSchema};
+pub use tag::{Code, TagHasher, TagId, TagSet, TagSetBuilder};

@@ -1,0 +1,113 @@
+//! Matchers: the predicates on tags that all query languages come down to.
+
+use regex::{Regex, RegexBuilder};
+
+use crate::{Error, Result, TagSet};
+
+/// How a matcher compares.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum MatchOp {
+    /// `=`
+    Eq,
+    /// `!=`
+    Ne,
+    /// `=~`, anchored at both ends
+    Re,
+    /// `!~`, anchored at both ends
+    Nre,
+}
+
+/// Longest pattern accepted, in bytes.
+pub const PATTERN_BYTES_MAX: usize = 64 * 1024;
+
+/// A predicate on one tag. An absent tag has the empty text as its value.
+#[derive(Debug, Clone)]
+pub struct Matcher {
+    name: String,
+    op: MatchOp,
+    value: String,
+    regex: Option<Regex>,
+}
+
+impl PartialEq for Matcher {
+    fn eq(&self, other: &Self) -> bool {
+        (self.op, &self.name, &self.value) == (other.op, &other.name, &other.value)
+    }
+}
+
+impl Eq for Matcher {}
+
+impl std::hash::Hash for Matcher {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        (self.op, &self.name, &self.value).hash(state);
+    }
+}
+
+impl PartialOrd for Matcher {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some((&self.name, self.op as u8, &self.value).cmp(&(&other.name, other.op as u8, &other.value)))
+    }
+}
+
+impl Matcher {
+    /// A matcher.
+    ///
+    /// # Errors
+    /// `Invalid` when the pattern does not compile or is longer than [`PATTERN_BYTES_MAX`].
+    pub fn new(name: impl Into<String>, op: MatchOp, value: impl Into<String>) -> Result<Self> {
+        let (name, value) = (name.into(), value.into());
+        let regex = match op {
+            MatchOp::Eq | MatchOp::Ne => None,
+            MatchOp::Re | MatchOp::Nre => Some(anchored(&value)?),
+        };
+        Ok(Self { name, op, value, regex })
+    }
+
+    /// The tag's key.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// How it compares.
+    pub fn op(&self) -> MatchOp {
+        self.op
+    }
+
+    /// The value or pattern.
+    pub fn value(&self) -> &str {
+        &self.value
+    }
+
+    /// Whether a tag value matches; pass the empty text for an absent tag.
+    pub fn matches(&self, value: &str) -> bool {
+        let regex = || self.regex.as_ref().is_some_and(|r| r.is_match(value));
+        match self.op {
+            MatchOp::Eq => value == self.value,
+            MatchOp::Ne => value != self.value,
+            MatchOp::Re => regex(),
+            MatchOp::Nre => !regex(),
+        }
+    }
+
+    /// Whether a tag set matches.
+    pub fn matches_set(&self, tags: &TagSet) -> bool {
+        self.matches(tags.get(&self.name).unwrap_or(""))
+    }
+}
+
+/// Compiles `^(?s:pattern)$`, as Prometheus anchors matchers and `label_replace`.
+///
+/// # Errors
+/// `Invalid` when it does not compile or is too long.
+pub fn anchored(pattern: &str) -> Result<Regex> {
+    if pattern.len() > PATTERN_BYTES_MAX {
+        return Err(Error::invalid(format!(
+            "regular expression of {} bytes; at most {PATTERN_BYTES_MAX} are allowed",
+            pattern.len()
+        )));
+    }
+    RegexBuilder::new(&format!("^(?s:{pattern})$"))
+        .size_limit(4 << 20)
+        .build()
+        .map_err(|e| Error::invalid(format!("regular expression {pattern:?} does not compile")).with_source(e))
+}

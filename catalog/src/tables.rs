@@ -1,0 +1,141 @@
+//! The schemas of all tables, one file per table.
+//!
+//! A table is its columns, which of them are tags, which is the time, and whether rows have a key. The engine stores
+//! any table from its schema alone; adding one is a schema here and a receiver that fills it.
+//!
+//! Two forms of a row exist. In memory a tag column is a `UInt32`: an index into the tag sets of its batch, later an
+//! ordinal of the registry. In files it is the `Int64` code. All other columns have one type everywhere.
+
+mod exemplars;
+mod histograms;
+mod samples;
+
+use std::sync::{Arc, LazyLock};
+
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimeUnit};
+
+/// What a column is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Refers to a tag set: `UInt32` in memory, `Int64` code in files.
+    Tag,
+    /// The row's time, milliseconds since the epoch, UTC.
+    Time,
+    /// Anything else.
+    Value,
+}
+
+/// How a column is laid out in Parquet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// One Parquet column with the writer's choice of dictionary or plain.
+    Plain,
+    /// One Parquet column, DELTA_BINARY_PACKED.
+    Delta,
+    /// A `Float64` stored as the decimal-linear group of columns that `engine/FORMAT.md` describes.
+    DecimalLinear,
+}
+
+/// One column.
+#[derive(Debug, Clone)]
+pub struct ColumnSchema {
+    /// Name in SQL and in files.
+    pub name: &'static str,
+    /// Parquet field id and DuckLake column id; never reused. A [`Layout::DecimalLinear`] column owns the ten ids from
+    /// this one on.
+    pub field_id: i32,
+    /// Arrow type in memory.
+    pub data_type: DataType,
+    /// Whether nulls occur.
+    pub nullable: bool,
+    /// What it is for.
+    pub role: Role,
+    /// How it is stored.
+    pub layout: Layout,
+}
+
+/// One table.
+#[derive(Debug)]
+pub struct TableSchema {
+    /// Number in WAL records and in the file catalog; never reused.
+    pub id: u16,
+    /// Name in SQL.
+    pub name: &'static str,
+    /// Grows when columns are added or retired.
+    pub version: u32,
+    /// Columns in order. A keyed table begins with its tag column `series` and its time column `ts`.
+    pub columns: Vec<ColumnSchema>,
+    /// True when (series, ts) identifies a row: a later row with the same key replaces the earlier.
+    pub keyed: bool,
+    arrow: SchemaRef,
+}
+
+impl TableSchema {
+    fn new(id: u16, name: &'static str, version: u32, keyed: bool, columns: Vec<ColumnSchema>) -> Self {
+        let fields: Vec<Field> = columns.iter().map(|c| Field::new(c.name, c.data_type.clone(), c.nullable)).collect();
+        Self { id, name, version, columns, keyed, arrow: Arc::new(Schema::new(fields)) }
+    }
+
+    /// The Arrow schema of rows in memory.
+    pub fn arrow(&self) -> &SchemaRef {
+        &self.arrow
+    }
+
+    /// The index and schema of a column.
+    pub fn column(&self, name: &str) -> Option<(usize, &ColumnSchema)> {
+        self.columns.iter().enumerate().find(|(_, c)| c.name == name)
+    }
+}
+
+/// The type of time columns.
+pub fn time_type() -> DataType {
+    DataType::Timestamp(TimeUnit::Millisecond, Some(Arc::from("UTC")))
+}
+
+fn tag(name: &'static str, field_id: i32) -> ColumnSchema {
+    ColumnSchema {
+        name,
+        field_id,
+        data_type: DataType::UInt32,
+        nullable: false,
+        role: Role::Tag,
+        layout: Layout::Plain,
+    }
+}
+
+fn time(field_id: i32) -> ColumnSchema {
+    ColumnSchema {
+        name: "ts",
+        field_id,
+        data_type: time_type(),
+        nullable: false,
+        role: Role::Time,
+        layout: Layout::Delta,
+    }
+}
+
+fn value(name: &'static str, field_id: i32, data_type: DataType, nullable: bool) -> ColumnSchema {
+    ColumnSchema { name, field_id, data_type, nullable, role: Role::Value, layout: Layout::Plain }
+}
+
+/// Float samples of all metrics.
+pub static SAMPLES: LazyLock<Arc<TableSchema>> = LazyLock::new(|| Arc::new(samples::schema()));
+/// Native histogram samples.
+pub static HISTOGRAMS: LazyLock<Arc<TableSchema>> = LazyLock::new(|| Arc::new(histograms::schema()));
+/// Exemplars.
+pub static EXEMPLARS: LazyLock<Arc<TableSchema>> = LazyLock::new(|| Arc::new(exemplars::schema()));
+
+/// Every table.
+pub fn all() -> [&'static Arc<TableSchema>; 3] {
+    [&SAMPLES, &HISTOGRAMS, &EXEMPLARS]
+}
+
+/// The table with this number.
+pub fn by_id(id: u16) -> Option<&'static Arc<TableSchema>> {
+    all().into_iter().find(|t| t.id == id)
+}
+
+/// The table with this name.
+pub fn by_name(name: &str) -> Option<&'static Arc<TableSchema>> {
+    all().into_iter().find(|t| t.name == name)
+}

@@ -1,0 +1,1 @@
+//! Range kernels over (ts, value) slices; they know no language.

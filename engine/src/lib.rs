@@ -1,0 +1,24 @@
+//! Stores batches and runs plans.
+//!
+//! [`Engine`] is the one cheap-to-clone handle of a database: receivers call [`Engine::write`], query languages call
+//! [`Engine::select`] for the series that matchers mean, build plans over [`SeriesScanExec`], and run them with
+//! [`Engine::execute`]. Inside, tags are integers.
+
+pub mod batch;
+pub mod kernels;
+pub mod scan;
+pub mod select;
+pub mod session;
+pub mod settings;
+pub mod telemetry;
+
+mod engine;
+
+pub use batch::{Batch, MetricMetadata, Write};
+pub use catalog::{Error, ErrorKind, Result};
+pub use engine::{Components, Engine};
+pub use scan::SeriesScanExec;
+pub use select::{Selection, SeriesSet};
+pub use session::{Extensions, QueryLimits, error_of};
+pub use settings::Settings;
+pub use telemetry::Telemetry;

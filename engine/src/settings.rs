@@ -1,0 +1,49 @@
+//! Plain data that says how an engine runs. The binary fills it from its config file.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// How an engine runs. Bytes are bytes, durations are wall time.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Which database of the store; part of every object's path.
+    pub database: String,
+    /// Folder for the log, the SQLite file catalog and caches.
+    pub data_dir: PathBuf,
+    /// Memory that memtables, caches and queries share.
+    pub memory_limit: usize,
+    /// Most active tag sets.
+    pub series_limit: usize,
+    /// Samples further ahead of the clock than this are refused by receivers.
+    pub future_max: Duration,
+    /// A table's memtable is flushed when it holds this many bytes.
+    pub flush_bytes: usize,
+    /// A table's memtable is flushed when its oldest row has waited this long.
+    pub flush_interval: Duration,
+    /// The log forces a flush of whoever pins it beyond this.
+    pub wal_bytes_max: u64,
+    /// How long superseded objects are kept, which must exceed the longest query of any reader.
+    pub delete_grace: Duration,
+    /// Deadline of a query that does not set its own.
+    pub query_timeout: Duration,
+    /// Threads for queries, flush and compaction.
+    pub cpu_threads: usize,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            database: "default".to_owned(),
+            data_dir: PathBuf::from("data"),
+            memory_limit: 2 << 30,
+            series_limit: 5_000_000,
+            future_max: Duration::from_secs(600),
+            flush_bytes: 128 << 20,
+            flush_interval: Duration::from_secs(3600),
+            wal_bytes_max: 512 << 20,
+            delete_grace: Duration::from_secs(600),
+            query_timeout: Duration::from_secs(120),
+            cpu_threads: 2,
+        }
+    }
+}
