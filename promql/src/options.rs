@@ -1,0 +1,103 @@
+//! How a query is evaluated: its time grid, its limits and the switches of the language.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// The times at which an expression is evaluated: `start`, `start + step`, ... up to `end`, in milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Serialize, Deserialize)]
+pub struct Grid {
+    /// First time.
+    pub start_ms: i64,
+    /// No time is later than this.
+    pub end_ms: i64,
+    /// Distance of times, at least 1.
+    pub step_ms: i64,
+}
+
+impl Grid {
+    /// A grid of the one time `at_ms`.
+    pub fn instant(at_ms: i64) -> Self {
+        Self { start_ms: at_ms, end_ms: at_ms, step_ms: 1 }
+    }
+
+    /// How many times.
+    pub fn steps(&self) -> usize {
+        if self.end_ms < self.start_ms {
+            return 0;
+        }
+        (self.end_ms - self.start_ms) as usize / self.step_ms.max(1) as usize + 1
+    }
+
+    /// The time of a step.
+    pub fn time(&self, step: usize) -> i64 {
+        self.start_ms + step as i64 * self.step_ms
+    }
+}
+
+/// Switches of the language; all off is Prometheus 3 as it comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, PartialOrd, Serialize, Deserialize)]
+pub struct Features {
+    /// Functions and aggregations that Prometheus calls experimental.
+    pub experimental_functions: bool,
+    /// Metric names are dropped from the result only, not by each operation.
+    pub delayed_name_removal: bool,
+}
+
+/// How one query is evaluated.
+#[derive(Debug, Clone)]
+pub struct EvalOptions {
+    /// First evaluation time, milliseconds since the epoch.
+    pub start_ms: i64,
+    /// Last evaluation time. Equal to `start_ms` for an instant query.
+    pub end_ms: i64,
+    /// Distance of evaluation times; not looked at in an instant query.
+    pub step_ms: i64,
+    /// True for an instant query: the result of a vector is a vector and not a matrix, a range vector may be the result.
+    pub instant: bool,
+    /// How far an instant selector looks back.
+    pub lookback_ms: i64,
+    /// Step of subqueries that do not give one.
+    pub default_step_ms: i64,
+    /// Switches of the language.
+    pub features: Features,
+    /// Deadline, from the start of the evaluation.
+    pub timeout: Duration,
+    /// Most samples that one query may hold in memory at a time.
+    pub max_samples: usize,
+}
+
+impl EvalOptions {
+    /// An instant query at a time.
+    pub fn instant(at_ms: i64) -> Self {
+        Self::range(at_ms, at_ms, 1).with_instant()
+    }
+
+    /// A range query.
+    pub fn range(start_ms: i64, end_ms: i64, step_ms: i64) -> Self {
+        Self {
+            start_ms,
+            end_ms,
+            step_ms,
+            instant: false,
+            lookback_ms: 300_000,
+            default_step_ms: 60_000,
+            features: Features::default(),
+            timeout: Duration::from_secs(120),
+            max_samples: 50_000_000,
+        }
+    }
+
+    fn with_instant(mut self) -> Self {
+        self.instant = true;
+        self
+    }
+
+    /// The evaluation times.
+    pub fn grid(&self) -> Grid {
+        if self.instant {
+            return Grid::instant(self.start_ms);
+        }
+        Grid { start_ms: self.start_ms, end_ms: self.end_ms, step_ms: self.step_ms.max(1) }
+    }
+}
