@@ -7,15 +7,20 @@
 pub mod clock;
 pub mod encoder;
 pub mod error;
+pub mod files;
 pub mod matcher;
+pub mod object;
 pub mod registry;
 pub mod tables;
 pub mod tag;
+pub mod tag_parts;
 
 pub use clock::{Clock, ManualClock, SystemClock};
 pub use encoder::{Encoded, Encoder, TagRef};
 pub use error::{Error, ErrorKind, Result};
+pub use files::{ColumnStats, Commit, DataFile, FileCatalog, TagPart};
 pub use matcher::{MatchOp, Matcher};
 pub use registry::{Ordinal, Registry, Series};
-pub use tables::{ColumnSchema, TableSchema};
+pub use tables::{ColumnSchema, Part, PhysicalColumn, TableSchema};
 pub use tag::{Code, TagHasher, TagId, TagSet, TagSetBuilder};
+pub use tag_parts::{MetricFilter, PartHeader, TagParts};

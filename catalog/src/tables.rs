@@ -8,11 +8,14 @@
 
 mod exemplars;
 mod histograms;
+mod physical;
 mod samples;
 
 use std::sync::{Arc, LazyLock};
 
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimeUnit};
+
+pub use physical::{FIELD_ID_KEY, METRIC_FIELD_ID, Part, PhysicalColumn, TARGET_FIELD_ID, with_field_id};
 
 /// What a column is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,17 +71,31 @@ pub struct TableSchema {
     /// True when (series, ts) identifies a row: a later row with the same key replaces the earlier.
     pub keyed: bool,
     arrow: SchemaRef,
+    physical: Vec<PhysicalColumn>,
+    physical_arrow: SchemaRef,
 }
 
 impl TableSchema {
     fn new(id: u16, name: &'static str, version: u32, keyed: bool, columns: Vec<ColumnSchema>) -> Self {
         let fields: Vec<Field> = columns.iter().map(|c| Field::new(c.name, c.data_type.clone(), c.nullable)).collect();
-        Self { id, name, version, columns, keyed, arrow: Arc::new(Schema::new(fields)) }
+        let physical = physical::columns(&columns);
+        let physical_arrow = Arc::new(Schema::new(physical.iter().map(PhysicalColumn::field).collect::<Vec<_>>()));
+        Self { id, name, version, columns, keyed, arrow: Arc::new(Schema::new(fields)), physical, physical_arrow }
     }
 
     /// The Arrow schema of rows in memory.
     pub fn arrow(&self) -> &SchemaRef {
         &self.arrow
+    }
+
+    /// The columns of this table's files, in order: `metric`, `target`, then what each logical column becomes.
+    pub fn physical(&self) -> &[PhysicalColumn] {
+        &self.physical
+    }
+
+    /// The Arrow schema of this table's files: [`TableSchema::physical`] with field ids in the metadata.
+    pub fn physical_arrow(&self) -> &SchemaRef {
+        &self.physical_arrow
     }
 
     /// The index and schema of a column.
