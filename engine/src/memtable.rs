@@ -1,0 +1,189 @@
+//! Rows that are in the log but not yet in files.
+//!
+//! A memtable is one table's rows since its last flush. The log's committer is the only one to append; queries and the
+//! flush read concurrently and never hold a lock while they decode. Frozen, it changes no more.
+
+mod batches;
+mod block;
+mod series;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering as Atomic};
+
+use arrow::array::{ArrayRef, AsArray, Float64Array, RecordBatch, TimestampMillisecondArray, UInt32Array};
+use arrow::datatypes::{DataType, Field, Float64Type, Schema, SchemaRef, TimestampMillisecondType, UInt32Type};
+use catalog::tables::time_type;
+use catalog::{Error, Ordinal, Result, TableSchema};
+
+use batches::BatchMemtable;
+pub(crate) use batches::with_ordinals;
+use series::{Samples, SeriesMemtable, TsRange};
+
+/// Index of the time column in every keyed table.
+const TS: usize = 1;
+
+/// One table's rows in memory.
+#[derive(Debug)]
+pub struct Memtable {
+    table: Arc<TableSchema>,
+    form: Form,
+    range: TsRange,
+    /// Position of the log record that holds the first row; `u64::MAX` while empty.
+    first_position: AtomicU64,
+    /// When the first row arrived, milliseconds since the epoch.
+    first_ms: AtomicU64,
+}
+
+#[derive(Debug)]
+enum Form {
+    /// Keyed tables whose only other column is one `Float64`.
+    Series(SeriesMemtable),
+    Batches(BatchMemtable),
+}
+
+impl Memtable {
+    /// An empty memtable.
+    pub fn new(table: Arc<TableSchema>) -> Self {
+        let one_float = matches!(&table.columns[..], [_, _, v] if v.data_type == DataType::Float64 && !v.nullable);
+        let form = if table.keyed && one_float {
+            Form::Series(SeriesMemtable::default())
+        } else {
+            Form::Batches(BatchMemtable::default())
+        };
+        Self {
+            table,
+            form,
+            range: TsRange::default(),
+            first_position: AtomicU64::new(u64::MAX),
+            first_ms: AtomicU64::new(0),
+        }
+    }
+
+    /// The table.
+    pub fn table(&self) -> &Arc<TableSchema> {
+        &self.table
+    }
+
+    /// Appends rows in the table's in-memory schema whose tag columns are indexes into `ordinals`. Only one caller at
+    /// a time.
+    ///
+    /// # Errors
+    /// `Internal` when the rows are not in the table's schema.
+    pub fn append(&self, ordinals: &[Ordinal], rows: &RecordBatch) -> Result<()> {
+        let ts = column(rows, TS)?.as_primitive_opt::<TimestampMillisecondType>().ok_or_else(mismatch)?;
+        // Before the rows themselves, so that no reader sees rows outside of the range.
+        self.range.add(ts.values());
+        match &self.form {
+            Form::Batches(form) => form.append(&self.table, ordinals, rows),
+            Form::Series(form) => {
+                let refs = column(rows, 0)?.as_primitive_opt::<UInt32Type>().ok_or_else(mismatch)?;
+                let values = column(rows, 2)?.as_primitive_opt::<Float64Type>().ok_or_else(mismatch)?;
+                form.append(ordinals, Samples { refs: refs.values(), ts: ts.values(), values: values.values() });
+                Ok(())
+            }
+        }
+    }
+
+    /// Bytes of memory that it takes, about.
+    pub fn bytes(&self) -> usize {
+        match &self.form {
+            Form::Series(form) => form.bytes(),
+            Form::Batches(form) => form.bytes(),
+        }
+    }
+
+    /// Rows appended, those with equal keys counted each.
+    pub fn rows(&self) -> u64 {
+        match &self.form {
+            Form::Series(form) => form.rows(),
+            Form::Batches(form) => form.rows(),
+        }
+    }
+
+    /// The tag sets that have rows, ascending.
+    pub fn ordinals(&self) -> Vec<Ordinal> {
+        match &self.form {
+            Form::Series(form) => form.ordinals(),
+            Form::Batches(form) => form.ordinals(),
+        }
+    }
+
+    /// Least and greatest time of all rows; `None` when empty.
+    pub fn ts_range(&self) -> Option<(i64, i64)> {
+        self.range.get()
+    }
+
+    /// Whether rows between two times, inclusive, may be there.
+    pub fn overlaps(&self, start_ms: i64, end_ms: i64) -> bool {
+        self.range.get().is_some_and(|(min, max)| min <= end_ms && max >= start_ms)
+    }
+
+    /// Reads the wanted series, given as (number to return for it, ordinal) in strictly ascending order of the
+    /// numbers, from `start_ms` to `end_ms`, both inclusive. Returns `series` (`UInt32`, the number) and then the
+    /// asked-for columns of the table (indexes into its columns), sorted by (series, ts) with unique keys: the row
+    /// that arrived last wins. Ask for some hundred series at a time: all is decoded at once.
+    ///
+    /// # Errors
+    /// `Internal` from Arrow.
+    pub fn read(
+        &self,
+        wanted: &[(u32, Ordinal)],
+        start_ms: i64,
+        end_ms: i64,
+        columns: &[usize],
+    ) -> Result<RecordBatch> {
+        let schema = read_schema(&self.table, columns);
+        let (series, arrays) = match &self.form {
+            Form::Batches(form) => form.read(wanted, start_ms, end_ms, columns)?,
+            Form::Series(form) => {
+                let rows = form.read(wanted, start_ms, end_ms);
+                let ts: ArrayRef = Arc::new(TimestampMillisecondArray::from(rows.ts).with_data_type(time_type()));
+                let values: ArrayRef = Arc::new(Float64Array::from(rows.values));
+                let arrays = columns.iter().map(|c| if *c == TS { ts.clone() } else { values.clone() }).collect();
+                (rows.series, arrays)
+            }
+        };
+        if series.is_empty() {
+            return Ok(RecordBatch::new_empty(schema));
+        }
+        let mut all: Vec<ArrayRef> = vec![Arc::new(UInt32Array::from(series))];
+        all.extend(arrays);
+        Ok(RecordBatch::try_new(schema, all)?)
+    }
+
+    /// Notes that a log record at this position holds rows of this memtable; call before the rows are appended.
+    pub(crate) fn note_position(&self, position: u64, now_ms: i64) {
+        if self.first_position.fetch_min(position, Atomic::Relaxed) == u64::MAX {
+            self.first_ms.store(now_ms.max(0) as u64, Atomic::Relaxed);
+        }
+    }
+
+    /// Position of the first log record that must be kept for this memtable; `None` while it is empty.
+    pub(crate) fn first_position(&self) -> Option<u64> {
+        let position = self.first_position.load(Atomic::Relaxed);
+        (position != u64::MAX).then_some(position)
+    }
+
+    /// When the first row arrived, milliseconds since the epoch; `None` while it is empty.
+    pub(crate) fn first_ms(&self) -> Option<i64> {
+        self.first_position().map(|_| self.first_ms.load(Atomic::Relaxed) as i64)
+    }
+}
+
+/// The schema of what [`Memtable::read`] and scans return.
+pub(crate) fn read_schema(table: &TableSchema, columns: &[usize]) -> SchemaRef {
+    let mut fields = vec![Arc::new(Field::new("series", DataType::UInt32, false))];
+    fields.extend(columns.iter().map(|c| table.arrow().fields()[*c].clone()));
+    Arc::new(Schema::new(fields))
+}
+
+fn column(rows: &RecordBatch, i: usize) -> Result<&ArrayRef> {
+    rows.columns().get(i).ok_or_else(mismatch)
+}
+
+fn mismatch() -> Error {
+    Error::internal("rows are not in their table's schema")
+}
+
+#[cfg(test)]
+mod tests;
