@@ -3,7 +3,10 @@
 //! [`plan`] turns a text into a DataFusion plan of our extension nodes; [`query`] runs it. Values travel as *blocks*:
 //! one row per series, one dense array of steps with validity. Labels are canonical tag sets ([`catalog::tag`]).
 
+pub mod api;
+pub mod block;
 pub mod error;
+pub mod labels;
 pub mod options;
 pub mod result;
 

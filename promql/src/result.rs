@@ -1,7 +1,7 @@
 //! What a query answers: series on a time grid, kept as the arrays that the plan produced.
 
 use arrow::array::AsArray;
-use arrow::array::{Array, BinaryArray, FixedSizeListArray, Float64Array, RecordBatch};
+use arrow::array::{Array, BinaryArray, BooleanArray, FixedSizeListArray, Float64Array, RecordBatch};
 use arrow::buffer::NullBuffer;
 use arrow::datatypes::Float64Type;
 
@@ -26,6 +26,7 @@ pub enum ValueType {
 pub struct Block {
     labels: BinaryArray,
     values: Float64Array,
+    drop_name: BooleanArray,
     steps: usize,
 }
 
@@ -43,7 +44,8 @@ impl Block {
         // A list array that was sliced keeps the whole child.
         let values = list.values().slice(list.offset() * steps, list.len() * steps);
         let values = values.as_primitive_opt::<Float64Type>().ok_or_else(wrong)?.clone();
-        Ok(Self { labels: labels.clone(), values, steps })
+        let drop_name = batch.columns().get(2).and_then(|c| c.as_boolean_opt()).ok_or_else(wrong)?;
+        Ok(Self { labels: labels.clone(), values, drop_name: drop_name.clone(), steps })
     }
 
     /// How many series.
@@ -64,6 +66,11 @@ impl Block {
     /// Canonical tag set of a series.
     pub fn labels(&self, row: usize) -> &[u8] {
         self.labels.value(row)
+    }
+
+    /// Whether the metric's name of a series is still to be removed.
+    pub fn drop_name(&self, row: usize) -> bool {
+        self.drop_name.value(row)
     }
 
     /// The values of a series; those that [`Block::is_valid`] denies are meaningless.
