@@ -1,0 +1,278 @@
+//! `query` and `query_range`, and the JSON of what they answer.
+
+use std::time::{Duration, Instant};
+
+use promql_parser::parser;
+
+use super::params::{Form, invalid};
+use super::reply::{Reply, TRUNCATED};
+use super::{Api, json};
+use crate::error::{QueryError, QueryErrorKind, Result};
+use crate::options::EvalOptions;
+use crate::result::{Data, QueryResult, ValueType};
+
+/// Most points of one series that a range query may ask for, the first not counted.
+const POINTS_MAX: i128 = 11_000;
+
+/// Answers of more values than this are written on the CPU runtime; fewer cost less than going there.
+const VALUES_INLINE: usize = 512;
+
+/// `query`: evaluates an expression at one time.
+pub(super) async fn instant(api: &Api, form: &Form) -> Result<Reply> {
+    let limit = form.limit()?;
+    let at_ms = form.time_or("time", api.engine.now_ms())?;
+    let timeout = form.timeout()?;
+    evaluate(api, form, limit, timeout, EvalOptions::instant(at_ms)).await
+}
+
+/// `query_range`: evaluates an expression at evenly spaced times.
+pub(super) async fn range(api: &Api, form: &Form) -> Result<Reply> {
+    let limit = form.limit()?;
+    let (start_ms, end_ms) = (form.time("start")?, form.time("end")?);
+    if end_ms < start_ms {
+        return Err(invalid("end", "end timestamp must not be before start time"));
+    }
+    let step_ns = form.step_ns()?;
+    let span_ns = (i128::from(end_ms) - i128::from(start_ms)) * 1_000_000;
+    if span_ns / i128::from(step_ns) > POINTS_MAX {
+        return Err(QueryError::bad_data(
+            "exceeded maximum resolution of 11,000 points per timeseries. Try decreasing the query resolution (?step=XX)",
+        ));
+    }
+    let timeout = form.timeout()?;
+    evaluate(api, form, limit, timeout, EvalOptions::range(start_ms, end_ms, step_ns / 1_000_000)).await
+}
+
+async fn evaluate(
+    api: &Api,
+    form: &Form,
+    limit: Option<usize>,
+    timeout: Option<Duration>,
+    mut options: EvalOptions,
+) -> Result<Reply> {
+    let longest = api.engine.settings().query_timeout;
+    options.timeout = timeout.map_or(longest, |t| t.min(longest));
+    options.lookback_ms = form.lookback_ms()?.unwrap_or(api.options.lookback_ms);
+    options.features = api.options.features;
+    options.max_samples = api.options.samples_max;
+    let stats = Asked::of(form);
+
+    let asked_at = Instant::now();
+    let timed_out = |during: &str| QueryError::new(QueryErrorKind::Timeout, format!("query timed out in {during}"));
+    let permit = tokio::time::timeout(options.timeout, api.slots.acquire());
+    let _permit = permit.await.map_err(|_| timed_out("query queue"))?;
+    let queued = asked_at.elapsed();
+    // The deadline counts from the request, so that waiting and planning are part of it.
+    options.timeout = options.timeout.saturating_sub(queued);
+    let result = tokio::time::timeout(options.timeout, crate::query(&api.engine, form.get("query"), &options))
+        .await
+        .unwrap_or_else(|_| Err(timed_out("expression evaluation")));
+    let mut result = result.map_err(|e| match e.kind {
+        QueryErrorKind::BadData => invalid("query", e),
+        _ => e,
+    })?;
+    let timings = Timings { queued, total: asked_at.elapsed() };
+
+    if limit.is_some_and(|limit| result.truncate(limit)) {
+        result.warnings.push(TRUNCATED.to_owned());
+    }
+    if let Asked::Deprecated(value) = &stats {
+        result.warnings.push(format!(
+            "value {value:?} for parameter \"stats\" is deprecated and will be rejected in the next major release, use \
+             \"true\" or \"all\""
+        ));
+    }
+    let stats = (stats != Asked::No).then_some(timings);
+    let small = result.len() * result.grid.steps() <= VALUES_INLINE;
+    let write = move || {
+        let data = |out: &mut Vec<u8>| write_data(out, &result, stats.as_ref());
+        Reply::annotated(data, &result.warnings, &result.infos)
+    };
+    Ok(if small { write() } else { api.engine.compute(write).await })
+}
+
+/// What the parameter `stats` asks for. Per-step statistics are a feature that Prometheus has off by default, so `all`
+/// is not more than `true`.
+#[derive(Debug, PartialEq, Eq)]
+enum Asked {
+    No,
+    Yes,
+    Deprecated(String),
+}
+
+impl Asked {
+    fn of(form: &Form) -> Self {
+        match form.get("stats") {
+            "" => Self::No,
+            "true" | "all" => Self::Yes,
+            other => Self::Deprecated(other.to_owned()),
+        }
+    }
+}
+
+/// How long the parts of a query took.
+#[derive(Debug)]
+struct Timings {
+    queued: Duration,
+    total: Duration,
+}
+
+fn write_data(out: &mut Vec<u8>, result: &QueryResult, stats: Option<&Timings>) {
+    let (name, write): (&str, fn(&mut Vec<u8>, &QueryResult)) = match result.value_type {
+        ValueType::Scalar => ("scalar", write_scalar),
+        ValueType::String => ("string", write_string),
+        ValueType::Vector => ("vector", write_vector),
+        ValueType::Matrix => ("matrix", write_matrix),
+    };
+    out.extend_from_slice(br#"{"resultType":"#);
+    json::text(out, name);
+    out.extend_from_slice(br#","result":"#);
+    write(out, result);
+    if let Some(timings) = stats {
+        write_stats(out, timings, result);
+    }
+    out.push(b'}');
+}
+
+fn write_scalar(out: &mut Vec<u8>, result: &QueryResult) {
+    // A scalar always has a value; a plan that yields none has none to show.
+    let point = (!result.is_empty()).then(|| result.series(0).points().next()).flatten();
+    let (t, v) = point.unwrap_or((result.grid.start_ms, f64::NAN));
+    write_point(out, t, v);
+}
+
+fn write_string(out: &mut Vec<u8>, result: &QueryResult) {
+    let text = match &result.data {
+        Data::Text(text) => text.as_str(),
+        _ => "",
+    };
+    out.push(b'[');
+    json::time(out, result.grid.start_ms);
+    out.push(b',');
+    json::text(out, text);
+    out.push(b']');
+}
+
+fn write_vector(out: &mut Vec<u8>, result: &QueryResult) {
+    let series = (0..result.len()).map(|i| result.series(i));
+    let samples = series.filter_map(|s| s.points().next().map(|point| (s.labels, point)));
+    json::list(out, samples, |out, (labels, (t, v))| {
+        out.extend_from_slice(br#"{"metric":"#);
+        json::labels(out, labels);
+        out.extend_from_slice(br#","value":"#);
+        write_point(out, t, v);
+        out.push(b'}');
+    });
+}
+
+fn write_matrix(out: &mut Vec<u8>, result: &QueryResult) {
+    let times = match &result.data {
+        Data::Blocks { .. } => StepTexts::new(result),
+        _ => StepTexts::default(),
+    };
+    json::list(out, (0..result.len()).map(|i| result.series(i)), |out, series| {
+        out.extend_from_slice(br#"{"metric":"#);
+        json::labels(out, series.labels);
+        out.extend_from_slice(br#","values":["#);
+        let mut step = 0;
+        let mut last: Option<(u64, usize, usize)> = None;
+        for (i, (t, v)) in series.points().enumerate() {
+            if i > 0 {
+                out.push(b',');
+            }
+            out.push(b'[');
+            times.write(out, &mut step, t);
+            out.push(b',');
+            // Gauges repeat themselves: copying the text is cheaper than making it again.
+            match last {
+                Some((bits, from, to)) if bits == v.to_bits() => out.extend_from_within(from..to),
+                _ => {
+                    let from = out.len();
+                    json::value(out, v);
+                    last = Some((v.to_bits(), from, out.len()));
+                }
+            }
+            out.push(b']');
+        }
+        out.extend_from_slice(b"]}");
+    });
+}
+
+fn write_point(out: &mut Vec<u8>, t: i64, v: f64) {
+    out.push(b'[');
+    json::time(out, t);
+    out.push(b',');
+    json::value(out, v);
+    out.push(b']');
+}
+
+/// The texts of a grid's times, which all series share.
+#[derive(Default)]
+struct StepTexts {
+    times: Vec<i64>,
+    ends: Vec<usize>,
+    bytes: Vec<u8>,
+}
+
+impl StepTexts {
+    fn new(result: &QueryResult) -> Self {
+        let mut texts = Self::default();
+        for step in 0..result.grid.steps() {
+            texts.times.push(result.grid.time(step));
+            json::time(&mut texts.bytes, result.grid.time(step));
+            texts.ends.push(texts.bytes.len());
+        }
+        texts
+    }
+
+    /// Writes the time `t`; within a series times ascend, and `step` remembers how far they are.
+    fn write(&self, out: &mut Vec<u8>, step: &mut usize, t: i64) {
+        while self.times.get(*step).is_some_and(|at| *at < t) {
+            *step += 1;
+        }
+        if self.times.get(*step) != Some(&t) {
+            return json::time(out, t);
+        }
+        let from = step.checked_sub(1).map_or(0, |before| self.ends[before]);
+        out.extend_from_slice(&self.bytes[from..self.ends[*step]]);
+    }
+}
+
+fn write_stats(out: &mut Vec<u8>, timings: &Timings, result: &QueryResult) {
+    let evaluation = timings.total.saturating_sub(timings.queued);
+    let seconds = [
+        ("evalTotalTime", evaluation),
+        ("resultSortTime", Duration::ZERO),
+        ("queryPreparationTime", Duration::ZERO),
+        ("innerEvalTime", evaluation),
+        ("execQueueTime", timings.queued),
+        ("execTotalTime", timings.total),
+    ];
+    out.extend_from_slice(br#","stats":{"timings":{"#);
+    for (i, (name, duration)) in seconds.into_iter().enumerate() {
+        if i > 0 {
+            out.push(b',');
+        }
+        json::text(out, name);
+        out.push(b':');
+        json::number(out, duration.as_secs_f64());
+    }
+    out.extend_from_slice(br#"},"samples":{"#);
+    let scanned = result.stats.samples_scanned;
+    let samples = [("totalQueryableSamples", scanned), ("samplesRead", scanned), ("peakSamples", scanned)];
+    for (i, (name, count)) in samples.into_iter().enumerate() {
+        if i > 0 {
+            out.push(b',');
+        }
+        json::text(out, name);
+        out.push(b':');
+        json::integer(out, count);
+    }
+    out.extend_from_slice(b"}}");
+}
+
+/// `format_query`: the expression, laid out.
+pub(super) async fn format(form: &Form) -> Result<Reply> {
+    let expr = parser::parse(form.get("query")).map_err(|e| invalid("query", e))?;
+    Ok(Reply::data(|out| json::text(out, &expr.prettify())))
+}

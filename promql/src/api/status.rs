@@ -1,0 +1,186 @@
+//! What the server says of itself and of its metrics: `metadata`, `status/*`, and the empty lists of a server that has no
+//! rules, alerts or targets of its own.
+
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use catalog::tag::{METRIC_NAME, TagIter};
+use catalog::{Registry, Series};
+use engine::MetricMetadata;
+use hashbrown::HashMap;
+
+use super::params::{Form, parse_integer};
+use super::reply::Reply;
+use super::{Api, json};
+use crate::error::{QueryError, Result};
+
+/// The release of Prometheus whose API this is. Clients read it from `status/buildinfo` to learn which parameters and
+/// endpoints they may use, so our own version would mislead them.
+const PROMETHEUS_VERSION: &str = "3.14.0";
+
+/// Longest list that `status/tsdb` gives.
+const STATISTICS_MAX: i64 = 10_000;
+
+/// `metadata`: type, help and unit by metric name.
+pub(super) async fn metadata(api: &Api, form: &Form) -> Result<Reply> {
+    let number = |name: &str| match form.get(name) {
+        "" => Ok(-1),
+        text => parse_integer(text).map_err(|_| QueryError::bad_data(format!("{name} must be a number"))),
+    };
+    let limit = usize::try_from(number("limit")?).unwrap_or(usize::MAX);
+    let per_metric = usize::try_from(number("limit_per_metric")?).ok().filter(|l| *l > 0).unwrap_or(usize::MAX);
+    let metric = Some(form.get("metric")).filter(|m| !m.is_empty());
+    let mut by_metric: BTreeMap<String, Vec<MetricMetadata>> = BTreeMap::new();
+    for entry in api.engine.metadata(metric) {
+        let entries = by_metric.entry(entry.metric.clone()).or_default();
+        if entries.len() < per_metric {
+            entries.push(entry);
+        }
+    }
+    Ok(Reply::data(|out| {
+        object(out, by_metric.iter().take(limit), |out, entries| {
+            json::list(out, entries, |out, m| {
+                object(out, [("type", &m.kind), ("help", &m.help), ("unit", &m.unit)], |out, v| json::text(out, v));
+            });
+        });
+    }))
+}
+
+/// `status/buildinfo`.
+pub(super) async fn build_info() -> Result<Reply> {
+    let fields = [
+        ("version", PROMETHEUS_VERSION),
+        ("revision", concat!("thalweg-", env!("CARGO_PKG_VERSION"))),
+        ("branch", ""),
+        ("buildUser", ""),
+        ("buildDate", ""),
+        ("goVersion", ""),
+    ];
+    Ok(Reply::data(|out| object(out, fields, json::text)))
+}
+
+/// `status/runtimeinfo`: what of it has a meaning here.
+pub(super) async fn runtime_info(api: &Api) -> Result<Reply> {
+    let started = chrono::DateTime::from_timestamp_millis(api.started_ms).unwrap_or_default();
+    Ok(Reply::data(|out| {
+        out.extend_from_slice(br#"{"startTime":"#);
+        json::text(out, &started.to_rfc3339_opts(chrono::SecondsFormat::Millis, true));
+        out.extend_from_slice(br#","reloadConfigSuccess":true,"corruptionCount":0,"timeSeriesCount":"#);
+        json::integer(out, api.engine.registry().len() as u64);
+        out.push(b'}');
+    }))
+}
+
+/// `status/flags`: the flags of Prometheus that clients look at, with what holds here.
+pub(super) async fn flags(api: &Api) -> Result<Reply> {
+    let seconds = |s: u64| format!("{s}s");
+    let fields = [
+        ("query.lookback-delta", seconds(api.options.lookback_ms.unsigned_abs() / 1000)),
+        ("query.max-concurrency", api.options.concurrency_max.to_string()),
+        ("query.max-samples", api.options.samples_max.to_string()),
+        ("query.timeout", seconds(api.engine.settings().query_timeout.as_secs())),
+        ("web.enable-remote-write-receiver", "true".to_owned()),
+    ];
+    Ok(Reply::data(|out| object(out, fields, |out, v| json::text(out, &v))))
+}
+
+/// `rules`: none.
+pub(super) async fn rules() -> Result<Reply> {
+    Ok(Reply::data(|out| out.extend_from_slice(br#"{"groups":[]}"#)))
+}
+
+/// `alerts`: none.
+pub(super) async fn alerts() -> Result<Reply> {
+    Ok(Reply::data(|out| out.extend_from_slice(br#"{"alerts":[]}"#)))
+}
+
+/// `targets`: none.
+pub(super) async fn targets() -> Result<Reply> {
+    Ok(Reply::data(|out| {
+        out.extend_from_slice(br#"{"activeTargets":[],"droppedTargets":[],"droppedTargetCounts":{}}"#)
+    }))
+}
+
+/// `status/tsdb`: how many series the active tag sets make, by name, label and pair.
+pub(super) async fn tsdb(api: &Api, form: &Form) -> Result<Reply> {
+    let limit = match form.get("limit") {
+        "" => 10,
+        text => parse_integer(text)
+            .ok()
+            .filter(|l| *l >= 1)
+            .ok_or_else(|| QueryError::bad_data("limit must be a positive number"))?,
+    };
+    if limit > STATISTICS_MAX {
+        return Err(QueryError::bad_data(format!("limit must not exceed {STATISTICS_MAX}")));
+    }
+    let registry: Arc<Registry> = api.engine.registry().clone();
+    Ok(api.engine.compute(move || statistics(&registry, limit as usize)).await)
+}
+
+fn statistics(registry: &Registry, limit: usize) -> Reply {
+    let mut all = Vec::with_capacity(registry.len());
+    registry.for_each(|_| true, |_, series: &Arc<Series>| all.push(series.clone()));
+    let mut metrics: HashMap<&str, u64> = HashMap::new();
+    let mut pairs: HashMap<(&str, &str), u64> = HashMap::new();
+    let mut bytes: HashMap<&str, u64> = HashMap::new();
+    for series in &all {
+        for (name, value) in TagIter::new(series.tags.as_bytes()) {
+            if name == METRIC_NAME {
+                *metrics.entry(value).or_default() += 1;
+            }
+            *pairs.entry((name, value)).or_default() += 1;
+            *bytes.entry(name).or_default() += value.len() as u64;
+        }
+    }
+    let mut values: HashMap<&str, u64> = HashMap::new();
+    for (name, _) in pairs.keys() {
+        *values.entry(name).or_default() += 1;
+    }
+    let owned = |m: &HashMap<&str, u64>| m.iter().map(|(k, v)| ((*k).to_owned(), *v)).collect::<Vec<_>>();
+    let lists = [
+        ("seriesCountByMetricName", owned(&metrics)),
+        ("labelValueCountByLabelName", owned(&values)),
+        ("memoryInBytesByLabelName", owned(&bytes)),
+        ("seriesCountByLabelValuePair", pairs.iter().map(|((k, v), n)| (format!("{k}={v}"), *n)).collect()),
+    ];
+    Reply::data(|out| {
+        out.extend_from_slice(br#"{"headStats":{"numSeries":"#);
+        json::integer(out, all.len() as u64);
+        out.extend_from_slice(br#","numLabelPairs":"#);
+        json::integer(out, pairs.len() as u64);
+        out.extend_from_slice(br#","chunkCount":0,"minTime":0,"maxTime":0}"#);
+        for (name, mut counts) in lists {
+            counts.sort_unstable_by(|a, b| (Reverse(a.1), &a.0).cmp(&(Reverse(b.1), &b.0)));
+            out.push(b',');
+            json::text(out, name);
+            out.push(b':');
+            json::list(out, counts.iter().take(limit), |out, (name, count)| {
+                out.extend_from_slice(br#"{"name":"#);
+                json::text(out, name);
+                out.extend_from_slice(br#","value":"#);
+                json::integer(out, *count);
+                out.push(b'}');
+            });
+        }
+        out.push(b'}');
+    })
+}
+
+/// An object; `value` writes the value of each field.
+fn object<K: AsRef<str>, V>(
+    out: &mut Vec<u8>,
+    fields: impl IntoIterator<Item = (K, V)>,
+    mut value: impl FnMut(&mut Vec<u8>, V),
+) {
+    out.push(b'{');
+    for (i, (name, v)) in fields.into_iter().enumerate() {
+        if i > 0 {
+            out.push(b',');
+        }
+        json::text(out, name.as_ref());
+        out.push(b':');
+        value(out, v);
+    }
+    out.push(b'}');
+}
