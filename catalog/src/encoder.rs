@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::registry::{HashedMap, Ordinal};
-use crate::{Error, Registry, Result, Series, TagSet, TagSetBuilder};
+use crate::{Error, Registry, Result, Series, TagHasher, TagSet, TagSetBuilder};
 
 /// Position of a tag set in [`Encoded::sets`].
 pub type TagRef = u32;
@@ -65,6 +65,11 @@ impl<'r> Encoder<'r> {
             builder: TagSetBuilder::default(),
             new: 0,
         }
+    }
+
+    /// The database's hasher, for receivers whose wire form must be made canonical before it can be looked up.
+    pub fn hasher(&self) -> &'r TagHasher {
+        self.registry.hasher()
     }
 
     /// The reference of a tag set that was met before in exactly these undecoded bytes, with the hash to hand to
