@@ -1,1 +1,125 @@
-fn main() {}
+//! The one binary of Thalweg: parses the command line, and serves or asks a server.
+
+mod admin;
+mod ask;
+mod config;
+mod http;
+mod memory;
+mod serve;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use config::Config;
+
+/// Observability database: metrics, traces, logs, profiles and flows on object storage.
+#[derive(Debug, Parser)]
+#[command(name = "thalweg", disable_version_flag = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the server.
+    Serve(Sources),
+    /// Check the settings that `serve` would use, and print them.
+    CheckConfig {
+        #[command(flatten)]
+        sources: Sources,
+        /// Print the reference page of all settings instead.
+        #[arg(long)]
+        reference: bool,
+    },
+    /// Ask a running server.
+    Query(ask::Question),
+    /// Print the version.
+    Version,
+}
+
+/// Where settings come from; the flags are the few settings that differ from start to start.
+#[derive(Debug, Args)]
+struct Sources {
+    /// TOML file with settings; docs/configuration.md lists them.
+    #[arg(long, env = "THALWEG_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Folder of log, catalog and data files.
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<String>,
+    /// Where data files live: a folder or a URL such as s3://bucket/prefix.
+    #[arg(long, value_name = "URL")]
+    object_store: Option<String>,
+    /// HTTP listener.
+    #[arg(long, value_name = "ADDR")]
+    http: Option<String>,
+    /// gRPC listener, or off.
+    #[arg(long, value_name = "ADDR|off")]
+    grpc: Option<String>,
+    /// PostgreSQL listener, or off.
+    #[arg(long, value_name = "ADDR|off")]
+    postgres: Option<String>,
+    /// Also listen on the ports that agents of other systems expect; no receiver of this version uses one.
+    #[arg(long, value_name = "on|off")]
+    standard_ports: Option<OnOff>,
+    /// Allow addresses that other machines reach although requests aren't authenticated.
+    #[arg(long)]
+    insecure: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum OnOff {
+    On,
+    Off,
+}
+
+impl Sources {
+    fn load(&self) -> Result<Config> {
+        let mut flags: Vec<(&str, String)> = Vec::new();
+        let mut flag = |name, value: Option<&String>| flags.extend(value.map(|v| (name, v.clone())));
+        flag("data_dir", self.data_dir.as_ref());
+        flag("object_store", self.object_store.as_ref());
+        flag("http", self.http.as_ref());
+        flag("grpc", self.grpc.as_ref());
+        flag("postgres", self.postgres.as_ref());
+        flag("standard_ports", self.standard_ports.map(|s| matches!(s, OnOff::On).to_string()).as_ref());
+        flag("insecure", self.insecure.then(|| "true".to_owned()).as_ref());
+        // A variable that isn't UTF-8 can't be one of ours that is right; its name would be refused below.
+        let environment = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
+        Config::load(self.config.as_deref(), environment, &flags)
+    }
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("thalweg: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<()> {
+    match command {
+        Command::Serve(sources) => serve::run(&sources.load()?),
+        Command::CheckConfig { reference: true, .. } => {
+            print!("{}", config::page());
+            Ok(())
+        }
+        Command::CheckConfig { sources, .. } => {
+            for (name, value) in sources.load()?.shown() {
+                println!("{name} = {value}");
+            }
+            Ok(())
+        }
+        Command::Query(question) => ask::run(&question),
+        Command::Version => {
+            println!("thalweg {}", env!("CARGO_PKG_VERSION"));
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,34 @@
+# Two commands: `make run` starts the server, `make test` is the whole gate.
+
+CARGO ?= cargo
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+DATA ?= data
+VENV := $(TARGET_DIR)/venv
+
+# What the tests run beside the server: real clients and a real Prometheus.
+PACKAGES := prometheus prometheus-node-exporter postgresql-client python3-venv
+PYTHON_PACKAGES := duckdb==1.5.5 duckdb-extension-ducklake==1.5.5 duckdb-extension-sqlite-scanner==1.5.5
+
+.PHONY: run build test lint deny clients
+
+run: build
+	$(TARGET_DIR)/release/thalweg serve --data-dir $(DATA) $(ARGS)
+
+build:
+	$(CARGO) build --release --locked --bin thalweg
+
+test: clients lint deny
+	THALWEG_TEST_PYTHON=$(abspath $(VENV))/bin/python $(CARGO) test --workspace --locked
+
+lint:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+
+# Advisories need the network and change from day to day: they are checked apart from the gate.
+deny:
+	@if $(CARGO) deny --version >/dev/null 2>&1; then \
+	    $(CARGO) deny --offline check bans licenses sources || $(CARGO) deny check bans licenses sources; \
+	else echo "skipped: cargo deny is not installed (cargo install --locked cargo-deny)"; fi
+
+clients:
+	@sh tests/clients.sh "$(VENV)" "$(PYTHON_PACKAGES)" $(PACKAGES)

@@ -1,0 +1,233 @@
+//! The settings of the server: one TOML file, `THALWEG_*` environment variables and a few flags.
+//!
+//! Every setting is one line of the table below: its name, its type, its default and its documentation. The file's
+//! keys, the environment variables, the check for unknown keys and the reference page `docs/configuration.md` all come
+//! from that table. Precedence: flag, environment variable, file, default.
+
+mod reference;
+mod values;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use toml::de::{DeTable, DeValue};
+
+pub use reference::page;
+pub use values::{Bytes, Level, Listen, LogFormat, Seconds, Setting, Switch};
+
+/// Declares [`Config`] and what is derived from its fields.
+macro_rules! settings {
+    ($( $(#[doc = $doc:literal])+ $name:ident : $type:ty = $default:expr; )+) => {
+        /// All settings, resolved.
+        #[derive(Debug, Clone, PartialEq)]
+        pub struct Config { $( $(#[doc = $doc])+ pub $name: $type, )+ }
+
+        impl Default for Config {
+            fn default() -> Self { Self { $( $name: $default, )+ } }
+        }
+
+        impl Config {
+            /// Name, kind, default and documentation of every setting, in the order of the reference page.
+            pub fn fields() -> Vec<Field> {
+                let default = Self::default();
+                vec![ $( Field {
+                    name: stringify!($name),
+                    kind: <$type as Setting>::KIND,
+                    default: default.$name.show(),
+                    doc: concat!($($doc, "\n"),+),
+                }, )+ ]
+            }
+
+            /// Sets one setting from its text form.
+            fn set(&mut self, name: &str, text: &str) -> Result<(), String> {
+                match name {
+                    $( stringify!($name) => self.$name = <$type as Setting>::parse(text)?, )+
+                    other => return Err(format!("unknown setting {other:?}")),
+                }
+                Ok(())
+            }
+
+            /// Every setting in its text form.
+            pub fn shown(&self) -> Vec<(&'static str, String)> {
+                vec![ $( (stringify!($name), self.$name.show()), )+ ]
+            }
+        }
+    };
+}
+
+/// One setting as the reference page and the error messages know it.
+#[derive(Debug)]
+pub struct Field {
+    /// The key in the file; upper case behind `THALWEG_` in the environment.
+    pub name: &'static str,
+    /// What a value looks like.
+    pub kind: &'static str,
+    /// The default in text form.
+    pub default: String,
+    /// Sentences for the reference page.
+    pub doc: &'static str,
+}
+
+settings! {
+    /// Folder of the write-ahead log, the file catalog and, unless `object_store` says otherwise, the data files.
+    /// It is created when absent. Two servers can't share one.
+    data_dir: PathBuf = PathBuf::from("data");
+    /// Where data files live: a folder, or a URL such as `s3://bucket/prefix` (credentials come from the usual `AWS_*`
+    /// variables). Empty means `objects` within `data_dir`.
+    object_store: String = String::new();
+    /// Address of the HTTP listener: remote write, the Prometheus API, SQL over HTTP, `/metrics` and administration.
+    http: Listen = Listen::at("127.0.0.1:7300");
+    /// Address of the gRPC listener, or `off`. It answers the health service; receivers join it as they are added.
+    grpc: Listen = Listen::at("127.0.0.1:4317");
+    /// Address of the PostgreSQL listener, or `off`.
+    postgres: Listen = Listen::at("127.0.0.1:5433");
+    /// Whether to listen as well on the ports that agents of other systems expect. No receiver of this version needs
+    /// one, so no such port is opened yet.
+    standard_ports: Switch = Switch(true);
+    /// Allows listening on addresses that other machines reach although requests aren't authenticated.
+    insecure: Switch = Switch(false);
+    /// Memory that memtables, caches and queries share. Zero means half of what the machine (or its control group)
+    /// has.
+    memory_limit: Bytes = Bytes(0);
+    /// Most tag sets that may be active at a time. At the limit new series are refused and known ones go on.
+    series_limit: u64 = 5_000_000;
+    /// Samples further ahead of the clock than this are refused.
+    future_max: Seconds = Seconds(600.0);
+    /// Rows are written from memory to data files after this long at the latest.
+    flush_interval: Seconds = Seconds(3600.0);
+    /// Deadline of a query that doesn't set its own.
+    query_timeout: Seconds = Seconds(120.0);
+    /// Replaced data files are removed after this long, which must exceed the longest query of any reader.
+    delete_grace: Seconds = Seconds(600.0);
+    /// Threads for queries, flush and compaction. Zero means one per processor.
+    cpu_threads: u64 = 0;
+    /// Which log lines are written to standard error: a level (`error`, `warn`, `info`, `debug`, `trace`), or filters
+    /// such as `warn,engine=debug`.
+    log: Level = Level("info,sqlx=warn,datafusion=warn,object_store=warn,h2=warn,hyper=warn".to_owned());
+    /// Form of the log lines: `text` or `json`.
+    log_format: LogFormat = LogFormat::Text;
+}
+
+/// The prefix of environment variables.
+const PREFIX: &str = "THALWEG_";
+
+/// Variables with the prefix that aren't settings: the file's path, and the server that `thalweg query` asks.
+const OTHER_VARIABLES: [&str; 2] = ["THALWEG_CONFIG", "THALWEG_SERVER"];
+
+impl Config {
+    /// Resolves all settings: default, then file, then environment, then flags (name and text).
+    ///
+    /// # Errors
+    /// An unreadable file, an unknown key or variable (naming the nearest known), a value that doesn't parse, or values
+    /// that contradict each other.
+    pub fn load(
+        file: Option<&Path>,
+        environment: impl IntoIterator<Item = (String, String)>,
+        flags: &[(&str, String)],
+    ) -> Result<Self> {
+        let mut config = Self::default();
+        if let Some(path) = file {
+            let text =
+                std::fs::read_to_string(path).with_context(|| format!("cannot read config file {}", path.display()))?;
+            config.read_file(&text).with_context(|| format!("in config file {}", path.display()))?;
+        }
+        config.read_environment(environment)?;
+        for (name, text) in flags {
+            config.set(name, text).map_err(|e| anyhow::anyhow!("flag --{}: {e}", name.replace('_', "-")))?;
+        }
+        config.check()?;
+        Ok(config)
+    }
+
+    fn read_file(&mut self, text: &str) -> Result<()> {
+        let table = DeTable::parse(text).map_err(|e| anyhow::anyhow!("{}", e.to_string().trim_end()))?;
+        for (key, value) in table.get_ref() {
+            let name = key.get_ref().as_ref();
+            let line = line_of(text, key.span().start);
+            if !Self::fields().iter().any(|f| f.name == name) {
+                let hint = nearest(name).map(|n| format!("; did you mean {n:?}?"));
+                bail!("line {line}: unknown key {name:?}{}", hint.unwrap_or_default());
+            }
+            let text = match value.get_ref() {
+                DeValue::String(s) => s.to_string(),
+                DeValue::Integer(i) => i.to_string(),
+                DeValue::Float(f) => f.to_string(),
+                DeValue::Boolean(b) => b.to_string(),
+                other => bail!("line {line}: {name} is a {}, but no setting takes one", other.type_str()),
+            };
+            self.set(name, &text).map_err(|e| anyhow::anyhow!("line {line}: {name}: {e}"))?;
+        }
+        Ok(())
+    }
+
+    fn read_environment(&mut self, environment: impl IntoIterator<Item = (String, String)>) -> Result<()> {
+        // Sorted, so that of two mistakes always the same one is named.
+        let variables: BTreeMap<String, String> = environment.into_iter().collect();
+        for (variable, text) in &variables {
+            let Some(name) = variable.strip_prefix(PREFIX) else { continue };
+            if OTHER_VARIABLES.contains(&variable.as_str()) || is_service_link(name, text) {
+                continue;
+            }
+            let name = name.to_ascii_lowercase();
+            if !Self::fields().iter().any(|f| f.name == name) {
+                let hint = nearest(&name).map(|n| format!("; did you mean {PREFIX}{}?", n.to_ascii_uppercase()));
+                bail!("unknown environment variable {variable}{}", hint.unwrap_or_default());
+            }
+            self.set(&name, text).map_err(|e| anyhow::anyhow!("environment variable {variable}: {e}"))?;
+        }
+        Ok(())
+    }
+
+    /// What no single value shows.
+    fn check(&self) -> Result<()> {
+        ensure!(self.http.address().is_some(), "http must be an address: nothing works without it");
+        if self.insecure.0 {
+            return Ok(());
+        }
+        for (name, listen) in [("http", &self.http), ("grpc", &self.grpc), ("postgres", &self.postgres)] {
+            let Some(address) = listen.address() else { continue };
+            ensure!(
+                listen.is_loopback(),
+                "{name} = {address:?} can be reached by other machines and requests aren't authenticated; \
+                 listen on a loopback address such as 127.0.0.1, or accept that with --insecure"
+            );
+        }
+        Ok(())
+    }
+
+    /// The folder or URL of the object store.
+    pub fn object_store_url(&self) -> String {
+        if self.object_store.is_empty() {
+            self.data_dir.join("objects").display().to_string()
+        } else {
+            self.object_store.clone()
+        }
+    }
+}
+
+/// Kubernetes sets `THALWEG_SERVICE_HOST`, `THALWEG_PORT=tcp://...` and the like for a service called thalweg; those
+/// aren't mistyped settings.
+fn is_service_link(name: &str, text: &str) -> bool {
+    name.contains("SERVICE_HOST")
+        || name.contains("SERVICE_PORT")
+        || name.contains("PORT_")
+        || (name.ends_with("PORT") && text.contains("://"))
+}
+
+/// The setting whose name is closest to `name`, if any is close.
+fn nearest(name: &str) -> Option<&'static str> {
+    Config::fields()
+        .iter()
+        .map(|f| (strsim::jaro_winkler(name, f.name), f.name))
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .filter(|(similarity, _)| *similarity > 0.75)
+        .map(|(_, known)| known)
+}
+
+fn line_of(text: &str, offset: usize) -> usize {
+    text.as_bytes()[..offset.min(text.len())].iter().filter(|b| **b == b'\n').count() + 1
+}
+
+#[cfg(test)]
+mod tests;

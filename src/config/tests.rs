@@ -1,0 +1,102 @@
+//! Tests of the settings: every source, their precedence, and the messages of mistakes.
+
+use std::path::Path;
+
+use super::*;
+
+fn load(file: &str, environment: &[(&str, &str)], flags: &[(&str, &str)]) -> Result<Config> {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let path = dir.path().join("thalweg.toml");
+    std::fs::write(&path, file).expect("a file in it");
+    let environment = environment.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
+    let flags: Vec<(&str, String)> = flags.iter().map(|(k, v)| (*k, (*v).to_owned())).collect();
+    Config::load(Some(&path), environment, &flags)
+}
+
+#[test]
+fn precedence_is_flag_environment_file_default() {
+    let file = "http = \"127.0.0.1:1\"\ngrpc = \"127.0.0.1:2\"\npostgres = \"127.0.0.1:3\"\n";
+    let environment = [("THALWEG_GRPC", "127.0.0.1:12"), ("THALWEG_POSTGRES", "127.0.0.1:13")];
+    let config = load(file, &environment, &[("postgres", "off")]).expect("all of it is valid");
+    assert_eq!(config.http, Listen::at("127.0.0.1:1"));
+    assert_eq!(config.grpc, Listen::at("127.0.0.1:12"));
+    assert_eq!(config.postgres.address(), None);
+    assert_eq!(config.series_limit, Config::default().series_limit);
+}
+
+#[test]
+fn values_are_read_in_their_text_form() {
+    fn check(file: &str, expected: impl Fn(&mut Config)) {
+        let mut want = Config::default();
+        expected(&mut want);
+        assert_eq!(load(file, &[], &[]).expect(file), want, "{file}");
+    }
+    check("", |_| {});
+    check("memory_limit = \"512MiB\"", |c| c.memory_limit = Bytes(512 << 20));
+    check("memory_limit = 1000", |c| c.memory_limit = Bytes(1000));
+    check("flush_interval = \"90s\"", |c| c.flush_interval = Seconds(90.0));
+    check("flush_interval = 0.5", |c| c.flush_interval = Seconds(0.5));
+    check("query_timeout = \"250ms\"", |c| c.query_timeout = Seconds(0.25));
+    check("standard_ports = \"off\"", |c| c.standard_ports = Switch(false));
+    check("standard_ports = false", |c| c.standard_ports = Switch(false));
+    check("http = \"[::1]:7300\"", |c| c.http = Listen::at("[::1]:7300"));
+    check("insecure = true\nhttp = \"0.0.0.0:7300\"", |c| {
+        c.insecure = Switch(true);
+        c.http = Listen::at("0.0.0.0:7300");
+    });
+    check("log_format = \"json\"", |c| c.log_format = LogFormat::Json);
+}
+
+#[test]
+fn mistakes_are_named() {
+    fn check(file: &str, environment: &[(&str, &str)], expected: &str) {
+        let message = format!("{:#}", load(file, environment, &[]).expect_err(expected));
+        assert!(message.contains(expected), "{message:?} does not contain {expected:?}");
+    }
+    check("\nseries_limits = 5", &[], "line 2: unknown key \"series_limits\"; did you mean \"series_limit\"?");
+    check("qqq = 5", &[], "line 1: unknown key \"qqq\"");
+    check("http = 5", &[], "line 1: http: \"5\" is not an address");
+    check("http = [1]", &[], "line 1: http is a array");
+    check("http = \"off\"", &[], "http must be an address");
+    check("http = \"0.0.0.0:7300\"", &[], "can be reached by other machines");
+    check("http = \"example.org:7300\"", &[], "can be reached by other machines");
+    check("memory_limit = \"5 parsecs\"", &[], "allowed units are KiB, MiB, GiB, TiB");
+    check("memory_limit = \"99999999999TiB\"", &[], "more than 2^64 bytes");
+    check("query_timeout = \"-1s\"", &[], "is not a duration");
+    check("series_limit = -1", &[], "not a whole number");
+    check("insecure = 3", &[], "neither true (on) nor false (off)");
+    check("x = = 1", &[], "line 1");
+    check("", &[("THALWEG_HTPP", "x")], "unknown environment variable THALWEG_HTPP; did you mean THALWEG_HTTP?");
+    check("", &[("THALWEG_HTTP", "x")], "environment variable THALWEG_HTTP: \"x\" is not an address");
+}
+
+#[test]
+fn variables_of_the_platform_are_no_settings() {
+    let environment = [
+        ("THALWEG_SERVICE_HOST", "10.0.0.1"),
+        ("THALWEG_PORT", "tcp://10.0.0.1:7300"),
+        ("THALWEG_PORT_7300_TCP_ADDR", "10.0.0.1"),
+        ("THALWEG_CONFIG", "x"),
+        ("PATH", "/bin"),
+    ];
+    assert_eq!(load("", &environment, &[]).expect("none is a setting"), Config::default());
+}
+
+#[test]
+fn every_default_survives_its_text_form() {
+    let mut config = Config::default();
+    for (name, text) in Config::default().shown() {
+        config.set(name, &text).expect(name);
+    }
+    assert_eq!(config, Config::default());
+}
+
+#[test]
+fn the_reference_page_is_fresh() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/configuration.md");
+    let stored = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        stored == page(),
+        "docs/configuration.md is stale; run: thalweg check-config --reference > docs/configuration.md"
+    );
+}
