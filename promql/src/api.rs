@@ -14,6 +14,7 @@ mod query;
 mod reply;
 mod series;
 mod status;
+mod telemetry;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -23,6 +24,7 @@ use axum::extract::{Path, State};
 use axum::http::{Method, header};
 use axum::routing::{MethodRouter, get};
 use engine::Engine;
+use futures::future::BoxFuture;
 use tokio::sync::Semaphore;
 use tower_http::CompressionLevel;
 use tower_http::compression::CompressionLayer;
@@ -30,7 +32,8 @@ use tower_http::compression::predicate::SizeAbove;
 use tower_http::cors::{Any, CorsLayer};
 
 use self::params::Form;
-use self::reply::{Failure, Reply};
+use self::reply::{Failure, Reply, error_type};
+use self::telemetry::Metrics;
 use crate::error::Result;
 use crate::options::Features;
 
@@ -61,6 +64,7 @@ impl Default for ApiOptions {
 struct Api {
     engine: Engine,
     options: ApiOptions,
+    metrics: Metrics,
     /// One for each query that may run.
     slots: Semaphore,
     /// Milliseconds since the epoch.
@@ -70,27 +74,33 @@ struct Api {
 /// The API's endpoints.
 pub fn routes(engine: Engine, options: ApiOptions) -> Router {
     let slots = Semaphore::new(options.concurrency_max.clamp(1, Semaphore::MAX_PERMITS));
+    let metrics = Metrics::new(engine.telemetry());
     let started_ms = engine.now_ms();
-    let api = Arc::new(Api { engine, options, slots, started_ms });
+    let api = Arc::new(Api { engine, options, metrics, slots, started_ms });
     let values = |State(api): State<Arc<Api>>, Path(name): Path<String>, form: Form| async move {
-        answer(series::label_values(&api, &name, &form)).await
+        answer(&api, "label_values", series::label_values(&api, &name, &form)).await
     };
-    Router::new()
-        .route("/api/v1/query", both(|api, form| async move { query::instant(&api, &form).await }))
-        .route("/api/v1/query_range", both(|api, form| async move { query::range(&api, &form).await }))
-        .route("/api/v1/query_exemplars", both(|api, form| async move { exemplars::query(&api, &form).await }))
-        .route("/api/v1/format_query", both(|_, form| async move { query::format(&form).await }))
-        .route("/api/v1/series", both(|api, form| async move { series::series(&api, &form).await }))
-        .route("/api/v1/labels", both(|api, form| async move { series::label_names(&api, &form).await }))
-        .route("/api/v1/label/{name}/values", get(values))
-        .route("/api/v1/metadata", only_get(|api, form| async move { status::metadata(&api, &form).await }))
-        .route("/api/v1/rules", only_get(|_, _| status::rules()))
-        .route("/api/v1/alerts", only_get(|_, _| status::alerts()))
-        .route("/api/v1/targets", only_get(|_, _| status::targets()))
-        .route("/api/v1/status/buildinfo", only_get(|_, _| status::build_info()))
-        .route("/api/v1/status/runtimeinfo", only_get(|api, _| async move { status::runtime_info(&api).await }))
-        .route("/api/v1/status/flags", only_get(|api, _| async move { status::flags(&api).await }))
-        .route("/api/v1/status/tsdb", only_get(|api, form| async move { status::tsdb(&api, &form).await }))
+    let endpoints = [
+        ("query", both("query", |api, form| async move { query::instant(&api, &form).await })),
+        ("query_range", both("query_range", |api, form| async move { query::range(&api, &form).await })),
+        ("query_exemplars", both("query_exemplars", |api, form| async move { exemplars::query(&api, &form).await })),
+        ("format_query", both("format_query", |_, form| async move { query::format(&form).await })),
+        ("series", both("series", |api, form| async move { series::series(&api, &form).await })),
+        ("labels", both("labels", |api, form| async move { series::label_names(&api, &form).await })),
+        ("label/{name}/values", get(values)),
+        ("metadata", only_get("metadata", |api, form| async move { status::metadata(&api, &form).await })),
+        ("rules", only_get("rules", |_, _| status::rules())),
+        ("alerts", only_get("alerts", |_, _| status::alerts())),
+        ("targets", only_get("targets", |_, _| status::targets())),
+        ("status/buildinfo", only_get("buildinfo", |_, _| status::build_info())),
+        ("status/runtimeinfo", only_get("runtimeinfo", |api, _| async move { status::runtime_info(&api).await })),
+        ("status/flags", only_get("flags", |api, _| async move { status::flags(&api).await })),
+        ("status/tsdb", only_get("tsdb", |api, form| async move { status::tsdb(&api, &form).await })),
+    ];
+    let router = endpoints
+        .into_iter()
+        .fold(Router::new(), |router, (path, endpoint)| router.route(&format!("/api/v1/{path}"), endpoint));
+    router
         .with_state(api)
         .layer(
             CompressionLayer::new()
@@ -110,25 +120,41 @@ fn cors() -> CorsLayer {
         .expose_headers([header::DATE])
 }
 
-/// An endpoint for GET and for POST with a form.
-fn both<F, Fut>(endpoint: F) -> MethodRouter<Arc<Api>>
+/// An endpoint for GET and for POST with a form; `name` is what self-metrics call it.
+fn both<F, Fut>(name: &'static str, endpoint: F) -> MethodRouter<Arc<Api>>
 where
     F: Fn(Arc<Api>, Form) -> Fut + Clone + Send + Sync + 'static,
     Fut: Future<Output = Result<Reply>> + Send + 'static,
 {
-    let also = endpoint.clone();
-    only_get(endpoint).post(move |State(api): State<Arc<Api>>, form: Form| answer(also(api, form)))
+    only_get(name, endpoint.clone()).post(handler(name, endpoint))
 }
 
 /// An endpoint for GET.
-fn only_get<F, Fut>(endpoint: F) -> MethodRouter<Arc<Api>>
+fn only_get<F, Fut>(name: &'static str, endpoint: F) -> MethodRouter<Arc<Api>>
 where
     F: Fn(Arc<Api>, Form) -> Fut + Clone + Send + Sync + 'static,
     Fut: Future<Output = Result<Reply>> + Send + 'static,
 {
-    get(move |State(api): State<Arc<Api>>, form: Form| answer(endpoint(api, form)))
+    get(handler(name, endpoint))
 }
 
-async fn answer(endpoint: impl Future<Output = Result<Reply>>) -> Result<Reply, Failure> {
-    endpoint.await.map_err(Failure)
+fn handler<F, Fut>(
+    name: &'static str,
+    endpoint: F,
+) -> impl Fn(State<Arc<Api>>, Form) -> BoxFuture<'static, Result<Reply, Failure>> + Clone + Send + Sync + 'static
+where
+    F: Fn(Arc<Api>, Form) -> Fut + Clone + Send + Sync + 'static,
+    Fut: Future<Output = Result<Reply>> + Send + 'static,
+{
+    move |State(api), form| {
+        let work = endpoint(api.clone(), form);
+        Box::pin(async move { answer(&api, name, work).await })
+    }
+}
+
+async fn answer(api: &Api, name: &'static str, work: impl Future<Output = Result<Reply>>) -> Result<Reply, Failure> {
+    let underway = api.metrics.begin(name);
+    let result = work.await;
+    underway.end(result.as_ref().map_or_else(|e| error_type(e.kind).0, |_| "success"));
+    result.map_err(Failure)
 }
