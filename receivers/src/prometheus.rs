@@ -1,0 +1,450 @@
+//! Prometheus remote write, versions 1.0 and 2.0.
+//!
+//! [`decode_v1`] and [`decode_v2`] walk a request's protobuf bytes once. For each series they hash the bytes that hold
+//! its labels; if these were met before, no label is decoded at all, and only times and values are read. Rows go to
+//! columns that become Arrow arrays without a copy.
+//!
+//! What always holds: a request that is not protobuf is refused whole; otherwise each series is accepted or refused on
+//! its own, refused ones are named with the field and the reason, and nothing of them is registered or stored. Values
+//! keep their bits. [`routes`] mounts both versions at `/api/v1/write`.
+
+mod histogram;
+mod http;
+mod rows;
+mod v1;
+mod v2;
+
+#[cfg(test)]
+mod tests;
+
+use std::fmt::Write as _;
+
+use catalog::tag::METRIC_NAME;
+use catalog::{Encoder, Error, ErrorKind, Result};
+use engine::Write;
+
+pub use http::routes;
+pub use rows::Mark as Counts;
+pub use v1::decode_v1;
+pub use v2::decode_v2;
+
+use histogram::Histogram;
+use rows::Rows;
+
+/// Most series of a request.
+const SERIES_MAX: usize = 250_000;
+/// Most labels of a series.
+const LABELS_MAX: usize = 256;
+/// Most bytes of a label name.
+const NAME_BYTES_MAX: usize = 1024;
+/// Most bytes of a label value.
+const VALUE_BYTES_MAX: usize = 16 << 10;
+/// Most bytes of all labels of an exemplar.
+const EXEMPLAR_BYTES_MAX: usize = 1024;
+/// Most metadata entries of a request.
+const METADATA_MAX: usize = 50_000;
+/// Most bytes of a help text or a unit.
+const HELP_BYTES_MAX: usize = 16 << 10;
+/// Rejections that are kept with their text; all are counted.
+const REJECTIONS_KEPT: usize = 10;
+/// Most bytes of a series in a message.
+const SERIES_TEXT_MAX: usize = 256;
+/// The year 1 in milliseconds since the epoch: dates before have no text form in SQL or PromQL.
+const TS_MIN: i64 = -62_135_596_800_000;
+
+/// The time frame of a request.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Now, milliseconds since the epoch.
+    pub now_ms: i64,
+    /// Rows further ahead of now than this many milliseconds are refused.
+    pub future_max_ms: i64,
+}
+
+/// Why something was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Reason {
+    /// Labels are malformed, missing, repeated, too many or too long.
+    Labels,
+    /// A time is too far ahead, or before the year 1.
+    Time,
+    /// A native histogram contradicts itself.
+    Histogram,
+    /// The series is new and the series limit is reached.
+    SeriesLimit,
+    /// The code of the series belongs to another one.
+    Collision,
+    /// Metric metadata are malformed.
+    Metadata,
+    /// An exemplar is malformed. It is left out, and the request is not refused for it, as Prometheus does.
+    Exemplar,
+}
+
+impl Reason {
+    /// All reasons.
+    pub const ALL: [Self; 7] =
+        [Self::Labels, Self::Time, Self::Histogram, Self::SeriesLimit, Self::Collision, Self::Metadata, Self::Exemplar];
+
+    /// The reason's name in self-metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Labels => "labels",
+            Self::Time => "time",
+            Self::Histogram => "histogram",
+            Self::SeriesLimit => "series_limit",
+            Self::Collision => "collision",
+            Self::Metadata => "metadata",
+            Self::Exemplar => "exemplar",
+        }
+    }
+}
+
+/// Something that was refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rejection {
+    /// The series as PromQL writes it, cut after 256 bytes.
+    pub series: String,
+    /// The field of the series that is at fault.
+    pub field: &'static str,
+    /// The kind of fault.
+    pub reason: Reason,
+    /// What is wrong.
+    pub message: String,
+}
+
+impl std::fmt::Display for Rejection {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "series {}: {}: {}", self.series, self.field, self.message)
+    }
+}
+
+/// What was refused of a request.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Rejected {
+    /// The first ones.
+    pub first: Vec<Rejection>,
+    /// How many, by the position of the reason in [`Reason::ALL`].
+    by_reason: [u64; Reason::ALL.len()],
+}
+
+impl Rejected {
+    /// Refusals for this reason. Each sample, histogram or exemplar out of time counts one; a series refused for its
+    /// labels or at the series limit counts one.
+    pub fn count(&self, reason: Reason) -> u64 {
+        self.by_reason[reason as usize]
+    }
+
+    /// Refusals for which the request is answered with an error.
+    pub fn errors(&self) -> u64 {
+        self.by_reason.iter().sum::<u64>() - self.count(Reason::Exemplar)
+    }
+
+    #[cold]
+    fn add(&mut self, reason: Reason, field: &'static str, series: impl FnOnce() -> String, message: String) {
+        self.by_reason[reason as usize] += 1;
+        // A tolerated exemplar must not push out what the answer is about.
+        if reason != Reason::Exemplar && self.first.len() < REJECTIONS_KEPT {
+            self.first.push(Rejection { series: series(), field, reason, message });
+        }
+    }
+}
+
+/// A decoded request.
+#[derive(Debug)]
+pub struct Decoded {
+    /// What is good.
+    pub write: Write,
+    /// What was refused and why.
+    pub rejected: Rejected,
+    /// Samples, histograms and exemplars in `write`.
+    pub counts: Counts,
+}
+
+/// What both versions share while a request is decoded.
+struct Request<'r> {
+    encoder: Encoder<'r>,
+    rows: Rows,
+    rejected: Rejected,
+    metadata: Vec<engine::MetricMetadata>,
+    histogram: Histogram,
+    json: String,
+    series: usize,
+    limits: Limits,
+    /// Rows after this are refused, milliseconds since the epoch.
+    ts_max: i64,
+}
+
+impl<'r> Request<'r> {
+    fn new(encoder: Encoder<'r>, limits: Limits, series: usize) -> Self {
+        Self {
+            encoder,
+            rows: Rows::with_capacity(series),
+            rejected: Rejected::default(),
+            metadata: Vec::new(),
+            histogram: Histogram::default(),
+            json: String::new(),
+            series: 0,
+            limits,
+            ts_max: limits.now_ms.saturating_add(limits.future_max_ms),
+        }
+    }
+
+    /// Begins a series.
+    fn begin(&mut self) -> Result<()> {
+        self.series += 1;
+        if self.series > SERIES_MAX {
+            return Err(Error::limit_exceeded(format!(
+                "request holds more than {SERIES_MAX} series; send less at a time"
+            )));
+        }
+        self.rows.begin();
+        Ok(())
+    }
+
+    /// True when rows of this time are accepted.
+    fn in_time(&self, ts: i64) -> bool {
+        (TS_MIN..=self.ts_max).contains(&ts)
+    }
+
+    #[cold]
+    fn out_of_time(&mut self, field: &'static str, ts: i64, series: impl FnOnce() -> String) {
+        let message = if ts < TS_MIN {
+            format!("time {ts} ms lies before the year 1, the earliest that can be stored")
+        } else {
+            let ahead = ts.saturating_sub(self.limits.now_ms);
+            format!(
+                "time {ts} ms is {ahead} ms ahead of the server's clock; limits.future_max allows {} ms",
+                self.limits.future_max_ms
+            )
+        };
+        self.rejected.add(Reason::Time, field, series, message);
+    }
+
+    /// Decides on the rows of a series whose wire form is not known, given its decoded labels. False when it is refused.
+    #[cold]
+    fn resolve(&mut self, labels: &mut [(&str, &str)], wire: Option<u128>) -> bool {
+        if let Err(message) = check_labels(labels) {
+            self.refuse(Reason::Labels, "labels", || series_text(labels), message);
+            return false;
+        }
+        // Without rows there is nothing to register.
+        if self.rows.pending().is_empty() {
+            return true;
+        }
+        match self.encoder.tags(labels, wire) {
+            Ok(series) => {
+                self.rows.commit(series);
+                true
+            }
+            Err(e) => {
+                let reason = match e.kind() {
+                    ErrorKind::LimitExceeded => Reason::SeriesLimit,
+                    ErrorKind::Invalid => Reason::Labels,
+                    _ => Reason::Collision,
+                };
+                self.refuse(reason, "labels", || series_text(labels), e.message().to_owned());
+                false
+            }
+        }
+    }
+
+    /// Refuses the series that was begun last.
+    #[cold]
+    fn refuse(&mut self, reason: Reason, field: &'static str, series: impl FnOnce() -> String, message: String) {
+        self.rows.abort();
+        self.rejected.add(reason, field, series, message);
+    }
+
+    /// Appends an exemplar whose labels are in any order.
+    fn exemplar(
+        &mut self,
+        ts: i64,
+        value: f64,
+        labels: &mut [(&str, &str)],
+        series: impl FnOnce() -> String,
+    ) -> Result<()> {
+        // Zero means that the sender gave no time.
+        let ts = if ts != 0 { ts } else { self.rows.latest().unwrap_or(self.limits.now_ms) };
+        if !self.in_time(ts) {
+            self.rejected.add(Reason::Exemplar, "exemplars", series, format!("time {ts} ms is out of range"));
+            return Ok(());
+        }
+        if let Err(message) = exemplar_labels(labels, &mut self.json) {
+            self.rejected.add(Reason::Exemplar, "exemplars", series, message);
+            return Ok(());
+        }
+        self.rows.exemplar(ts, value, &self.json)
+    }
+
+    /// Appends a metadata entry, unless the request held an equal one.
+    fn metadata(&mut self, metric: &str, kind: u64, help: &str, unit: &str) -> Result<()> {
+        let refused = if metric.is_empty() {
+            Some("metric name is empty".to_owned())
+        } else if metric.len() > NAME_BYTES_MAX {
+            Some(format!("metric name has {} bytes; {NAME_BYTES_MAX} are allowed", metric.len()))
+        } else if help.len() > HELP_BYTES_MAX || unit.len() > HELP_BYTES_MAX {
+            Some(format!("help or unit has {} bytes; {HELP_BYTES_MAX} are allowed", help.len().max(unit.len())))
+        } else {
+            None
+        };
+        if let Some(message) = refused {
+            self.rejected.add(Reason::Metadata, "metadata", || cut(metric), message);
+            return Ok(());
+        }
+        if self.metadata.len() >= METADATA_MAX {
+            return Err(Error::limit_exceeded(format!(
+                "request holds more than {METADATA_MAX} metadata entries; send less at a time"
+            )));
+        }
+        self.metadata.push(engine::MetricMetadata {
+            metric: metric.to_owned(),
+            kind: kind_name(kind).to_owned(),
+            help: help.to_owned(),
+            unit: unit.to_owned(),
+        });
+        Ok(())
+    }
+
+    fn finish(self) -> Result<Decoded> {
+        let counts = self.rows.len();
+        let write = Write { tags: self.encoder.finish(), batches: self.rows.finish()?, metadata: self.metadata };
+        Ok(Decoded { write, rejected: self.rejected, counts })
+    }
+}
+
+fn kind_name(kind: u64) -> &'static str {
+    match kind {
+        1 => "counter",
+        2 => "gauge",
+        3 => "histogram",
+        4 => "gaugehistogram",
+        5 => "summary",
+        6 => "info",
+        7 => "stateset",
+        _ => "unknown",
+    }
+}
+
+/// Checks decoded labels; the error says what is wrong. Order and uniqueness are checked when the set is built, for
+/// sets without rows here.
+fn check_labels(labels: &mut [(&str, &str)]) -> Result<(), String> {
+    if labels.len() > LABELS_MAX {
+        return Err(format!("series has over {LABELS_MAX} labels; {LABELS_MAX} are allowed"));
+    }
+    if !labels.is_sorted_by(|a, b| a.0 < b.0) {
+        labels.sort_by(|a, b| a.0.cmp(b.0));
+        if let Some(w) = labels.windows(2).find(|w| w[0].0 == w[1].0) {
+            return Err(format!("label name {:?} occurs twice; names must be unique", cut(w[0].0)));
+        }
+    }
+    let mut metric = false;
+    for (name, value) in labels.iter() {
+        if name.is_empty() {
+            return Err("a label name is empty; names must have at least one character".to_owned());
+        }
+        if name.len() > NAME_BYTES_MAX {
+            return Err(format!("label name {:?} has {} bytes; {NAME_BYTES_MAX} are allowed", cut(name), name.len()));
+        }
+        if value.len() > VALUE_BYTES_MAX {
+            return Err(format!("value of label {name:?} has {} bytes; {VALUE_BYTES_MAX} are allowed", value.len()));
+        }
+        metric |= *name == METRIC_NAME && !value.is_empty();
+    }
+    if metric { Ok(()) } else { Err(format!("label {METRIC_NAME:?} is missing or empty; it must name the metric")) }
+}
+
+/// Writes an exemplar's labels as a JSON object with sorted keys.
+fn exemplar_labels(labels: &mut [(&str, &str)], out: &mut String) -> Result<(), String> {
+    out.clear();
+    labels.sort_by(|a, b| a.0.cmp(b.0));
+    if let Some(w) = labels.windows(2).find(|w| w[0].0 == w[1].0) {
+        return Err(format!("label name {:?} occurs twice", cut(w[0].0)));
+    }
+    let bytes: usize = labels.iter().map(|(k, v)| k.len() + v.len()).sum();
+    if bytes > EXEMPLAR_BYTES_MAX {
+        return Err(format!("labels have {bytes} bytes; {EXEMPLAR_BYTES_MAX} are allowed"));
+    }
+    out.push('{');
+    for (i, (name, value)) in labels.iter().enumerate() {
+        if name.is_empty() {
+            return Err("a label name is empty".to_owned());
+        }
+        if i > 0 {
+            out.push(',');
+        }
+        json_text(name, out);
+        out.push(':');
+        json_text(value, out);
+    }
+    out.push('}');
+    Ok(())
+}
+
+fn json_text(text: &str, out: &mut String) {
+    out.push('"');
+    for c in text.chars() {
+        match c {
+            '"' => out.push_str("\\\""),
+            '\\' => out.push_str("\\\\"),
+            // Writing into a String does not fail.
+            c if c < ' ' => drop(write!(out, "\\u{:04x}", c as u32)),
+            c => out.push(c),
+        }
+    }
+    out.push('"');
+}
+
+/// A label as it came, not known to be UTF-8.
+type RawLabel<'a> = (&'a [u8], &'a [u8]);
+
+/// Keeps a label, unless there are too many already: one too many is enough to see that, and memory stays bounded.
+fn keep<'a>(labels: &mut Vec<RawLabel<'a>>, label: RawLabel<'a>) {
+    if labels.len() <= LABELS_MAX {
+        labels.push(label);
+    }
+}
+
+/// Labels as text; the error says which is none.
+fn utf8<'a>(raw: &[RawLabel<'a>]) -> Result<Vec<(&'a str, &'a str)>, String> {
+    raw.iter()
+        .map(|(name, value)| {
+            let name = std::str::from_utf8(name)
+                .map_err(|e| format!("label name {:?} is not UTF-8: {e}", cut(&String::from_utf8_lossy(name))))?;
+            let value =
+                std::str::from_utf8(value).map_err(|e| format!("value of label {:?} is not UTF-8: {e}", cut(name)))?;
+            Ok((name, value))
+        })
+        .collect()
+}
+
+/// A series as PromQL writes it, from labels that need not be UTF-8.
+fn lossy_text(raw: &[RawLabel<'_>]) -> String {
+    let owned: Vec<_> = raw.iter().map(|(k, v)| (String::from_utf8_lossy(k), String::from_utf8_lossy(v))).collect();
+    let labels: Vec<_> = owned.iter().map(|(k, v)| (&**k, &**v)).collect();
+    series_text(&labels)
+}
+
+/// A series as PromQL writes it.
+fn series_text(labels: &[(&str, &str)]) -> String {
+    let mut out = String::from("{");
+    for (i, (name, value)) in labels.iter().enumerate() {
+        if i > 0 {
+            out.push_str(", ");
+        }
+        // Writing into a String does not fail.
+        let _ = write!(out, "{}={:?}", cut(name), cut(value));
+        if out.len() > SERIES_TEXT_MAX {
+            return cut(&out);
+        }
+    }
+    out.push('}');
+    out
+}
+
+/// A text, cut after [`SERIES_TEXT_MAX`] bytes.
+fn cut(text: &str) -> String {
+    if text.len() <= SERIES_TEXT_MAX {
+        return text.to_owned();
+    }
+    format!("{}...", &text[..text.floor_char_boundary(SERIES_TEXT_MAX)])
+}

@@ -1,0 +1,205 @@
+//! `prometheus.WriteRequest`, the message of remote write 1.0.
+
+use catalog::{Encoder, Result};
+
+use super::{Decoded, Limits, RawLabel, Reason, Request, keep, lossy_text, utf8};
+use crate::wire::{self, Cursor, fixed64_key, len_key, varint_key};
+
+/// The wire forms of this version in the encoder.
+const DOMAIN: u8 = 1;
+/// The last field of a 1.0 histogram.
+const HISTOGRAM_FIELDS: u32 = 16;
+
+/// Bytes of a usual series, for the room to make at first.
+const SERIES_BYTES: usize = 200;
+
+const LABEL: u32 = len_key(1);
+
+/// Decodes an uncompressed request of remote write 1.0.
+///
+/// # Errors
+/// `Invalid` when the bytes are not protobuf; `LimitExceeded` when the request holds too much.
+pub fn decode_v1(body: &[u8], encoder: Encoder<'_>, limits: Limits) -> Result<Decoded> {
+    const TIMESERIES: u32 = len_key(1);
+    const METADATA: u32 = len_key(3);
+    let mut request = Request::new(encoder, limits, body.len() / SERIES_BYTES);
+    let mut c = Cursor::new(body);
+    while let Some(key) = c.key()? {
+        match key {
+            TIMESERIES => series(&mut request, c.message()?)?,
+            METADATA => metadata(&mut request, c.message()?)?,
+            key => skip_known(&mut c, key)?,
+        }
+    }
+    request.finish()
+}
+
+/// Fields 1 and 3 are known; 2 is reserved and passed over.
+fn skip_known(c: &mut Cursor<'_>, key: u32) -> wire::Result<()> {
+    if key >> 3 == 1 { c.skip(key, 1..=1) } else { c.skip(key, 3..=3) }
+}
+
+fn series(request: &mut Request<'_>, message: Cursor<'_>) -> Result<()> {
+    const SAMPLE: u32 = len_key(2);
+    const EXEMPLAR: u32 = len_key(3);
+    const HISTOGRAM: u32 = len_key(4);
+    request.begin()?;
+    let mut c = message.clone();
+    // Writers put all labels first, so their bytes are one piece that can be hashed.
+    while c.rest().first() == Some(&(LABEL as u8)) {
+        c.key()?;
+        c.bytes()?;
+    }
+    let labels = &message.rest()[..message.rest().len() - c.rest().len()];
+    let mut in_one_piece = true;
+    while let Some(key) = c.key()? {
+        match key {
+            SAMPLE => {
+                let (ts, value) = sample(c.message()?)?;
+                if request.in_time(ts) {
+                    request.rows.sample(ts, value)?;
+                } else {
+                    request.out_of_time("samples", ts, || text_of(&message));
+                }
+            }
+            EXEMPLAR => exemplar(request, c.message()?, &message)?,
+            HISTOGRAM => {
+                request.histogram.read(c.message()?, HISTOGRAM_FIELDS)?;
+                let ts = request.histogram.ts;
+                if !request.in_time(ts) {
+                    request.out_of_time("histograms", ts, || text_of(&message));
+                } else if let Err(what) = request.histogram.check() {
+                    let what = format!("histogram at {ts} ms {what}");
+                    request.rejected.add(Reason::Histogram, "histograms", || text_of(&message), what);
+                } else {
+                    request.rows.histogram(&request.histogram)?;
+                }
+            }
+            LABEL => {
+                c.bytes()?;
+                in_one_piece = false;
+            }
+            key => c.skip(key, 1..=4)?,
+        }
+    }
+    let mut wire = None;
+    if in_one_piece {
+        let (known, hash) = request.encoder.wire(DOMAIN, labels);
+        if let Some(series) = known {
+            request.rows.commit(series);
+            return Ok(());
+        }
+        wire = Some(hash);
+    }
+    unknown(request, &message, wire)
+}
+
+/// A series whose labels were not met in this form.
+#[cold]
+fn unknown(request: &mut Request<'_>, message: &Cursor<'_>, wire: Option<u128>) -> Result<()> {
+    let raw = raw_labels(message.clone())?;
+    match utf8(&raw) {
+        Ok(mut labels) => {
+            request.resolve(&mut labels, wire);
+        }
+        Err(what) => request.refuse(Reason::Labels, "labels", || lossy_text(&raw), what),
+    }
+    Ok(())
+}
+
+fn sample(mut c: Cursor<'_>) -> wire::Result<(i64, f64)> {
+    const VALUE: u32 = fixed64_key(1);
+    const TS: u32 = varint_key(2);
+    let (mut ts, mut value) = (0, 0.0);
+    while let Some(key) = c.key()? {
+        match key {
+            VALUE => value = c.double()?,
+            TS => ts = c.varint()? as i64,
+            key => c.skip(key, 1..=2)?,
+        }
+    }
+    Ok((ts, value))
+}
+
+fn exemplar(request: &mut Request<'_>, message: Cursor<'_>, series: &Cursor<'_>) -> Result<()> {
+    const VALUE: u32 = fixed64_key(2);
+    const TS: u32 = varint_key(3);
+    let (mut ts, mut value) = (0, 0.0);
+    let mut raw = Vec::new();
+    let mut c = message;
+    while let Some(key) = c.key()? {
+        match key {
+            LABEL => keep(&mut raw, label(c.message()?)?),
+            VALUE => value = c.double()?,
+            TS => ts = c.varint()? as i64,
+            key => c.skip(key, 1..=3)?,
+        }
+    }
+    match utf8(&raw) {
+        Ok(mut labels) => request.exemplar(ts, value, &mut labels, || text_of(series)),
+        Err(what) => {
+            request.rejected.add(Reason::Exemplar, "exemplars", || text_of(series), what);
+            Ok(())
+        }
+    }
+}
+
+fn metadata(request: &mut Request<'_>, mut c: Cursor<'_>) -> Result<()> {
+    const KIND: u32 = varint_key(1);
+    const METRIC: u32 = len_key(2);
+    const HELP: u32 = len_key(4);
+    const UNIT: u32 = len_key(5);
+    let mut kind = 0;
+    let (mut metric, mut help, mut unit): (&[u8], &[u8], &[u8]) = (&[], &[], &[]);
+    while let Some(key) = c.key()? {
+        match key {
+            KIND => kind = c.varint()?,
+            METRIC => metric = c.bytes()?,
+            HELP => help = c.bytes()?,
+            UNIT => unit = c.bytes()?,
+            // Field 3 was never given out.
+            key if key >> 3 == 3 => c.skip(key, 1..=2)?,
+            key => c.skip(key, 1..=5)?,
+        }
+    }
+    match (std::str::from_utf8(metric), std::str::from_utf8(help), std::str::from_utf8(unit)) {
+        (Ok(metric), Ok(help), Ok(unit)) => request.metadata(metric, kind, help, unit),
+        _ => {
+            let name = || super::cut(&String::from_utf8_lossy(metric));
+            request.rejected.add(Reason::Metadata, "metadata", name, "metric, help or unit is not UTF-8".to_owned());
+            Ok(())
+        }
+    }
+}
+
+fn label<'a>(mut c: Cursor<'a>) -> wire::Result<RawLabel<'a>> {
+    const NAME: u32 = len_key(1);
+    const VALUE: u32 = len_key(2);
+    let (mut name, mut value): RawLabel<'a> = (&[], &[]);
+    while let Some(key) = c.key()? {
+        match key {
+            NAME => name = c.bytes()?,
+            VALUE => value = c.bytes()?,
+            key => c.skip(key, 1..=2)?,
+        }
+    }
+    Ok((name, value))
+}
+
+/// The labels of a series, wherever they are in its message.
+fn raw_labels<'a>(mut series: Cursor<'a>) -> wire::Result<Vec<RawLabel<'a>>> {
+    let mut labels = Vec::new();
+    while let Some(key) = series.key()? {
+        if key == LABEL {
+            keep(&mut labels, label(series.message()?)?);
+        } else {
+            series.skip(key, 1..=1)?;
+        }
+    }
+    Ok(labels)
+}
+
+/// The series for a message about it.
+fn text_of(series: &Cursor<'_>) -> String {
+    raw_labels(series.clone()).map_or_else(|e| e.to_string(), |raw| lossy_text(&raw))
+}

@@ -1,0 +1,340 @@
+//! `io.prometheus.write.v2.Request`, the message of remote write 2.0.
+//!
+//! Texts are in a symbol table and series hold references into it, so equal series differ in bytes between requests. Each
+//! symbol is hashed once per request; the hashes of a series' symbols, one after another, are what the encoder knows the
+//! series by.
+
+use std::collections::HashSet;
+
+use catalog::tag::METRIC_NAME;
+use catalog::{Encoder, Error, Result, TagHasher};
+
+use super::{Decoded, LABELS_MAX, Limits, RawLabel, Reason, Request, cut, keep, lossy_text, utf8};
+use crate::wire::{self, Cursor, fixed64_key, len_key, varint_key};
+
+/// The wire forms of this version in the encoder.
+const DOMAIN: u8 = 2;
+/// The hashes of symbols; apart from what [`DOMAIN`] hashes.
+const SYMBOL_DOMAIN: u8 = 3;
+/// The last field of a 2.0 histogram.
+const HISTOGRAM_FIELDS: u32 = 17;
+/// Most symbols of a request. A symbol can take two bytes of a body and takes 32 here.
+const SYMBOLS_MAX: usize = 1_000_000;
+
+const SYMBOL: u32 = len_key(4);
+const TIMESERIES: u32 = len_key(5);
+const REFS: u32 = len_key(1);
+const REF: u32 = varint_key(1);
+
+#[derive(Clone, Copy)]
+struct Symbol<'a> {
+    text: &'a [u8],
+    hash: u128,
+}
+
+/// What the series of a request share.
+struct Symbols<'a> {
+    table: Vec<Symbol<'a>>,
+    /// References of the series at hand.
+    refs: Vec<u32>,
+    /// Hashes of their symbols.
+    hashes: Vec<u8>,
+    /// Metadata met so far: metric, kind, help and unit.
+    described: HashSet<(u32, u64, u32, u32)>,
+}
+
+/// Decodes an uncompressed request of remote write 2.0.
+///
+/// # Errors
+/// `Invalid` when the bytes are not protobuf or the symbol table does not begin with an empty text; `LimitExceeded` when
+/// the request holds too much.
+pub fn decode_v2(body: &[u8], encoder: Encoder<'_>, limits: Limits) -> Result<Decoded> {
+    let (table, series_count) = symbols(body, encoder.hasher())?;
+    let empty_request = table.is_empty() && series_count == 0;
+    if !empty_request && table.first().is_none_or(|s| !s.text.is_empty()) {
+        return Err(Error::invalid("symbols: the first symbol must be the empty text"));
+    }
+    let mut symbols = Symbols { table, refs: Vec::new(), hashes: Vec::new(), described: HashSet::new() };
+    let mut request = Request::new(encoder, limits, series_count);
+    let mut c = Cursor::new(body);
+    while let Some(key) = c.key()? {
+        match key {
+            TIMESERIES => series(&mut request, &mut symbols, c.message()?)?,
+            SYMBOL => drop(c.bytes()?),
+            key => c.skip(key, 4..=5)?,
+        }
+    }
+    request.finish()
+}
+
+/// The symbol table and the number of series.
+fn symbols<'a>(body: &'a [u8], hasher: &TagHasher) -> Result<(Vec<Symbol<'a>>, usize)> {
+    let mut table = Vec::new();
+    let mut series = 0;
+    let mut c = Cursor::new(body);
+    while let Some(key) = c.key()? {
+        match key {
+            SYMBOL => {
+                let text = c.bytes()?;
+                if table.len() >= SYMBOLS_MAX {
+                    return Err(Error::limit_exceeded(format!(
+                        "request holds more than {SYMBOLS_MAX} symbols; send less at a time"
+                    )));
+                }
+                table.push(Symbol { text, hash: hasher.wire(SYMBOL_DOMAIN, text) });
+            }
+            TIMESERIES => {
+                c.bytes()?;
+                series += 1;
+            }
+            key => c.skip(key, 4..=5)?,
+        }
+    }
+    Ok((table, series))
+}
+
+impl<'a> Symbols<'a> {
+    fn text(&self, r: u32) -> Option<&'a [u8]> {
+        self.table.get(r as usize).map(|s| s.text)
+    }
+
+    /// Fills `hashes` from `refs`; the error says which is wrong.
+    fn hash(&mut self) -> Result<(), String> {
+        self.hashes.clear();
+        if self.refs.len() > 2 * LABELS_MAX {
+            return Err(format!("series has over {LABELS_MAX} labels; {LABELS_MAX} are allowed"));
+        }
+        if !self.refs.len().is_multiple_of(2) {
+            return Err(format!("{} references are an odd number; names and values come in pairs", self.refs.len()));
+        }
+        for r in &self.refs {
+            let Some(symbol) = self.table.get(*r as usize) else {
+                return Err(format!("reference {r} is beyond the {} symbols", self.table.len()));
+            };
+            self.hashes.extend_from_slice(&symbol.hash.to_le_bytes());
+        }
+        Ok(())
+    }
+
+    /// The labels that references name; those out of range as text that says so.
+    fn labels(&self, refs: &[u32]) -> Vec<RawLabel<'a>> {
+        let text = |r: u32| self.text(r).unwrap_or(b"(not in the symbol table)");
+        let mut labels = Vec::with_capacity(refs.len().div_ceil(2).min(LABELS_MAX + 1));
+        for pair in refs.chunks(2) {
+            keep(&mut labels, (text(pair[0]), pair.get(1).map_or(&b""[..], |r| text(*r))));
+        }
+        labels
+    }
+
+    fn series_text(&self) -> String {
+        lossy_text(&self.labels(&self.refs))
+    }
+}
+
+/// Metadata of a series as they came.
+#[derive(Default, Clone, Copy)]
+struct Metadata {
+    kind: u64,
+    help: u32,
+    unit: u32,
+}
+
+fn series<'a>(request: &mut Request<'_>, symbols: &mut Symbols<'a>, message: Cursor<'a>) -> Result<()> {
+    const SAMPLE: u32 = len_key(2);
+    const HISTOGRAM: u32 = len_key(3);
+    const EXEMPLAR: u32 = len_key(4);
+    const METADATA: u32 = len_key(5);
+    const CREATED: u32 = varint_key(6);
+    request.begin()?;
+    symbols.refs.clear();
+    let mut metadata = Metadata::default();
+    let mut created = 0;
+    let mut c = message.clone();
+    while let Some(key) = c.key()? {
+        match key {
+            REFS => read_refs(c.message()?, &mut symbols.refs)?,
+            REF => keep_ref(&mut symbols.refs, c.varint()?),
+            SAMPLE => {
+                let (ts, value) = sample(c.message()?)?;
+                if request.in_time(ts) {
+                    request.rows.sample(ts, value)?;
+                } else {
+                    request.out_of_time("samples", ts, || text_of(symbols, &message));
+                }
+            }
+            HISTOGRAM => {
+                request.histogram.read(c.message()?, HISTOGRAM_FIELDS)?;
+                let ts = request.histogram.ts;
+                if !request.in_time(ts) {
+                    request.out_of_time("histograms", ts, || text_of(symbols, &message));
+                } else if let Err(what) = request.histogram.check() {
+                    let what = format!("histogram at {ts} ms {what}");
+                    request.rejected.add(Reason::Histogram, "histograms", || text_of(symbols, &message), what);
+                } else {
+                    request.rows.histogram(&request.histogram)?;
+                }
+            }
+            EXEMPLAR => exemplar(request, symbols, c.message()?, &message)?,
+            METADATA => read_metadata(c.message()?, &mut metadata)?,
+            CREATED => created = c.varint()? as i64,
+            key => c.skip(key, 1..=6)?,
+        }
+    }
+    if created != 0 && request.rows.pending().histograms > 0 {
+        request.rows.default_start(created);
+    }
+    if let Err(what) = symbols.hash() {
+        request.refuse(Reason::Labels, "labels_refs", || symbols.series_text(), what);
+        return Ok(());
+    }
+    let (known, wire) = request.encoder.wire(DOMAIN, &symbols.hashes);
+    if let Some(series) = known {
+        request.rows.commit(series);
+    } else if !unknown(request, symbols, wire) {
+        return Ok(());
+    }
+    if metadata.kind != 0 || metadata.help != 0 || metadata.unit != 0 {
+        describe(request, symbols, metadata)?;
+    }
+    Ok(())
+}
+
+/// A series whose labels were not met in this form; false when it is refused.
+#[cold]
+fn unknown(request: &mut Request<'_>, symbols: &Symbols<'_>, wire: u128) -> bool {
+    let raw = symbols.labels(&symbols.refs);
+    match utf8(&raw) {
+        Ok(mut labels) => request.resolve(&mut labels, Some(wire)),
+        Err(what) => {
+            request.refuse(Reason::Labels, "labels_refs", || lossy_text(&raw), what);
+            false
+        }
+    }
+}
+
+fn read_refs(mut c: Cursor<'_>, refs: &mut Vec<u32>) -> wire::Result<()> {
+    while !c.is_empty() {
+        keep_ref(refs, c.varint()?);
+    }
+    Ok(())
+}
+
+/// Keeps a reference, unless there are too many already: a pair too many is enough to see that.
+fn keep_ref(refs: &mut Vec<u32>, r: u64) {
+    if refs.len() < 2 * LABELS_MAX + 2 {
+        refs.push(r as u32);
+    }
+}
+
+fn sample(mut c: Cursor<'_>) -> wire::Result<(i64, f64)> {
+    const VALUE: u32 = fixed64_key(1);
+    const TS: u32 = varint_key(2);
+    // When the counter began; the table of float samples has no column for it.
+    const START: u32 = varint_key(3);
+    let (mut ts, mut value) = (0, 0.0);
+    while let Some(key) = c.key()? {
+        match key {
+            VALUE => value = c.double()?,
+            TS => ts = c.varint()? as i64,
+            START => drop(c.varint()?),
+            key => c.skip(key, 1..=3)?,
+        }
+    }
+    Ok((ts, value))
+}
+
+fn exemplar(request: &mut Request<'_>, symbols: &Symbols<'_>, mut c: Cursor<'_>, series: &Cursor<'_>) -> Result<()> {
+    const VALUE: u32 = fixed64_key(2);
+    const TS: u32 = varint_key(3);
+    let (mut ts, mut value) = (0, 0.0);
+    let mut refs = Vec::new();
+    while let Some(key) = c.key()? {
+        match key {
+            REFS => read_refs(c.message()?, &mut refs)?,
+            REF => keep_ref(&mut refs, c.varint()?),
+            VALUE => value = c.double()?,
+            TS => ts = c.varint()? as i64,
+            key => c.skip(key, 1..=3)?,
+        }
+    }
+    let labels = if !refs.len().is_multiple_of(2) || refs.iter().any(|r| symbols.text(*r).is_none()) {
+        Err("references are odd in number or beyond the symbol table".to_owned())
+    } else {
+        utf8(&symbols.labels(&refs))
+    };
+    match labels {
+        Ok(mut labels) => request.exemplar(ts, value, &mut labels, || text_of(symbols, series)),
+        Err(what) => {
+            request.rejected.add(Reason::Exemplar, "exemplars", || text_of(symbols, series), what);
+            Ok(())
+        }
+    }
+}
+
+/// Reads metadata over what was there, as protobuf merges a message that occurs twice.
+fn read_metadata(mut c: Cursor<'_>, m: &mut Metadata) -> wire::Result<()> {
+    const KIND: u32 = varint_key(1);
+    const HELP: u32 = varint_key(3);
+    const UNIT: u32 = varint_key(4);
+    while let Some(key) = c.key()? {
+        match key {
+            KIND => m.kind = c.varint()?,
+            HELP => m.help = c.varint()? as u32,
+            UNIT => m.unit = c.varint()? as u32,
+            key if key >> 3 == 2 => c.skip(key, 1..=1)?,
+            key => c.skip(key, 1..=4)?,
+        }
+    }
+    Ok(())
+}
+
+/// Takes over the metadata of an accepted series, once per request and metric.
+fn describe(request: &mut Request<'_>, symbols: &mut Symbols<'_>, m: Metadata) -> Result<()> {
+    let is_name = |pair: &&[u32]| symbols.text(pair[0]) == Some(METRIC_NAME.as_bytes());
+    let Some(name) = symbols.refs.chunks_exact(2).find(is_name).map(|pair| pair[1]) else { return Ok(()) };
+    if !symbols.described.insert((name, m.kind, m.help, m.unit)) {
+        return Ok(());
+    }
+    let text = |r| symbols.text(r).and_then(|t| std::str::from_utf8(t).ok());
+    let (Some(name), Some(help), Some(unit)) = (text(name), text(m.help), text(m.unit)) else {
+        let what = "help_ref or unit_ref is beyond the symbol table or names a text that is not UTF-8";
+        request.rejected.add(Reason::Metadata, "metadata", || symbols.series_text(), what.to_owned());
+        return Ok(());
+    };
+    let family = family(name, m.kind);
+    if request.metadata.last().is_some_and(|last| last.metric == family && last.help == help && last.unit == unit) {
+        return Ok(());
+    }
+    request.metadata(family, m.kind, help, unit)
+}
+
+/// The metric family of a series: histograms and summaries are several series under one name.
+fn family(name: &str, kind: u64) -> &str {
+    let suffixes: &[&str] = match kind {
+        3 => &["_bucket", "_count", "_sum"],
+        4 => &["_bucket", "_gcount", "_gsum", "_count", "_sum"],
+        5 => &["_count", "_sum"],
+        _ => &[],
+    };
+    suffixes.iter().find_map(|s| name.strip_suffix(s)).filter(|n| !n.is_empty()).unwrap_or(name)
+}
+
+/// The series for a message about it; its references can follow what the message is about.
+fn text_of(symbols: &Symbols<'_>, series: &Cursor<'_>) -> String {
+    let mut refs = Vec::new();
+    let mut c = series.clone();
+    let mut read = || -> wire::Result<()> {
+        while let Some(key) = c.key()? {
+            match key {
+                REFS => read_refs(c.message()?, &mut refs)?,
+                REF => keep_ref(&mut refs, c.varint()?),
+                key => c.skip(key, 1..=1)?,
+            }
+        }
+        Ok(())
+    };
+    match read() {
+        Ok(()) => lossy_text(&symbols.labels(&refs)),
+        Err(e) => cut(&e.to_string()),
+    }
+}
