@@ -1,1 +1,21 @@
-//! Tests of the whole product from outside.
+//! The whole product, from outside: every module starts the real server on free ports and talks to it as a client.
+
+/// Starts, stops and kills servers; an HTTP client, a remote-write client, and other programs where they are installed.
+mod harness;
+
+/// The command line: messages of mistakes, what `serve` prints, probes, the stop.
+mod command_line;
+/// Kills the server at random moments: what was acknowledged is there exactly once, whatever else was going on.
+mod crash;
+/// DuckDB attaches the file catalog while the server runs and sees what our SQL sees.
+mod duckdb;
+/// Prometheus scrapes, writes to us, and we answer as it does.
+mod prometheus;
+/// Runs the scripts of `tests/promql`, which are in Prometheus's own test language.
+mod promql_scripts;
+/// Remote write as clients and attackers send it: statuses, headers, bodies that must be refused.
+mod remote_write;
+/// `psql` against the PostgreSQL endpoint, and the scripts of `tests/sql`.
+mod sql;
+/// Rules of the source tree that no compiler checks.
+mod tidy;

@@ -1,0 +1,242 @@
+//! `psql` against the PostgreSQL endpoint: tables, the usual SQL, cancelling, going away. And the scripts of
+//! `tests/sql/*.slt`, in the format of sqllogictest, sent the same way.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use crate::harness::programs::output;
+use crate::harness::server::signal;
+use crate::harness::{Server, now_ms, program, series, wait_for};
+
+/// A server and a `psql` for it.
+struct Psql {
+    server: Server,
+    program: PathBuf,
+}
+
+impl Psql {
+    fn new() -> Option<Self> {
+        let program = program("psql")?;
+        Some(Self { server: Server::start(), program })
+    }
+
+    fn arguments(&self) -> Vec<String> {
+        let port = self.server.postgres.port().to_string();
+        let fixed =
+            ["-X", "-At", "-v", "ON_ERROR_STOP=1", "-h", "127.0.0.1", "-U", "any", "-d", "default", "-p", &port];
+        fixed.map(str::to_owned).to_vec()
+    }
+
+    fn try_run(&self, commands: &[&str]) -> Output {
+        let mut arguments = self.arguments();
+        for command in commands {
+            arguments.extend(["-c".to_owned(), (*command).to_owned()]);
+        }
+        output(&self.program, arguments)
+    }
+
+    /// The rows that the commands print; they must succeed.
+    fn run(&self, commands: &[&str]) -> Vec<String> {
+        let output = self.try_run(commands);
+        assert!(output.status.success(), "{commands:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect()
+    }
+
+    /// The message of a command that must fail.
+    fn refused(&self, commands: &[&str]) -> String {
+        let mut verbose = vec!["\\set VERBOSITY verbose"];
+        verbose.extend(commands);
+        let output = self.try_run(&verbose);
+        assert!(!output.status.success(), "{commands:?} succeeded: {}", String::from_utf8_lossy(&output.stdout));
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    }
+
+    /// A query that runs until it is stopped.
+    fn endless(&self) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(self.arguments()).args(["-c", ENDLESS]).stdin(Stdio::null());
+        command
+    }
+
+    fn queries_running(&self) -> Option<u64> {
+        let text = self.server.client().get("/metrics").text();
+        let line = text.lines().find(|l| l.starts_with("thalweg_query_active"))?;
+        line.rsplit(' ').next()?.parse().ok()
+    }
+}
+
+/// Some 10^12 pairs of pairs.
+const ENDLESS: &str = "SELECT count(*) FROM samples a CROSS JOIN samples b CROSS JOIN samples c CROSS JOIN samples d \
+                       WHERE a.value + b.value + c.value + d.value < 0";
+
+fn fill(server: &Server) {
+    let now = now_ms() / 60_000 * 60_000 - 3_600_000;
+    let points = |first: f64| (0..60).map(|i| (now + i * 1000, first + i as f64)).collect::<Vec<_>>();
+    server.write(&[
+        series("requests_total", &[("job", "api"), ("instance", "a")], &points(0.0)),
+        series("requests_total", &[("job", "api"), ("instance", "b")], &points(100.0)),
+        series("requests_total", &[("job", "web"), ("instance", "c")], &points(1000.0)),
+        series("owner", &[("job", "api"), ("team", "red")], &[(now, 1.0)]),
+        series("owner", &[("job", "web"), ("team", "blue")], &[(now, 1.0)]),
+    ]);
+}
+
+#[test]
+fn psql_asks_everything_that_people_ask() {
+    let Some(psql) = Psql::new() else { return };
+    fill(&psql.server);
+    let check = |query: &str, expected: &[&str]| assert_eq!(psql.run(&[query]), expected, "{query}");
+    let all = || {
+        check("SELECT count(*), count(DISTINCT metric) FROM samples", &["182|2"]);
+        check("SELECT metric, count(*) FROM samples GROUP BY metric ORDER BY 1", &["owner|2", "requests_total|180"]);
+        check(
+            "SELECT instance, max(value), sum(value) FROM prometheus.requests_total GROUP BY instance ORDER BY instance",
+            &["a|59|1770", "b|159|7770", "c|1059|61770"],
+        );
+        check("SELECT instance FROM prometheus.requests_total WHERE job = 'web' LIMIT 1", &["c"]);
+        check("SELECT DISTINCT job FROM prometheus.requests_total WHERE instance ~ '^[ab]$'", &["api"]);
+        check("SELECT count(*) FROM samples WHERE tags['team'] = 'red'", &["1"]);
+        check(
+            "SELECT o.team, count(*) FROM prometheus.requests_total r JOIN prometheus.owner o ON r.job = o.job \
+             GROUP BY o.team ORDER BY o.team",
+            &["blue|60", "red|120"],
+        );
+        check(
+            "WITH last AS (SELECT instance, value, row_number() OVER (PARTITION BY instance ORDER BY ts DESC) AS n \
+             FROM prometheus.requests_total) SELECT instance, value FROM last WHERE n = 1 ORDER BY instance",
+            &["a|59", "b|159", "c|1059"],
+        );
+        check(
+            "SELECT instance, sum(delta) FROM (SELECT instance, value - lag(value) OVER (PARTITION BY instance ORDER BY ts) \
+             AS delta FROM prometheus.requests_total) AS d GROUP BY instance ORDER BY instance",
+            &["a|59", "b|59", "c|59"],
+        );
+        check(
+            "SELECT job FROM prometheus.requests_total UNION SELECT job FROM prometheus.owner ORDER BY 1",
+            &["api", "web"],
+        );
+        check(
+            "SELECT count(*) FROM prometheus.requests_total WHERE ts < now() AND ts > now() - interval '1 day'",
+            &["180"],
+        );
+        check("SELECT 1 + 1", &["2"]);
+    };
+    all();
+    psql.server.flush();
+    all();
+    psql.server.compact();
+    all();
+}
+
+#[test]
+fn psql_lists_tables_and_keeps_its_session() {
+    let Some(psql) = Psql::new() else { return };
+    fill(&psql.server);
+    let listed = psql.run(&["\\dt *.*"]).join("\n");
+    assert!(listed.contains("samples") && listed.contains("requests_total"), "{listed}");
+    let described = psql.run(&["\\d prometheus.requests_total"]).join("\n");
+    for column in ["ts|", "value|double precision", "instance|", "job|"] {
+        assert!(described.contains(column), "{column} is not in {described}");
+    }
+    for command in ["\\l", "\\dn", "\\dv", "\\d", "\\d samples"] {
+        psql.run(&[command]);
+    }
+    assert_eq!(
+        psql.run(&["SET search_path TO prometheus", "SELECT count(*) FROM owner"]).last().map(String::as_str),
+        Some("2")
+    );
+    assert_eq!(
+        psql.run(&["SET application_name = 'mine'", "SHOW application_name"]).last().map(String::as_str),
+        Some("mine")
+    );
+}
+
+#[test]
+fn psql_gets_the_codes_of_postgresql() {
+    let Some(psql) = Psql::new() else { return };
+    fill(&psql.server);
+    let check = |query: &str, code: &str| {
+        let message = psql.refused(&[query]);
+        assert!(message.contains(code), "{query}: {message}");
+    };
+    check("SELEC 1", "42601");
+    check("SELECT * FROM nothing_here", "42P01");
+    check("SELECT nothing_here FROM samples", "42703");
+    check("CREATE EXTERNAL TABLE t STORED AS CSV LOCATION '/etc/passwd'", "ERROR");
+    check("COPY samples TO '/tmp/never'", "ERROR");
+    check("INSERT INTO samples (value) VALUES (1)", "ERROR");
+    let late = psql.refused(&["SET statement_timeout = '50ms'", ENDLESS]);
+    assert!(late.contains("57014"), "{late}");
+}
+
+#[test]
+fn control_c_and_going_away_stop_a_query() {
+    let Some(psql) = Psql::new() else { return };
+    fill(&psql.server);
+    let mut child = psql.endless().stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("psql starts");
+    wait_for("the query", || (psql.queries_running() == Some(1)).then_some(()));
+    signal(child.id(), "INT");
+    let output = child.wait_with_output().expect("psql ends");
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(message.contains("cancel"), "{message}");
+    wait_for("the end of the cancelled query", || (psql.queries_running() == Some(0)).then_some(()));
+
+    child = psql.endless().stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("psql starts");
+    wait_for("the query", || (psql.queries_running() == Some(1)).then_some(()));
+    signal(child.id(), "KILL");
+    child.wait().expect("psql ends");
+    wait_for("the end of the abandoned query", || (psql.queries_running() == Some(0)).then_some(()));
+}
+
+#[test]
+fn scripts_hold() {
+    let Some(psql) = Psql::new() else { return };
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/sql");
+    let mut files: Vec<PathBuf> = std::fs::read_dir(&dir).into_iter().flatten().flatten().map(|e| e.path()).collect();
+    files.retain(|path| path.extension().is_some_and(|e| e == "slt"));
+    files.sort();
+    fill(&psql.server);
+    let mut failures = String::new();
+    for file in &files {
+        let text = std::fs::read_to_string(file).expect("a readable script");
+        for record in text.split("\n\n") {
+            if let Err(why) = record_holds(&psql, record) {
+                let _ = writeln!(failures, "{}: {why}", file.display());
+            }
+        }
+    }
+    assert!(failures.is_empty(), "records that do not hold:\n{failures}");
+}
+
+/// One record: `statement ok`, `statement error [TEXT]` or `query TYPES [rowsort]` with rows below `----`.
+fn record_holds(psql: &Psql, record: &str) -> Result<(), String> {
+    let lines: Vec<&str> = record.lines().filter(|l| !l.starts_with('#')).collect();
+    let begin = lines.iter().position(|l| !l.trim().is_empty());
+    let Some((head, body)) = begin.and_then(|b| lines[b..].split_first()) else { return Ok(()) };
+    let separator = body.iter().position(|l| *l == "----");
+    let query = body[..separator.unwrap_or(body.len())].join("\n");
+    let output = psql.try_run(&[&query]);
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    if let Some(text) = head.strip_prefix("statement error") {
+        let right = !output.status.success() && stderr.contains(text.trim());
+        return if right { Ok(()) } else { Err(format!("{query}\nexpected an error with {text:?}, got {stderr:?}")) };
+    }
+    if !output.status.success() {
+        return Err(format!("{query}\n{stderr}"));
+    }
+    if !head.starts_with("query") {
+        return Ok(());
+    }
+    let rows = |lines: &mut dyn Iterator<Item = String>| {
+        let mut rows: Vec<String> = lines.filter(|l| !l.is_empty()).collect();
+        if head.contains("rowsort") {
+            rows.sort();
+        }
+        rows
+    };
+    let stdout = String::from_utf8_lossy(&output.stdout).replace('|', " ");
+    let seen = rows(&mut stdout.lines().map(|l| l.trim_end().to_owned()));
+    let want = rows(&mut body[separator.map_or(body.len(), |s| s + 1)..].iter().map(|l| l.trim_end().to_owned()));
+    if seen == want { Ok(()) } else { Err(format!("{query}\nexpected {want:#?}\ngot {seen:#?}")) }
+}
