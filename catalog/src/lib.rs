@@ -5,6 +5,7 @@
 //! ingest protocol and no DataFusion.
 
 pub mod clock;
+pub mod database;
 pub mod encoder;
 pub mod error;
 pub mod files;

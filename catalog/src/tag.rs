@@ -6,6 +6,7 @@
 //! database's seed; the low 64 bits are the [`Code`] that rows carry, the high 64 bits the check that is compared at
 //! every lookup.
 
+use std::cmp::Ordering;
 use std::sync::Arc;
 
 use xxhash_rust::xxh3::xxh3_128_with_seed;
@@ -126,7 +127,19 @@ impl std::fmt::Debug for TagSet {
 
 /// The value of `key` in canonical bytes.
 pub fn get<'a>(canonical: &'a [u8], key: &str) -> Option<&'a str> {
-    TagIter { rest: canonical }.find(|(k, _)| *k == key).map(|(_, v)| v)
+    // Keys are compared as bytes and only the value asked for is checked: matchers and label listings look at every
+    // active tag set, where checking each text takes most of the time.
+    let mut rest = canonical;
+    while !rest.is_empty() {
+        let name = take_bytes(&mut rest).ok()?;
+        let value = take_bytes(&mut rest).ok()?;
+        match name.cmp(key.as_bytes()) {
+            Ordering::Less => {}
+            Ordering::Equal => return std::str::from_utf8(value).ok(),
+            Ordering::Greater => return None,
+        }
+    }
+    None
 }
 
 /// Iterates over the pairs of canonical bytes.
@@ -157,6 +170,10 @@ impl<'a> Iterator for TagIter<'a> {
 }
 
 fn take<'a>(rest: &mut &'a [u8]) -> Result<&'a str> {
+    std::str::from_utf8(take_bytes(rest)?).map_err(|e| Error::corrupt("tag set is not UTF-8").with_source(e))
+}
+
+fn take_bytes<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8]> {
     let short = || Error::corrupt("tag set ends within a pair");
     let mut len = 0usize;
     let mut shift = 0;
@@ -177,7 +194,7 @@ fn take<'a>(rest: &mut &'a [u8]) -> Result<&'a str> {
     }
     let (head, tail) = rest.split_at(len);
     *rest = tail;
-    std::str::from_utf8(head).map_err(|e| Error::corrupt("tag set is not UTF-8").with_source(e))
+    Ok(head)
 }
 
 /// Builds canonical bytes from pairs in any order.

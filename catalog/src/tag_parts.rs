@@ -1,16 +1,31 @@
-//! Tag sets as files: one or more parts per UTC day, sorted by (metric name, labels), so that one metric's sets are read
-//! without the rest.
+//! Tag sets as files: one or more parts per UTC day, sorted by (metric name, canonical form), so that one metric's sets
+//! are read without the rest.
 //!
-//! A part is a Parquet file with the columns `metric`, `metric_code`, `code` and `tags`; `catalog/FORMAT.md` describes it.
-//! A set's identity is computed again from its labels whenever it is read and compared with the stored code.
+//! A part is a Parquet file with the columns of [`schema`]; `catalog/FORMAT.md` describes it. A set's identity is
+//! computed again from its labels whenever it is read and compared with the stored code.
 
-use std::sync::Arc;
+mod cache;
+mod read;
+#[cfg(test)]
+mod tests;
+mod write;
 
+use std::sync::{Arc, LazyLock};
+
+use arrow::datatypes::{DataType, Field, Fields, Schema, SchemaRef};
 use bytes::Bytes;
+use parking_lot::Mutex;
+
 use object_store::ObjectStore;
 
 use crate::files::TagPart;
-use crate::{Error, Registry, Result, Series};
+use crate::tables::with_field_id;
+use crate::{Registry, Result, Series};
+
+use cache::Cache;
+
+/// Version of the format of tag parts.
+pub const FORMAT: u32 = 1;
 
 /// What a part's footer says about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,13 +60,44 @@ pub enum MetricFilter<'a> {
     Where(&'a (dyn Fn(&str) -> bool + Send + Sync)),
 }
 
+impl std::fmt::Debug for MetricFilter<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::All => f.write_str("All"),
+            Self::Eq(name) => write!(f, "Eq({name:?})"),
+            Self::Where(_) => f.write_str("Where(..)"),
+        }
+    }
+}
+
+/// The columns of a part: `metric` text, `metric_code` and `code` INT64, `tags` map of all other labels.
+pub fn schema() -> &'static SchemaRef {
+    &SCHEMA
+}
+
+static SCHEMA: LazyLock<SchemaRef> = LazyLock::new(|| {
+    let field = |name: &str, id, t| with_field_id(Field::new(name, t, false), id);
+    let entries = DataType::Struct(pair_fields());
+    let tags = DataType::Map(Arc::new(Field::new("key_value", entries, false)), true);
+    Arc::new(Schema::new(vec![
+        field("metric", 1, DataType::Utf8),
+        field("metric_code", 2, DataType::Int64),
+        field("code", 3, DataType::Int64),
+        field("tags", 4, tags),
+    ]))
+});
+
+fn pair_fields() -> Fields {
+    let field = |name: &str, id| with_field_id(Field::new(name, DataType::Utf8, false), id);
+    Fields::from(vec![field("key", 401), field("value", 402)])
+}
+
 /// Writes tag sets as a part. Order and repetition don't matter.
 ///
 /// # Errors
 /// `Internal` when two sets have the same code and different labels.
 pub fn encode(header: &PartHeader, series: &[Arc<Series>]) -> Result<EncodedPart> {
-    let _ = (header, series);
-    Err(Error::internal("tag parts are not available"))
+    write::encode(header, series)
 }
 
 /// The path of a part relative to the database's prefix: `tag_sets/<day>/<id>.parquet`.
@@ -63,14 +109,16 @@ pub fn path(day: i32, id: i64) -> String {
 #[derive(Debug)]
 pub struct TagParts {
     store: Arc<dyn ObjectStore>,
+    prefix: String,
+    registry: Arc<Registry>,
+    cache: Mutex<Cache>,
 }
 
 impl TagParts {
     /// A reader of the parts under `prefix` (the database's name). Sets that are active in `registry` are shared with it
     /// instead of being kept twice.
     pub fn new(store: Arc<dyn ObjectStore>, prefix: &str, registry: Arc<Registry>, cache_bytes: usize) -> Self {
-        let _ = (prefix, registry, cache_bytes);
-        Self { store }
+        Self { store, prefix: prefix.to_owned(), registry, cache: Mutex::new(Cache::new(cache_bytes)) }
     }
 
     /// The sets of the metrics that `filter` chooses, one list per (part, metric) in the order of `parts` and then by
@@ -79,8 +127,13 @@ impl TagParts {
     /// # Errors
     /// `Corrupt` naming the object when it is not what was written; store errors.
     pub async fn load(&self, parts: &[Arc<TagPart>], filter: MetricFilter<'_>) -> Result<Vec<Arc<Vec<Arc<Series>>>>> {
-        let _ = (&self.store, parts, filter);
-        Err(Error::internal("tag parts are not available"))
+        let mut out = Vec::new();
+        for part in parts {
+            self.load_part(part, filter, &mut out)
+                .await
+                .map_err(|e| e.context(format_args!("tag part {}/{}", self.prefix, part.path)))?;
+        }
+        Ok(out)
     }
 
     /// Merges parts of one day into one, with every set once. `header.supersedes` should name them.
@@ -88,7 +141,19 @@ impl TagParts {
     /// # Errors
     /// As [`TagParts::load`].
     pub async fn merge(&self, header: &PartHeader, parts: &[Arc<TagPart>]) -> Result<EncodedPart> {
-        let _ = (header, parts);
-        Err(Error::internal("tag parts are not available"))
+        let mut all = Vec::new();
+        for part in parts {
+            let sets = self
+                .read_whole(part)
+                .await
+                .map_err(|e| e.context(format_args!("tag part {}/{}", self.prefix, part.path)))?;
+            all.extend(sets);
+        }
+        encode(header, &all)
+    }
+
+    /// Bytes that the cache holds.
+    pub fn cached_bytes(&self) -> usize {
+        self.cache.lock().bytes()
     }
 }

@@ -1,0 +1,410 @@
+//! A local folder as an object store that survives power loss.
+//!
+//! `object_store`'s own local store neither syncs nor replaces conditionally. Here a put writes a new file in a staging
+//! folder, syncs it, renames it into place and syncs the folder (and the parents of folders that it had to make), so
+//! that after a crash an object is whole or absent. Reads and listings go to the wrapped store. One process at a time
+//! may use a folder: what lies in staging when it is opened was left by a crash and is deleted.
+
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Write};
+use std::ops::Range;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path as FsPath, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::UNIX_EPOCH;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::stream::BoxStream;
+use futures::{FutureExt, StreamExt};
+use object_store::local::LocalFileSystem;
+use object_store::path::Path;
+use object_store::{
+    CopyMode, CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMode,
+    PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, UploadPart,
+};
+use parking_lot::Mutex;
+
+/// Folder under the root that holds files not yet in place.
+const STAGING: &str = ".staging";
+
+/// An object store in a local folder; see the module's text for what it promises.
+#[derive(Debug)]
+pub struct LocalStore {
+    reads: LocalFileSystem,
+    folder: Arc<Folder>,
+}
+
+#[derive(Debug)]
+struct Folder {
+    root: PathBuf,
+    staged: AtomicU64,
+    /// Held while an object is put into place, which makes compare-and-replace atomic.
+    place: Mutex<()>,
+}
+
+impl LocalStore {
+    /// Opens the folder, making it if needed.
+    ///
+    /// # Errors
+    /// Of the file system.
+    pub fn open(root: &FsPath) -> crate::Result<Self> {
+        let context = |e: std::io::Error| crate::Error::from(e).context(format_args!("folder {}", root.display()));
+        let absolute = std::path::absolute(root).map_err(context)?;
+        make_folder(&absolute).map_err(context)?;
+        let root = absolute.canonicalize().map_err(context)?;
+        let staging = root.join(STAGING);
+        match fs::remove_dir_all(&staging) {
+            Err(e) if e.kind() != ErrorKind::NotFound => return Err(context(e)),
+            _ => make_folder(&staging).map_err(context)?,
+        }
+        let reads = LocalFileSystem::new_with_prefix(&root)?;
+        Ok(Self { reads, folder: Arc::new(Folder { root, staged: AtomicU64::new(0), place: Mutex::new(()) }) })
+    }
+
+    fn destination(&self, location: &Path) -> Result<PathBuf> {
+        if is_staging(location) {
+            return Err(failed(location.as_ref(), std::io::Error::other("the name is reserved")));
+        }
+        self.reads.path_to_filesystem(location)
+    }
+}
+
+impl fmt::Display for LocalStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "LocalStore({})", self.folder.root.display())
+    }
+}
+
+#[async_trait]
+impl ObjectStore for LocalStore {
+    async fn put_opts(&self, location: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
+        let (folder, to) = (self.folder.clone(), self.destination(location)?);
+        blocking(move || {
+            let mut staged = folder.stage()?;
+            for bytes in &payload {
+                staged.file.write_all(bytes).map_err(|e| failed(&to, e))?;
+            }
+            staged.place(&to, &options.mode)
+        })
+        .await
+    }
+
+    async fn put_multipart_opts(
+        &self,
+        location: &Path,
+        _options: PutMultipartOptions,
+    ) -> Result<Box<dyn MultipartUpload>> {
+        let (folder, to) = (self.folder.clone(), self.destination(location)?);
+        let staged = blocking(move || folder.stage()).await?;
+        Ok(Box::new(Upload { staged: Some(Arc::new(staged)), to, written: 0 }))
+    }
+
+    async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
+        self.reads.get_opts(location, options).await
+    }
+
+    async fn get_ranges(&self, location: &Path, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
+        self.reads.get_ranges(location, ranges).await
+    }
+
+    fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
+        let folder = self.folder.clone();
+        self.reads
+            .delete_stream(locations)
+            .then(move |deleted| {
+                let folder = folder.clone();
+                blocking(move || {
+                    let location = deleted?;
+                    let parent = folder.root.join(location.as_ref());
+                    sync_parent(&parent).map_err(|e| failed(&parent, e))?;
+                    Ok(location)
+                })
+            })
+            .boxed()
+    }
+
+    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
+        visible(self.reads.list(prefix))
+    }
+
+    fn list_with_offset(&self, prefix: Option<&Path>, offset: &Path) -> BoxStream<'static, Result<ObjectMeta>> {
+        visible(self.reads.list_with_offset(prefix, offset))
+    }
+
+    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
+        let mut list = self.reads.list_with_delimiter(prefix).await?;
+        list.common_prefixes.retain(|p| !is_staging(p));
+        list.objects.retain(|o| !is_staging(&o.location));
+        Ok(list)
+    }
+
+    async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
+        let (folder, from, to) = (self.folder.clone(), self.destination(from)?, self.destination(to)?);
+        blocking(move || {
+            let mut source = File::open(&from).map_err(|e| failed(&from, e))?;
+            let mut staged = folder.stage()?;
+            std::io::copy(&mut source, &mut staged.file).map_err(|e| failed(&to, e))?;
+            let mode = match options.mode {
+                CopyMode::Overwrite => PutMode::Overwrite,
+                CopyMode::Create => PutMode::Create,
+            };
+            staged.place(&to, &mode).map(|_| ())
+        })
+        .await
+    }
+}
+
+impl Folder {
+    fn stage(self: Arc<Self>) -> Result<Staged> {
+        let number = self.staged.fetch_add(1, Ordering::Relaxed);
+        // Listings of the wrapped store leave out names that end in `#` and digits.
+        let path = self.root.join(STAGING).join(format!("put#{number}"));
+        let open = || File::options().write(true).create_new(true).open(&path);
+        let file = open().map_err(|e| failed(&path, e))?;
+        Ok(Staged { folder: self, file, path })
+    }
+}
+
+/// A file in staging; deleted when dropped, unless it was put into place.
+#[derive(Debug)]
+struct Staged {
+    folder: Arc<Folder>,
+    file: File,
+    path: PathBuf,
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        // Already renamed away when all went well; a leftover is deleted at the next open.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+impl Staged {
+    fn place(&self, to: &FsPath, mode: &PutMode) -> Result<PutResult> {
+        let io = |e| failed(to, e);
+        self.file.sync_all().map_err(io)?;
+        if let Some(parent) = to.parent() {
+            make_folder(parent).map_err(io)?;
+        }
+        {
+            let _place = self.folder.place.lock();
+            match mode {
+                PutMode::Overwrite => fs::rename(&self.path, to).map_err(io)?,
+                // Unlike a rename, a link never replaces what is there.
+                PutMode::Create => fs::hard_link(&self.path, to).map_err(io)?,
+                PutMode::Update(version) => {
+                    let present = fs::metadata(to).map_err(io).map(|m| e_tag(&m))?;
+                    if version.e_tag.as_ref() != Some(&present) {
+                        return Err(Error::Precondition {
+                            path: to.display().to_string(),
+                            source: format!("object is at {present}, expected {:?}", version.e_tag).into(),
+                        });
+                    }
+                    fs::rename(&self.path, to).map_err(io)?;
+                }
+            }
+        }
+        sync_parent(to).map_err(io)?;
+        let metadata = self.file.metadata().map_err(io)?;
+        Ok(PutResult { e_tag: Some(e_tag(&metadata)), version: None })
+    }
+}
+
+/// Parts are written to the staged file as they come, each at its offset.
+#[derive(Debug)]
+struct Upload {
+    staged: Option<Arc<Staged>>,
+    to: PathBuf,
+    written: u64,
+}
+
+impl Upload {
+    fn ended(&self) -> Error {
+        failed(&self.to, std::io::Error::other("the upload has ended"))
+    }
+}
+
+#[async_trait]
+impl MultipartUpload for Upload {
+    fn put_part(&mut self, data: PutPayload) -> UploadPart {
+        let Some(staged) = self.staged.clone() else {
+            return futures::future::ready(Err(self.ended())).boxed();
+        };
+        let (mut at, to) = (self.written, self.to.clone());
+        self.written += data.content_length() as u64;
+        blocking(move || {
+            for bytes in &data {
+                staged.file.write_all_at(bytes, at).map_err(|e| failed(&to, e))?;
+                at += bytes.len() as u64;
+            }
+            Ok(())
+        })
+        .boxed()
+    }
+
+    async fn complete(&mut self) -> Result<PutResult> {
+        let staged = self.staged.take().ok_or_else(|| self.ended())?;
+        let to = self.to.clone();
+        blocking(move || staged.place(&to, &PutMode::Overwrite)).await
+    }
+
+    async fn abort(&mut self) -> Result<()> {
+        self.staged = None;
+        Ok(())
+    }
+}
+
+fn visible(list: BoxStream<'static, Result<ObjectMeta>>) -> BoxStream<'static, Result<ObjectMeta>> {
+    list.filter(|o| futures::future::ready(!o.as_ref().is_ok_and(|o| is_staging(&o.location)))).boxed()
+}
+
+fn is_staging(location: &Path) -> bool {
+    location.parts().next().is_some_and(|p| p.as_ref() == STAGING)
+}
+
+/// Makes a folder and its parents, each of them durable.
+fn make_folder(folder: &FsPath) -> std::io::Result<()> {
+    if folder.is_dir() {
+        return Ok(());
+    }
+    if let Some(parent) = folder.parent() {
+        make_folder(parent)?;
+    }
+    match fs::create_dir(folder) {
+        Err(e) if e.kind() != ErrorKind::AlreadyExists => Err(e),
+        _ => sync_parent(folder),
+    }
+}
+
+fn sync_parent(path: &FsPath) -> std::io::Result<()> {
+    path.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
+}
+
+/// The tag that the wrapped store gives: inode, time of change in microseconds, size.
+fn e_tag(metadata: &fs::Metadata) -> String {
+    let changed = metadata.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
+    format!("{:x}-{:x}-{:x}", metadata.ino(), changed.as_micros(), metadata.len())
+}
+
+fn failed(path: impl AsRef<FsPath>, source: std::io::Error) -> Error {
+    let path = path.as_ref().display().to_string();
+    match source.kind() {
+        ErrorKind::NotFound => Error::NotFound { path, source: source.into() },
+        ErrorKind::AlreadyExists => Error::AlreadyExists { path, source: source.into() },
+        _ => Error::Generic { store: "LocalStore", source: format!("{path}: {source}").into() },
+    }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(e) => Err(Error::Generic { store: "LocalStore", source: e.into() }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::TryStreamExt;
+    use object_store::{ObjectStoreExt, UpdateVersion};
+
+    use super::*;
+
+    fn store() -> (tempfile::TempDir, LocalStore) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = LocalStore::open(&dir.path().join("a/b")).unwrap();
+        (dir, store)
+    }
+
+    async fn names(store: &LocalStore) -> Vec<String> {
+        let mut names: Vec<_> = store.list(None).map_ok(|o| o.location.to_string()).try_collect().await.unwrap();
+        names.sort();
+        names
+    }
+
+    fn staged(store: &LocalStore) -> usize {
+        fs::read_dir(store.folder.root.join(STAGING)).unwrap().count()
+    }
+
+    #[tokio::test]
+    async fn put_get_list_delete() {
+        let (_dir, store) = store();
+        let path = Path::from("default/samples/20000/1.parquet");
+        let put = store.put(&path, Bytes::from_static(b"hello world").into()).await.unwrap();
+        assert_eq!(store.head(&path).await.unwrap().e_tag, put.e_tag, "the tag is that of later reads");
+        assert_eq!(store.get(&path).await.unwrap().bytes().await.unwrap(), "hello world");
+        assert_eq!(store.get_range(&path, 6..11).await.unwrap(), "world");
+        assert_eq!(names(&store).await, [path.to_string()]);
+        let list = store.list_with_delimiter(None).await.unwrap();
+        assert_eq!((list.common_prefixes, list.objects.len()), (vec![Path::from("default")], 0));
+        store.copy(&path, &Path::from("x")).await.unwrap();
+        store.rename(&Path::from("x"), &Path::from("y/z")).await.unwrap();
+        assert_eq!(names(&store).await, [path.as_ref(), "y/z"]);
+        store.delete(&path).await.unwrap();
+        assert!(matches!(store.delete(&path).await, Err(Error::NotFound { .. })));
+        assert!(matches!(store.get(&path).await, Err(Error::NotFound { .. })));
+        assert!(store.put(&Path::from(".staging/x"), Bytes::new().into()).await.is_err());
+        assert_eq!(staged(&store), 0);
+    }
+
+    #[tokio::test]
+    async fn conditional_put() {
+        let (_dir, store) = store();
+        let path = Path::from("database.json");
+        let put = |text: &'static str, mode: PutMode| {
+            store.put_opts(&path, Bytes::from_static(text.as_bytes()).into(), mode.into())
+        };
+        let update = |r: &PutResult| PutMode::Update(UpdateVersion { e_tag: r.e_tag.clone(), version: None });
+        let missing = PutResult { e_tag: Some("0-0-0".into()), version: None };
+        assert!(matches!(put("0", update(&missing)).await, Err(Error::NotFound { .. })));
+        let one = put("1", PutMode::Create).await.unwrap();
+        assert!(matches!(put("2", PutMode::Create).await, Err(Error::AlreadyExists { .. })));
+        let two = put("2", update(&one)).await.unwrap();
+        assert!(matches!(put("3", update(&one)).await, Err(Error::Precondition { .. })));
+        let three = put("3", update(&two)).await.unwrap();
+        assert_ne!(two.e_tag, three.e_tag);
+        assert_eq!(store.get(&path).await.unwrap().bytes().await.unwrap(), "3");
+        assert_eq!(staged(&store), 0, "refused puts leave nothing behind");
+    }
+
+    #[tokio::test]
+    async fn one_of_many_updates_wins() {
+        let (_dir, store) = store();
+        let path = Path::from("x");
+        let first = store.put(&path, Bytes::from_static(b"0").into()).await.unwrap();
+        let mode = PutMode::Update(UpdateVersion { e_tag: first.e_tag, version: None });
+        let puts = (0..16).map(|i| store.put_opts(&path, Bytes::from(format!("{i:02}")).into(), mode.clone().into()));
+        let won = futures::future::join_all(puts).await.iter().filter(|r| r.is_ok()).count();
+        assert_eq!(won, 1);
+    }
+
+    #[tokio::test]
+    async fn multipart() {
+        let (_dir, store) = store();
+        let path = Path::from("big");
+        let mut upload = store.put_multipart(&path).await.unwrap();
+        let parts = [&b"ab"[..], b"cde", b"", b"f"].map(|p| upload.put_part(Bytes::from_static(p).into()));
+        futures::future::try_join_all(parts.into_iter().rev()).await.unwrap();
+        assert!(names(&store).await.is_empty(), "invisible until complete");
+        upload.complete().await.unwrap();
+        assert!(upload.complete().await.is_err());
+        assert_eq!(store.get(&path).await.unwrap().bytes().await.unwrap(), "abcdef");
+        let mut upload = store.put_multipart(&path).await.unwrap();
+        upload.put_part(Bytes::from_static(b"zzz").into()).await.unwrap();
+        upload.abort().await.unwrap();
+        assert_eq!(store.get(&path).await.unwrap().bytes().await.unwrap(), "abcdef");
+        assert_eq!(staged(&store), 0);
+    }
+
+    #[tokio::test]
+    async fn leftovers_of_a_crash_go() {
+        let (dir, store) = store();
+        std::mem::forget(store.folder.clone().stage().unwrap());
+        assert_eq!(staged(&store), 1);
+        let store = LocalStore::open(&dir.path().join("a/b")).unwrap();
+        assert_eq!(staged(&store), 0);
+    }
+}

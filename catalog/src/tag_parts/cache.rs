@@ -1,0 +1,113 @@
+//! What was read from parts, bounded by bytes; the longest unused goes first.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use super::read::Index;
+use crate::Series;
+
+/// A part's id, and the number of a metric in it; the index of the part itself is under `None`.
+pub(super) type Key = (i64, Option<u32>);
+
+#[derive(Debug, Clone)]
+pub(super) enum Entry {
+    Index(Arc<Index>),
+    Sets(Arc<Vec<Arc<Series>>>),
+}
+
+#[derive(Debug)]
+struct Slot {
+    entry: Entry,
+    bytes: usize,
+    used: u64,
+}
+
+#[derive(Debug)]
+pub(super) struct Cache {
+    limit: usize,
+    bytes: usize,
+    clock: u64,
+    slots: HashMap<Key, Slot, foldhash::fast::FixedState>,
+    /// Time of last use → key; times are unique.
+    order: BTreeMap<u64, Key>,
+}
+
+impl Cache {
+    pub(super) fn new(limit: usize) -> Self {
+        Self { limit, bytes: 0, clock: 0, slots: HashMap::default(), order: BTreeMap::new() }
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub(super) fn index(&mut self, part: i64) -> Option<Arc<Index>> {
+        match self.get((part, None)) {
+            Some(Entry::Index(index)) => Some(index),
+            _ => None,
+        }
+    }
+
+    pub(super) fn sets(&mut self, part: i64, metric: u32) -> Option<Arc<Vec<Arc<Series>>>> {
+        match self.get((part, Some(metric))) {
+            Some(Entry::Sets(sets)) => Some(sets),
+            _ => None,
+        }
+    }
+
+    fn get(&mut self, key: Key) -> Option<Entry> {
+        let slot = self.slots.get_mut(&key)?;
+        self.clock += 1;
+        self.order.remove(&slot.used);
+        self.order.insert(self.clock, key);
+        slot.used = self.clock;
+        Some(slot.entry.clone())
+    }
+
+    /// Keeps an entry of this size, unless it alone exceeds the limit.
+    pub(super) fn put(&mut self, key: Key, entry: Entry, bytes: usize) {
+        if bytes > self.limit {
+            return;
+        }
+        self.remove(key);
+        while self.bytes + bytes > self.limit {
+            let Some((_, oldest)) = self.order.first_key_value() else { break };
+            self.remove(*oldest);
+        }
+        self.clock += 1;
+        self.bytes += bytes;
+        self.order.insert(self.clock, key);
+        self.slots.insert(key, Slot { entry, bytes, used: self.clock });
+    }
+
+    fn remove(&mut self, key: Key) {
+        if let Some(slot) = self.slots.remove(&key) {
+            self.order.remove(&slot.used);
+            self.bytes -= slot.bytes;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn longest_unused_goes_first() {
+        let mut cache = Cache::new(100);
+        let entry = || Entry::Sets(Arc::new(Vec::new()));
+        for metric in 0..3 {
+            cache.put((1, Some(metric)), entry(), 40);
+        }
+        let held = |cache: &mut Cache| (0..4).filter(|m| cache.sets(1, *m).is_some()).collect::<Vec<_>>();
+        assert_eq!(held(&mut cache), [1, 2]);
+        assert!(cache.sets(1, 1).is_some());
+        cache.put((1, Some(3)), entry(), 60);
+        assert_eq!(held(&mut cache), [1, 3]);
+        cache.put((1, Some(3)), entry(), 10);
+        assert_eq!((held(&mut cache), cache.bytes()), (vec![1, 3], 50));
+        cache.put((2, None), entry(), 101);
+        assert!(cache.index(2).is_none());
+        assert_eq!(cache.slots.len(), cache.order.len());
+    }
+}
