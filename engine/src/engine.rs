@@ -1,15 +1,30 @@
 //! The engine's handle: opening, writing, selecting, executing, stopping.
 
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
-use catalog::{Clock, Registry, Result, Series};
+use arc_swap::ArcSwap;
+use catalog::files::FileCatalog;
+use catalog::{Clock, Error, Registry, Result, Series, TagHasher, TagParts};
 use datafusion::execution::{SendableRecordBatchStream, SessionState};
 use datafusion::logical_expr::LogicalPlan;
 use datafusion::prelude::SessionContext;
 use object_store::ObjectStore;
+use parking_lot::Mutex;
+use tokio::runtime::{Handle, Runtime};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
-use crate::{Extensions, MetricMetadata, QueryLimits, Selection, SeriesSet, Settings, Telemetry, Write};
+use crate::committer::{self, Queue};
+use crate::metadata::Metadata;
+use crate::segment::Segments;
+use crate::telemetry::Metrics;
+use crate::version::Version;
+use crate::wal::{self, Item, SegmentReader, Wal};
+use crate::{
+    Extensions, MetricMetadata, QueryLimits, Selection, SeriesSet, Settings, Telemetry, Write, session, upkeep,
+};
 
 /// The objects that an engine works with; never mixed with [`Settings`].
 #[derive(Debug, Clone)]
@@ -22,17 +37,60 @@ pub struct Components {
     pub telemetry: Arc<Telemetry>,
 }
 
-/// The handle of one database; cheap to clone.
+/// The handle of one database; cheap to clone. When the last clone goes without [`Engine::shutdown`], requests that
+/// wait are still stored, but nothing is flushed.
 #[derive(Debug, Clone)]
 pub struct Engine {
-    inner: Arc<Inner>,
+    running: Arc<Running>,
 }
 
+/// What runs while any handle lives.
 #[derive(Debug)]
-struct Inner {
-    settings: Settings,
-    components: Components,
-    registry: Arc<Registry>,
+struct Running {
+    inner: Arc<Inner>,
+    committer: Mutex<Option<JoinHandle<()>>>,
+    tasks: TaskTracker,
+    /// `None` once it was shut down.
+    cpu: Option<Runtime>,
+}
+
+/// What all parts of an engine share.
+#[derive(Debug)]
+pub(crate) struct Inner {
+    pub settings: Settings,
+    pub components: Components,
+    pub registry: Arc<Registry>,
+    pub metrics: Arc<Metrics>,
+    /// The SQL file catalog; each change of it is followed by one of the version.
+    pub files: FileCatalog,
+    /// Data files and what is cached of them.
+    pub segments: Arc<Segments>,
+    /// Tag sets of days, through a cache.
+    pub parts: TagParts,
+    /// Read through [`Inner::version`], replaced through [`Inner::install`].
+    pub version: ArcSwap<Version>,
+    pub version_change: Mutex<()>,
+    pub queue: Queue,
+    /// The log. Whoever holds it sees every record either applied to memtables or not yet written.
+    pub log: Mutex<Wal>,
+    pub metadata: Mutex<Metadata>,
+    /// Held while memtables are written to files.
+    pub flushing: tokio::sync::Mutex<()>,
+    pub session: SessionState,
+    /// The runtime for everything that takes CPU time.
+    pub cpu: Handle,
+    pub stopping: CancellationToken,
+}
+
+impl Inner {
+    /// The present state of all data.
+    pub(crate) fn version(&self) -> Arc<Version> {
+        self.version.load_full()
+    }
+
+    pub(crate) fn now_ms(&self) -> i64 {
+        self.components.clock.now_ms()
+    }
 }
 
 impl Engine {
@@ -42,28 +100,75 @@ impl Engine {
     /// # Errors
     /// `Corrupt` for damaged files, `Unavailable` when store or catalog can't be reached.
     pub async fn open(settings: Settings, components: Components, extensions: Extensions) -> Result<Self> {
-        let _ = (settings, components, extensions);
-        todo!("open")
+        std::fs::create_dir_all(&settings.data_dir)
+            .map_err(|e| Error::from(e).context(format_args!("create data folder {}", settings.data_dir.display())))?;
+        let now_ms = components.clock.now_ms();
+        let seed = getrandom_seed()?;
+        let data_path = format!("{}/{}/", settings.store_location.trim_end_matches('/'), settings.database);
+        let (files, state) =
+            FileCatalog::open(&settings.data_dir.join("catalog.sqlite"), &data_path, seed, now_ms).await?;
+        let registry = Arc::new(Registry::new(TagHasher::new(state.seed), settings.series_limit));
+        let session = session::state(&settings, extensions)
+            .map_err(|e| Error::internal("query session can't be made").with_source(e))?;
+        let cpu = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(settings.cpu_threads.max(1))
+            .thread_name("thalweg-cpu")
+            .enable_all()
+            .build()?;
+        let cache = settings.memory_limit / 16;
+        let inner = Arc::new(Inner {
+            metrics: Arc::new(Metrics::new(&components.telemetry)),
+            segments: Arc::new(Segments::new(components.store.clone(), &settings.database, cache)),
+            parts: TagParts::new(components.store.clone(), &settings.database, registry.clone(), cache),
+            files,
+            version: ArcSwap::from_pointee(Version::new(&state)),
+            version_change: Mutex::new(()),
+            queue: Queue::default(),
+            log: Mutex::new(Wal::open(&settings.data_dir.join("wal"), vec![])),
+            metadata: Mutex::new(Metadata::new(&state.metadata)),
+            flushing: tokio::sync::Mutex::new(()),
+            session,
+            cpu: cpu.handle().clone(),
+            stopping: CancellationToken::new(),
+            registry,
+            settings,
+            components,
+        });
+        // From here on dropping `running` stops the runtime without blocking this one.
+        let mut running =
+            Running { inner: inner.clone(), committer: Mutex::new(None), tasks: TaskTracker::new(), cpu: Some(cpu) };
+        on(&inner.cpu, replay(inner.clone())).await?;
+        let committer = inner.clone();
+        let thread = std::thread::Builder::new().name("thalweg-log".to_owned());
+        *running.committer.get_mut() = Some(thread.spawn(move || committer::run(&committer))?);
+        running.tasks.spawn_on(upkeep::run_flusher(inner.clone()), &inner.cpu);
+        running.tasks.spawn_on(upkeep::run_compactor(inner.clone()), &inner.cpu);
+        running.tasks.close();
+        Ok(Self { running: Arc::new(running) })
+    }
+
+    fn inner(&self) -> &Arc<Inner> {
+        &self.running.inner
     }
 
     /// The settings it was opened with.
     pub fn settings(&self) -> &Settings {
-        &self.inner.settings
+        &self.inner().settings
     }
 
     /// Wall-clock time, milliseconds since the epoch.
     pub fn now_ms(&self) -> i64 {
-        self.inner.components.clock.now_ms()
+        self.inner().now_ms()
     }
 
     /// Self-metrics.
     pub fn telemetry(&self) -> &Arc<Telemetry> {
-        &self.inner.components.telemetry
+        &self.inner().components.telemetry
     }
 
     /// The active tag sets; receivers take their encoder from it.
     pub fn registry(&self) -> &Arc<Registry> {
-        &self.inner.registry
+        &self.inner().registry
     }
 
     /// Stores a request's accepted part: whole or not at all, durable and visible to the next query when this returns.
@@ -71,8 +176,12 @@ impl Engine {
     /// # Errors
     /// `Unavailable` for any temporary condition (stopping, disk full, overload); nothing is stored then.
     pub async fn write(&self, write: Write) -> Result<()> {
-        let _ = write;
-        todo!("write")
+        let inner = self.inner();
+        committer::check(&write)?;
+        inner.check_room()?;
+        let bytes_max = inner.settings.memory_limit / 8;
+        let answer = inner.queue.push(write, bytes_max).inspect_err(|_| inner.metrics.limit("ingest_queue"))?;
+        answer.await.map_err(|_| Error::unavailable("the database stopped before the request was stored"))?
     }
 
     /// Resolves matchers to the series that can have rows in a time range, against the present version of the data.
@@ -80,8 +189,7 @@ impl Engine {
     /// # Errors
     /// `LimitExceeded` when more series match than a query may touch; storage errors.
     pub async fn select(&self, selection: &Selection) -> Result<Arc<SeriesSet>> {
-        let _ = selection;
-        todo!("select")
+        crate::select::select(self.inner(), selection).await
     }
 
     /// Calls `visit` once for each distinct tag set that [`Engine::select`] would return, in no order, without
@@ -90,20 +198,18 @@ impl Engine {
     /// # Errors
     /// Storage errors.
     pub async fn visit(&self, selection: &Selection, visit: impl FnMut(&Arc<Series>) -> bool + Send) -> Result<()> {
-        let _ = (selection, visit);
-        todo!("visit")
+        crate::select::visit(self.inner(), selection, visit).await
     }
 
     /// Metric metadata by metric name; all when `metric` is `None`.
     pub fn metadata(&self, metric: Option<&str>) -> Vec<MetricMetadata> {
-        let _ = metric;
-        todo!("metadata")
+        self.inner().metadata.lock().get(metric)
     }
 
     /// A fresh session with the extensions of all languages. State set on it (variables, prepared statements) is its
     /// own.
     pub fn session(&self) -> SessionContext {
-        todo!("session")
+        SessionContext::new_with_state(self.inner().session.clone())
     }
 
     /// Optimises, plans and runs a logical plan on the CPU runtime. Dropping the stream stops the work.
@@ -117,14 +223,13 @@ impl Engine {
         plan: LogicalPlan,
         limits: QueryLimits,
     ) -> datafusion::error::Result<SendableRecordBatchStream> {
-        let _ = (state, plan, limits);
-        todo!("execute")
+        let inner = self.inner();
+        session::execute(&inner.cpu, inner.metrics.clone(), state, plan, limits).await
     }
 
     /// Runs CPU-heavy work off the network runtime; dropped when the caller goes away.
     pub async fn compute<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
-        let _ = work;
-        todo!("compute")
+        on(&self.inner().cpu, async move { work() }).await
     }
 
     /// Writes everything in memory to segments and commits them; returns when done.
@@ -132,7 +237,12 @@ impl Engine {
     /// # Errors
     /// Storage errors; nothing is lost then.
     pub async fn flush(&self) -> Result<()> {
-        todo!("flush")
+        let inner = self.inner().clone();
+        on(&self.inner().cpu, async move {
+            inner.freeze(|_| true);
+            inner.flush_frozen().await
+        })
+        .await
     }
 
     /// Compacts until nothing is left to do; returns when done.
@@ -140,7 +250,8 @@ impl Engine {
     /// # Errors
     /// Storage errors; nothing is lost then.
     pub async fn compact(&self) -> Result<()> {
-        todo!("compact")
+        let inner = self.inner().clone();
+        on(&self.inner().cpu, async move { crate::compact::all(&inner).await }).await
     }
 
     /// Refuses further writes, flushes what fits within `flush_within` and stops all tasks. What was not flushed is
@@ -149,7 +260,117 @@ impl Engine {
     /// # Errors
     /// Storage errors of the last flush.
     pub async fn shutdown(&self, flush_within: Duration) -> Result<()> {
-        let _ = flush_within;
-        todo!("shutdown")
+        let inner = self.inner();
+        inner.queue.close();
+        let committer = self.running.committer.lock().take();
+        if let Some(committer) = committer {
+            // It ends by itself once the queue is empty.
+            let joined = tokio::task::spawn_blocking(move || committer.join()).await;
+            if !matches!(joined, Ok(Ok(()))) {
+                tracing::error!("the log's thread ended in a panic");
+            }
+        }
+        inner.stopping.cancel();
+        let result = match tokio::time::timeout(flush_within, self.flush()).await {
+            Ok(result) => result,
+            Err(_) => {
+                tracing::info!("flush at shutdown ran out of time; the rest stays in the log");
+                Ok(())
+            }
+        };
+        // A flush or compaction that is under way either commits or leaves nothing behind but unnamed objects.
+        let _ = tokio::time::timeout(Duration::from_secs(1), self.running.tasks.wait()).await;
+        inner.files.close().await;
+        result
     }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.inner.queue.close();
+        self.inner.stopping.cancel();
+        if let Some(cpu) = self.cpu.take() {
+            cpu.shutdown_background();
+        }
+    }
+}
+
+fn getrandom_seed() -> Result<u64> {
+    let mut seed = [0; 8];
+    getrandom::fill(&mut seed).map_err(|e| Error::internal("no random seed").with_source(e.to_string()))?;
+    Ok(u64::from_le_bytes(seed))
+}
+
+/// Runs a future on another runtime; it is aborted when the caller goes away.
+async fn on<T: Send + 'static>(runtime: &Handle, work: impl Future<Output = T> + Send + 'static) -> T {
+    match AbortOnDropHandle::new(runtime.spawn(work)).await {
+        Ok(value) => value,
+        Err(e) if e.is_panic() => std::panic::resume_unwind(e.into_panic()),
+        // The engine is gone, and whoever waits for it goes too.
+        Err(_) => std::future::pending().await,
+    }
+}
+
+/// Applies what the log holds to empty memtables, flushing when they grow too large, and opens the log behind it.
+async fn replay(inner: Arc<Inner>) -> Result<()> {
+    let dir = inner.settings.data_dir.join("wal");
+    let mut replayed = vec![];
+    let (mut rows, mut damaged) = (0, 0);
+    let minute = committer::minute(inner.now_ms());
+    for (first, path) in wal::segments(&dir)? {
+        let mut segment = SegmentReader::open(first, path)?;
+        let registry = inner.registry.clone();
+        let mut publish = |tags| registry.publish(&Arc::new(Series::new(registry.hasher(), tags)), &[], minute);
+        while let Some(item) = segment.next(&mut publish)? {
+            match item {
+                Item::Record(position, record) => {
+                    rows += apply(&inner, &record, segment.ordinals(), position)?;
+                }
+                Item::Lost(position, e) => {
+                    damaged += 1;
+                    tracing::error!(segment = %segment.path().display(), position, error = %e, "log record is lost");
+                }
+                Item::Damage(d) if d.tail => {
+                    // A crash cut a write short that was never acknowledged.
+                    tracing::info!(segment = %segment.path().display(), bytes = d.end - d.start, "end of log is cut off");
+                }
+                Item::Damage(d) => {
+                    damaged += 1;
+                    tracing::error!(segment = %segment.path().display(), from = d.start, to = d.end,
+                        "log is damaged; records there are lost");
+                }
+            }
+            let version = inner.version();
+            if version.tables.iter().any(|t| t.active.bytes() >= inner.settings.flush_bytes)
+                || version.memory() > inner.memtable_bytes_soft()
+            {
+                inner.freeze(|_| true);
+                // The log is not open yet, so nothing of it is trimmed here.
+                inner.flush_frozen().await?;
+            }
+        }
+        replayed.push(segment.finish());
+    }
+    inner.metrics.wal_damaged.inc_by(damaged);
+    let log = Wal::open(&dir, replayed);
+    inner.metrics.wal_size.set(log.bytes() as i64);
+    *inner.log.lock() = log;
+    if rows > 0 {
+        tracing::info!(rows, series = inner.registry.len(), "log replayed");
+    }
+    Ok(())
+}
+
+fn apply(inner: &Inner, record: &wal::Record, ordinals: &[catalog::Ordinal], position: u64) -> Result<u64> {
+    let version = inner.version();
+    let now_ms = inner.now_ms();
+    let mut rows = 0;
+    for batch in &record.batches {
+        let Some(table) = version.table(batch.table.id) else { continue };
+        table.active.note_position(position, now_ms);
+        table.active.append(ordinals, &batch.rows)?;
+        rows += batch.rows.num_rows() as u64;
+    }
+    inner.metadata.lock().apply(&record.metadata, position);
+    Ok(rows)
 }

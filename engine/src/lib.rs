@@ -12,7 +12,17 @@ pub mod session;
 pub mod settings;
 pub mod telemetry;
 
+mod committer;
+mod compact;
 mod engine;
+mod flush;
+mod layout;
+mod memtable;
+mod metadata;
+mod segment;
+mod upkeep;
+mod version;
+mod wal;
 
 pub use batch::{Batch, MetricMetadata, Write};
 pub use catalog::{Error, ErrorKind, Result};

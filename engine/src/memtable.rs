@@ -17,6 +17,7 @@ use catalog::{Error, Ordinal, Result, TableSchema};
 
 use batches::BatchMemtable;
 pub(crate) use batches::with_ordinals;
+pub(crate) use block::{POW10, whole_number};
 use series::{Samples, SeriesMemtable, TsRange};
 
 /// Index of the time column in every keyed table.

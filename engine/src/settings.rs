@@ -8,6 +8,8 @@ use std::time::Duration;
 pub struct Settings {
     /// Which database of the store; part of every object's path.
     pub database: String,
+    /// Absolute location of the object store as other programs name it ([`catalog::object::location`]).
+    pub store_location: String,
     /// Folder for the log, the SQLite file catalog and caches.
     pub data_dir: PathBuf,
     /// Memory that memtables, caches and queries share.
@@ -34,6 +36,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             database: "default".to_owned(),
+            store_location: "memory://".to_owned(),
             data_dir: PathBuf::from("data"),
             memory_limit: 2 << 30,
             series_limit: 5_000_000,

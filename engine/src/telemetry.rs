@@ -3,6 +3,10 @@
 use std::fmt::Debug;
 
 use parking_lot::Mutex;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Metric, Registry};
 
 /// The registry of self-metrics. Whoever owns a metric makes it, registers it here once and keeps a clone.
@@ -28,5 +32,93 @@ impl Telemetry {
         // Writing into a String does not fail.
         let _ = prometheus_client::encoding::text::encode(&mut out, &self.0.lock());
         out
+    }
+}
+
+/// A label that names a table.
+#[derive(Debug, Clone, Hash, PartialEq, Eq, prometheus_client::encoding::EncodeLabelSet)]
+pub(crate) struct TableLabel {
+    /// [`catalog::TableSchema::name`].
+    pub table: &'static str,
+}
+
+/// A label that names a limit of the settings.
+#[derive(Debug, Clone, Hash, PartialEq, Eq, prometheus_client::encoding::EncodeLabelSet)]
+pub(crate) struct LimitLabel {
+    /// What was reached.
+    pub limit: &'static str,
+}
+
+/// A label that says how something ended.
+#[derive(Debug, Clone, Hash, PartialEq, Eq, prometheus_client::encoding::EncodeLabelSet)]
+pub(crate) struct OutcomeLabel {
+    /// `ok`, `error`, `timeout` or `canceled`.
+    pub outcome: &'static str,
+}
+
+/// The engine's own metrics.
+#[derive(Debug)]
+pub(crate) struct Metrics {
+    pub ingest_rows: Family<TableLabel, Counter>,
+    pub ingest_bytes: Counter,
+    pub wal_written: Counter,
+    pub wal_size: Gauge,
+    pub wal_sync: Histogram,
+    pub wal_failures: Counter,
+    pub wal_damaged: Counter,
+    pub queue: Gauge,
+    pub group: Histogram,
+    pub flush: Histogram,
+    pub flush_failures: Counter,
+    pub compaction: Histogram,
+    pub compaction_failures: Counter,
+    pub memtable: Family<TableLabel, Gauge>,
+    pub series: Gauge,
+    pub series_refused: Gauge,
+    pub limits: Family<LimitLabel, Counter>,
+    pub queries: Family<OutcomeLabel, Counter>,
+    pub query: Histogram,
+    pub query_memory: Gauge,
+}
+
+impl Metrics {
+    pub(crate) fn new(telemetry: &Telemetry) -> Self {
+        let seconds = || Histogram::new(exponential_buckets(0.0005, 2.0, 18));
+        let t = telemetry;
+        Self {
+            ingest_rows: t.register("ingest_rows", "Rows stored", Family::default()),
+            ingest_bytes: t.register("ingest_bytes", "Bytes of rows stored, as they lie in memory", Counter::default()),
+            wal_written: t.register("wal_written_bytes", "Bytes written to the log", Counter::default()),
+            wal_size: t.register("wal_size_bytes", "Bytes of all log segments", Gauge::default()),
+            wal_sync: t.register("wal_commit_duration_seconds", "Writing and syncing one group", seconds()),
+            wal_failures: t.register("wal_failures", "Groups that could not be written", Counter::default()),
+            wal_damaged: t.register("wal_damaged_records", "Damaged places found at replay", Counter::default()),
+            queue: t.register("ingest_queue_requests", "Requests that wait for the log", Gauge::default()),
+            group: t.register(
+                "wal_group_requests",
+                "Requests of one group",
+                Histogram::new(exponential_buckets(1.0, 2.0, 12)),
+            ),
+            flush: t.register("flush_duration_seconds", "Writing one memtable to files", seconds()),
+            flush_failures: t.register("flush_failures", "Flushes that failed and are tried again", Counter::default()),
+            compaction: t.register("compaction_duration_seconds", "One round of compaction", seconds()),
+            compaction_failures: t.register(
+                "compaction_failures",
+                "Rounds of compaction that failed",
+                Counter::default(),
+            ),
+            memtable: t.register("memtable_bytes", "Memory of rows that are not in files", Family::default()),
+            series: t.register("series_active", "Active tag sets", Gauge::default()),
+            series_refused: t.register("series_refused", "Tag sets refused at the limit since start", Gauge::default()),
+            limits: t.register("limits_hit", "Times that a limit was reached", Family::default()),
+            queries: t.register("queries", "Queries by how they ended", Family::default()),
+            query: t.register("query_duration_seconds", "Queries from plan to last row", seconds()),
+            query_memory: t.register("query_memory_bytes", "Memory reserved by running queries", Gauge::default()),
+        }
+    }
+
+    /// Counts that a limit was reached.
+    pub(crate) fn limit(&self, limit: &'static str) {
+        self.limits.get_or_create(&LimitLabel { limit }).inc();
     }
 }

@@ -33,7 +33,7 @@ const PLAIN_TIMES: u8 = 0x10;
 /// Widest packed field: a field at any bit of a byte must lie within one 64-bit word.
 const WIDTH_MAX: u32 = 56;
 const SCALE_MAX: usize = 9;
-const POW10: [f64; SCALE_MAX + 1] = [1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9];
+pub(crate) const POW10: [f64; SCALE_MAX + 1] = [1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9];
 
 /// Appends a block of 1 to [`ROWS`] samples, sorted by time without equal times.
 pub(super) fn seal(ts: &[i64], values: &[f64], out: &mut Vec<u8>) {
@@ -163,7 +163,8 @@ fn whole_numbers(values: &[f64], whole: &mut [i64; ROWS]) -> Option<u8> {
     Some(scale as u8)
 }
 
-fn whole_number(v: f64, scale: usize) -> Option<i64> {
+/// `v * 10^scale` when it is a whole number below 2^53 in magnitude and division gives the same bits back.
+pub(crate) fn whole_number(v: f64, scale: usize) -> Option<i64> {
     let scaled = v * POW10[scale];
     // A cast truncates and is far cheaper than a call of `round`; what it gets wrong fails the comparison.
     let whole = (scaled + 0.5f64.copysign(scaled)) as i64;

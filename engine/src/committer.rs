@@ -1,0 +1,288 @@
+//! The committer: one thread that turns queued requests into durable, visible rows.
+//!
+//! It takes all that waits, publishes the new tag sets, encodes one log record per request, writes and syncs them
+//! together, applies them to the memtables in the order of the log, and answers. There is no timer: a sync begins as
+//! soon as the one before has ended. The log's lock is held for a whole group, so whoever takes it (to freeze a
+//! memtable, to trim) sees every record either applied or not yet written.
+
+use std::collections::{HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use arrow::array::AsArray;
+use arrow::compute::max;
+use arrow::datatypes::UInt32Type;
+use catalog::encoder::EncodedSet;
+use catalog::tables::Role;
+use catalog::{Error, Ordinal, Result};
+use parking_lot::{Condvar, Mutex};
+use tokio::sync::oneshot;
+
+use crate::engine::Inner;
+use crate::telemetry::TableLabel;
+use crate::version::Version;
+use crate::wal::Wal;
+use crate::{MetricMetadata, Write};
+
+/// Most requests that wait.
+const QUEUE_REQUESTS_MAX: usize = 4096;
+/// A group takes no further request beyond this, so that the first one does not wait for long.
+const GROUP_BYTES: usize = 32 << 20;
+/// How often idle tag sets are looked for.
+const RETIRE_INTERVAL_MS: i64 = 60_000;
+/// Idle for so many minutes, a tag set leaves the memory.
+const RETIRE_MINUTES: u32 = 120;
+
+/// Requests on their way to the log.
+#[derive(Debug, Default)]
+pub(crate) struct Queue {
+    state: Mutex<State>,
+    wake: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    jobs: VecDeque<Job>,
+    bytes: usize,
+    closed: bool,
+}
+
+#[derive(Debug)]
+struct Job {
+    write: Write,
+    bytes: usize,
+    ack: oneshot::Sender<Result<()>>,
+}
+
+/// A job whose record is encoded.
+struct Staged {
+    job: Job,
+    ordinals: Vec<Ordinal>,
+    metadata: Vec<MetricMetadata>,
+    position: u64,
+}
+
+impl Queue {
+    /// Queues a request. The receiver gets the answer once it is durable and visible.
+    ///
+    /// # Errors
+    /// `Unavailable` when `bytes_max` or the number of requests is reached, or after [`Queue::close`].
+    pub(crate) fn push(&self, write: Write, bytes_max: usize) -> Result<oneshot::Receiver<Result<()>>> {
+        let bytes = bytes_of(&write);
+        let (ack, answer) = oneshot::channel();
+        let mut state = self.state.lock();
+        if state.closed {
+            return Err(Error::unavailable("the database is stopping"));
+        }
+        // One request is always let in, however large.
+        if state.jobs.len() >= QUEUE_REQUESTS_MAX || (state.bytes > 0 && state.bytes + bytes > bytes_max) {
+            return Err(Error::unavailable(format!(
+                "{} requests with {} bytes wait for the log; at most {QUEUE_REQUESTS_MAX} with {bytes_max} may",
+                state.jobs.len(),
+                state.bytes
+            )));
+        }
+        state.bytes += bytes;
+        state.jobs.push_back(Job { write, bytes, ack });
+        drop(state);
+        self.wake.notify_one();
+        Ok(answer)
+    }
+
+    /// Refuses further requests; those queued are still stored.
+    pub(crate) fn close(&self) {
+        self.state.lock().closed = true;
+        self.wake.notify_all();
+    }
+
+    /// Requests that wait.
+    pub(crate) fn len(&self) -> usize {
+        self.state.lock().jobs.len()
+    }
+
+    /// The next group, empty after some seconds without any; `None` once closed and empty.
+    fn take(&self) -> Option<Vec<Job>> {
+        let mut state = self.state.lock();
+        if state.jobs.is_empty() && !state.closed {
+            self.wake.wait_for(&mut state, Duration::from_secs(5));
+        }
+        if state.jobs.is_empty() && state.closed {
+            return None;
+        }
+        let mut group = vec![];
+        let mut bytes = 0;
+        while bytes < GROUP_BYTES
+            && let Some(job) = state.jobs.pop_front()
+        {
+            bytes += job.bytes;
+            group.push(job);
+        }
+        state.bytes -= bytes;
+        Some(group)
+    }
+}
+
+fn bytes_of(write: &Write) -> usize {
+    let rows: usize = write.batches.iter().map(|b| b.rows.get_array_memory_size()).sum();
+    let sets: usize = write
+        .tags
+        .sets
+        .iter()
+        .map(|s| match s {
+            EncodedSet::New { series, .. } => series.tags.as_bytes().len() + 128,
+            _ => 8,
+        })
+        .sum();
+    rows + sets + 128 * write.metadata.len()
+}
+
+/// Checks that a request's rows are in their tables' schemas and refer to its tag sets.
+///
+/// # Errors
+/// `Internal`: only a bug of a receiver makes such a request.
+pub(crate) fn check(write: &Write) -> Result<()> {
+    for batch in &write.batches {
+        let (table, rows) = (&batch.table, &batch.rows);
+        if !Arc::ptr_eq(rows.schema_ref(), table.arrow()) && rows.schema_ref().fields() != table.arrow().fields() {
+            return Err(Error::internal(format!("rows for table {} are not in its schema", table.name)));
+        }
+        for (i, column) in table.columns.iter().enumerate().filter(|(_, c)| c.role == Role::Tag) {
+            let last = max(rows.column(i).as_primitive::<UInt32Type>());
+            if last.is_some_and(|r| r as usize >= write.tags.sets.len()) {
+                return Err(Error::internal(format!(
+                    "column {} of table {} refers to tag set {} of {}",
+                    column.name,
+                    table.name,
+                    last.unwrap_or(0),
+                    write.tags.sets.len()
+                )));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The committer's thread: returns once the queue is closed and empty.
+pub(crate) fn run(inner: &Inner) {
+    let mut retired_ms = inner.now_ms();
+    let mut held = HashSet::new();
+    while let Some(jobs) = inner.queue.take() {
+        if !jobs.is_empty() {
+            commit(inner, jobs);
+        }
+        let now_ms = inner.now_ms();
+        if now_ms - retired_ms >= RETIRE_INTERVAL_MS {
+            retired_ms = now_ms;
+            retire(inner, &mut held, minute(now_ms));
+        }
+    }
+}
+
+fn commit(inner: &Inner, jobs: Vec<Job>) {
+    inner.metrics.group.observe(jobs.len() as f64);
+    let now_ms = inner.now_ms();
+    let mut log = inner.log.lock();
+    let version = inner.version();
+    let mut staged = Vec::with_capacity(jobs.len());
+    for job in jobs {
+        match stage(inner, &mut log, &job.write, minute(now_ms)) {
+            Ok(None) => answer(job, Ok(())),
+            Ok(Some((ordinals, metadata, position))) => staged.push(Staged { job, ordinals, metadata, position }),
+            Err(e) => answer(job, Err(e)),
+        }
+    }
+    let begun = Instant::now();
+    let result = log.commit();
+    inner.metrics.wal_sync.observe(begun.elapsed().as_secs_f64());
+    match result {
+        Ok(bytes) => {
+            inner.metrics.wal_written.inc_by(bytes);
+            inner.metrics.wal_size.set(log.bytes() as i64);
+            let answers: Vec<_> = staged.into_iter().map(|s| (apply(inner, &version, &s, now_ms), s.job)).collect();
+            drop(log);
+            for (result, job) in answers {
+                answer(job, result);
+            }
+        }
+        Err(e) => {
+            drop(log);
+            inner.metrics.wal_failures.inc();
+            tracing::error!(error = %e, requests = staged.len(), "log can't be written; requests are refused");
+            for s in staged {
+                answer(s.job, Err(Error::unavailable(e.to_string())));
+            }
+        }
+    }
+}
+
+fn answer(job: Job, result: Result<()>) {
+    // Whoever asked may have gone; the rows stay.
+    let _ = job.ack.send(result);
+}
+
+type Encoded = (Vec<Ordinal>, Vec<MetricMetadata>, u64);
+
+/// Publishes a request's tag sets and encodes its record; `None` when there is nothing to store.
+fn stage(inner: &Inner, log: &mut Wal, write: &Write, minute: u32) -> Result<Option<Encoded>> {
+    let metadata = inner.metadata.lock().news(&write.metadata);
+    if write.rows() == 0 && metadata.is_empty() {
+        return Ok(None);
+    }
+    let registry = &inner.registry;
+    let mut ordinals = Vec::with_capacity(write.tags.sets.len());
+    for set in &write.tags.sets {
+        ordinals.push(match set {
+            EncodedSet::Known(ordinal) => *ordinal,
+            EncodedSet::New { series, wires } => registry.publish(series, wires, minute)?,
+            EncodedSet::Alias { ordinal, wires } => match registry.get(*ordinal) {
+                Some(series) => registry.publish(&series, wires, minute)?,
+                None => *ordinal,
+            },
+        });
+    }
+    // Only this thread retires, so what is alive now stays so until the rows are in a memtable.
+    if !registry.touch(ordinals.iter().copied(), minute) {
+        return Err(Error::unavailable("a tag set of the request left the memory after it was looked up; try again"));
+    }
+    let position = log.encode(&ordinals, |o| registry.get(o), &write.batches, &metadata)?;
+    Ok(Some((ordinals, metadata, position)))
+}
+
+fn apply(inner: &Inner, version: &Version, staged: &Staged, now_ms: i64) -> Result<()> {
+    for batch in &staged.job.write.batches {
+        let table = version
+            .table(batch.table.id)
+            .ok_or_else(|| Error::internal(format!("table {} is not in the database", batch.table.name)))?;
+        table.active.note_position(staged.position, now_ms);
+        table.active.append(&staged.ordinals, &batch.rows)?;
+        let rows = batch.rows.num_rows() as u64;
+        inner.metrics.ingest_rows.get_or_create(&TableLabel { table: table.schema.name }).inc_by(rows);
+    }
+    inner.metrics.ingest_bytes.inc_by(staged.job.bytes as u64);
+    if !staged.metadata.is_empty() {
+        inner.metadata.lock().apply(&staged.metadata, staged.position);
+    }
+    Ok(())
+}
+
+/// Forgets tag sets that have been idle for long and that no memtable holds. One that a memtable held a round ago
+/// waits for another: a query may still work on the version of then.
+fn retire(inner: &Inner, held_before: &mut HashSet<Ordinal>, minute: u32) {
+    // No freezing meanwhile, so no memtable is overlooked.
+    let _log = inner.log.lock();
+    let version = inner.version();
+    let held: HashSet<Ordinal> =
+        version.tables.iter().flat_map(|t| t.memtables().flat_map(|m| m.ordinals()).collect::<Vec<_>>()).collect();
+    let retired = inner
+        .registry
+        .retire(minute.saturating_sub(RETIRE_MINUTES), |o| !held.contains(&o) && !held_before.contains(&o));
+    *held_before = held;
+    if retired > 0 {
+        tracing::debug!(retired, active = inner.registry.len(), "idle tag sets left the memory");
+    }
+}
+
+/// Minutes since the epoch.
+pub(crate) fn minute(now_ms: i64) -> u32 {
+    u32::try_from(now_ms / 60_000).unwrap_or(0)
+}

@@ -1,0 +1,227 @@
+//! What runs beside writes and queries: deciding when memtables are flushed, trimming the log, compaction rounds and
+//! gauges.
+//!
+//! A flush has three steps. Freezing: under the log's lock the active memtable joins the flushing ones and an empty one
+//! takes its place, and the log begins a new segment. Writing: [`crate::flush`] writes files, commits them, and installs
+//! the version in which they stand for the memtable. Trimming: segments of the log that no memtable needs are deleted.
+//! A failed write leaves the memtable where it is, readable, and is tried again.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use catalog::files::Commit;
+use catalog::{Error, Result};
+
+use crate::engine::Inner;
+use crate::memtable::Memtable;
+use crate::telemetry::TableLabel;
+use crate::version::Version;
+
+/// How often conditions are looked at.
+const TICK: Duration = Duration::from_millis(500);
+/// How often compaction looks for work.
+const COMPACT_INTERVAL: Duration = Duration::from_secs(30);
+/// Wait after a failed flush.
+const RETRY: Duration = Duration::from_secs(5);
+
+impl Inner {
+    /// Replaces the version. `change` sees the present one; changes run one after another.
+    pub(crate) fn install(&self, change: impl FnOnce(&Version) -> Version) {
+        let _one = self.version_change.lock();
+        self.version.store(Arc::new(change(&self.version.load())));
+    }
+
+    /// Freezes the tables for which `which` holds and that have rows.
+    pub(crate) fn freeze(&self, which: impl Fn(&Memtable) -> bool) {
+        let mut log = self.log.lock();
+        let version = self.version();
+        let mut any = false;
+        for table in &version.tables {
+            if table.active.rows() > 0 && which(&table.active) {
+                any = true;
+                self.install(|v| {
+                    v.with_table(table.schema.id, |t| {
+                        let fresh = Arc::new(Memtable::new(t.schema.clone()));
+                        t.flushing.push(std::mem::replace(&mut t.active, fresh));
+                    })
+                });
+            }
+        }
+        if any {
+            log.roll();
+        }
+    }
+
+    /// Writes all frozen memtables to files, oldest first, then trims the log.
+    ///
+    /// # Errors
+    /// Storage errors; what could not be written stays frozen.
+    pub(crate) async fn flush_frozen(self: &Arc<Self>) -> Result<()> {
+        let _one = self.flushing.lock().await;
+        let result = self.write_frozen().await;
+        if result.is_err() {
+            self.metrics.flush_failures.inc();
+        }
+        // What was written before a failure needs the log no more.
+        self.trim()?;
+        result
+    }
+
+    async fn write_frozen(self: &Arc<Self>) -> Result<()> {
+        self.save_metadata().await?;
+        for table in &self.version().tables {
+            for memtable in &table.flushing {
+                let begun = Instant::now();
+                crate::flush::write(self, &table.schema, memtable)
+                    .await
+                    .map_err(|e| e.context(format_args!("flush of table {}", table.schema.name)))?;
+                self.metrics.flush.observe(begun.elapsed().as_secs_f64());
+            }
+        }
+        Ok(())
+    }
+
+    async fn save_metadata(&self) -> Result<()> {
+        // Under the log's lock no record is durable but not applied.
+        let (position, rows) = {
+            let log = self.log.lock();
+            (log.position(), self.metadata.lock().unsaved())
+        };
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let commit = Commit { metadata: rows, ..Commit::default() };
+        self.files.commit(&commit, self.now_ms()).await?;
+        self.metadata.lock().saved(&commit.metadata, position);
+        Ok(())
+    }
+
+    /// Deletes what no memtable needs of the log.
+    fn trim(&self) -> Result<()> {
+        let mut log = self.log.lock();
+        let pinned = self.pins().into_iter().map(|(position, _)| position).min();
+        let position = pinned.unwrap_or_else(|| log.position());
+        log.trim(position)?;
+        self.metrics.wal_size.set(log.bytes() as i64);
+        Ok(())
+    }
+
+    /// Positions that the log must keep, with the table that needs them (`None`: metric metadata).
+    fn pins(&self) -> Vec<(u64, Option<u16>)> {
+        let version = self.version();
+        let mut out: Vec<_> = version
+            .tables
+            .iter()
+            .flat_map(|t| t.memtables().map(|m| (m.first_position(), t.schema.id)).collect::<Vec<_>>())
+            .filter_map(|(position, table)| Some((position?, Some(table))))
+            .collect();
+        out.extend(self.metadata.lock().first_position().map(|position| (position, None)));
+        out
+    }
+
+    /// Bytes that memtables may take before the greatest is flushed.
+    pub(crate) fn memtable_bytes_soft(&self) -> usize {
+        self.settings.memory_limit / 4
+    }
+
+    /// Bytes of memtables beyond which writes are refused.
+    pub(crate) fn memtable_bytes_hard(&self) -> usize {
+        self.settings.memory_limit / 2
+    }
+
+    fn wal_bytes_soft(&self) -> u64 {
+        self.settings.wal_bytes_max.min(self.settings.memory_limit as u64 / 4)
+    }
+
+    /// Bytes of the log beyond which writes are refused: flushes fail, or can't keep up.
+    pub(crate) fn wal_bytes_hard(&self) -> u64 {
+        2 * self.wal_bytes_soft() + (64 << 20)
+    }
+
+    /// Freezes what is due; returns whether anything waits to be written.
+    pub(crate) fn freeze_due(&self) -> bool {
+        let now_ms = self.now_ms();
+        let interval_ms = self.settings.flush_interval.as_millis() as i64;
+        let version = self.version();
+        let greatest = version.tables.iter().map(|t| t.active.bytes()).max().unwrap_or(0);
+        let pressed = version.memory() > self.memtable_bytes_soft();
+        let pinning = if self.log.lock().bytes() > self.wal_bytes_soft() {
+            self.pins().into_iter().min().and_then(|(_, table)| table)
+        } else {
+            None
+        };
+        let due = |m: &Memtable| {
+            m.bytes() >= self.settings.flush_bytes
+                || m.first_ms().is_some_and(|first| now_ms - first >= interval_ms)
+                || (pressed && m.bytes() == greatest)
+                || pinning == Some(m.table().id)
+        };
+        if version.tables.iter().any(|t| t.active.rows() > 0 && due(&t.active)) {
+            self.freeze(due);
+        }
+        self.version().tables.iter().any(|t| !t.flushing.is_empty())
+    }
+
+    /// Refuses when memory or log are beyond what a flush could free in time.
+    pub(crate) fn check_room(&self) -> Result<()> {
+        let memory = self.version().memory();
+        if memory > self.memtable_bytes_hard() {
+            self.metrics.limit("memtable_bytes");
+            return Err(Error::unavailable(format!(
+                "{memory} bytes of rows wait to be written to files; at most {} may",
+                self.memtable_bytes_hard()
+            )));
+        }
+        let log = self.metrics.wal_size.get() as u64;
+        if log > self.wal_bytes_hard() {
+            self.metrics.limit("wal_bytes");
+            return Err(Error::unavailable(format!(
+                "the log holds {log} bytes that are not in files; at most {} may",
+                self.wal_bytes_hard()
+            )));
+        }
+        Ok(())
+    }
+
+    fn set_gauges(&self) {
+        let m = &self.metrics;
+        m.queue.set(self.queue.len() as i64);
+        m.series.set(self.registry.len() as i64);
+        m.series_refused.set(self.registry.refused() as i64);
+        m.query_memory.set(self.session.runtime_env().memory_pool.reserved() as i64);
+        for table in &self.version().tables {
+            let bytes: usize = table.memtables().map(|memtable| memtable.bytes()).sum();
+            m.memtable.get_or_create(&TableLabel { table: table.schema.name }).set(bytes as i64);
+        }
+    }
+}
+
+/// Flushes what is due until `inner.stopping`.
+pub(crate) async fn run_flusher(inner: Arc<Inner>) {
+    let mut wait = TICK;
+    while inner.stopping.run_until_cancelled(tokio::time::sleep(wait)).await.is_some() {
+        wait = TICK;
+        inner.set_gauges();
+        if inner.freeze_due()
+            && let Err(e) = inner.flush_frozen().await
+        {
+            tracing::error!(error = %e, "flush failed and will be tried again");
+            wait = RETRY;
+        }
+    }
+}
+
+/// Compacts now and then until `inner.stopping`.
+pub(crate) async fn run_compactor(inner: Arc<Inner>) {
+    while inner.stopping.run_until_cancelled(tokio::time::sleep(COMPACT_INTERVAL)).await.is_some() {
+        let begun = Instant::now();
+        match inner.stopping.run_until_cancelled(crate::compact::due(&inner)).await {
+            None => {}
+            Some(Ok(())) => inner.metrics.compaction.observe(begun.elapsed().as_secs_f64()),
+            Some(Err(e)) => {
+                inner.metrics.compaction_failures.inc();
+                tracing::error!(error = %e, "compaction failed and will be tried again");
+            }
+        }
+    }
+}
