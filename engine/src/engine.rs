@@ -67,6 +67,8 @@ pub(crate) struct Inner {
     pub segments: Arc<Segments>,
     /// Tag sets of days, through a cache.
     pub parts: TagParts,
+    /// What flush and compaction remember of days.
+    pub days: crate::flush::Days,
     /// Read through [`Inner::version`], replaced through [`Inner::install`].
     pub version: ArcSwap<Version>,
     pub version_change: Mutex<()>,
@@ -120,6 +122,7 @@ impl Engine {
             metrics: Arc::new(Metrics::new(&components.telemetry)),
             segments: Arc::new(Segments::new(components.store.clone(), &settings.database, cache)),
             parts: TagParts::new(components.store.clone(), &settings.database, registry.clone(), cache),
+            days: crate::flush::Days::default(),
             files,
             version: ArcSwap::from_pointee(Version::new(&state)),
             version_change: Mutex::new(()),
@@ -225,6 +228,11 @@ impl Engine {
     ) -> datafusion::error::Result<SendableRecordBatchStream> {
         let inner = self.inner();
         session::execute(&inner.cpu, inner.metrics.clone(), state, plan, limits).await
+    }
+
+    /// Runs a future on the CPU runtime; it is aborted when the caller goes away.
+    pub async fn run<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> T {
+        on(&self.inner().cpu, work).await
     }
 
     /// Runs CPU-heavy work off the network runtime; dropped when the caller goes away.

@@ -1,14 +1,218 @@
-//! Writes frozen memtables to files.
+//! Writes frozen memtables to files: one for each UTC day that has rows, the tag sets that the day's parts do not have
+//! yet, one commit of the file catalog, one new version.
 
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::hash::BuildHasherDefault;
+use std::ops::Range;
 use std::sync::Arc;
 
-use catalog::{Error, Result, TableSchema};
+use arrow::array::{ArrayRef, AsArray, RecordBatch};
+use arrow::datatypes::{TimestampMillisecondType, UInt32Type};
+use catalog::files::{Commit, DataFile, TagPart};
+use catalog::registry::PassThrough;
+use catalog::{Error, MetricFilter, Ordinal, PartHeader, Result, Series, TableSchema, tag_parts};
+use parking_lot::Mutex;
 
-use crate::memtable::Memtable;
 use crate::engine::Inner;
+use crate::memtable::Memtable;
+use crate::scan::gather::gather;
+use crate::scan::merge::MemoryCursor;
+use crate::segment::{Description, Key, Writer, day_of};
+
+/// A set of codes.
+type Codes = HashSet<i64, BuildHasherDefault<PassThrough>>;
+
+/// Days whose written tag sets are remembered.
+const DAYS_REMEMBERED: usize = 4;
+
+/// What flush and compaction remember of days between runs.
+#[derive(Debug, Default)]
+pub(crate) struct Days {
+    /// Codes that the tag parts of a day hold.
+    written: Mutex<HashMap<i32, Codes>>,
+    /// When a table's day last got a file by a flush, milliseconds since the epoch.
+    changed: Mutex<HashMap<(u16, i32), i64>>,
+    /// Held while files are merged.
+    pub compacting: tokio::sync::Mutex<()>,
+}
+
+impl Days {
+    /// When a flush last wrote a file for a table's day; `None` when not since start.
+    pub fn changed(&self, table_id: u16, day: i32) -> Option<i64> {
+        self.changed.lock().get(&(table_id, day)).copied()
+    }
+}
 
 /// Writes a frozen memtable to files, commits them, and installs the version in which they stand for it.
 pub(crate) async fn write(inner: &Arc<Inner>, table: &Arc<TableSchema>, memtable: &Arc<Memtable>) -> Result<()> {
-    let _ = (inner, memtable);
-    Err(Error::unavailable(format!("flush of {} is not available", table.name)))
+    let mut commit = Commit::default();
+    let mut new_codes: Vec<(i32, Vec<i64>)> = Vec::new();
+    if memtable.rows() > 0 {
+        let seq = inner.files.next_seq();
+        let (series, ordinals) = in_storage_order(inner, memtable)?;
+        let days = write_rows(inner, table, memtable, seq, &series, &ordinals).await?;
+        for Day { day, writer, series: has_rows } in days {
+            commit.add.push(store(inner, table, writer).await?);
+            let missing = missing_sets(inner, day, has_rows.iter().map(|i| &series[*i as usize])).await?;
+            if missing.is_empty() {
+                continue;
+            }
+            new_codes.push((day, missing.iter().map(|s| s.id.code.0).collect()));
+            let header = PartHeader { id: inner.files.next_id(), day, seq, supersedes: vec![] };
+            let encoded = tag_parts::encode(&header, &missing)?;
+            inner.segments.put(&encoded.part.path, encoded.bytes).await?;
+            commit.add_parts.push(encoded.part);
+        }
+        inner.files.commit(&commit, inner.now_ms()).await?;
+    }
+    let now_ms = inner.now_ms();
+    {
+        let mut changed = inner.days.changed.lock();
+        changed.extend(commit.add.iter().map(|f| ((table.id, f.day), now_ms)));
+        let mut written = inner.days.written.lock();
+        for (day, codes) in new_codes {
+            written.entry(day).or_default().extend(codes);
+        }
+        while written.len() > DAYS_REMEMBERED {
+            let Some(oldest) = written.keys().min().copied() else { break };
+            written.remove(&oldest);
+        }
+    }
+    inner.install(|version| {
+        let mut next = version.with_table(table.id, |t| {
+            t.flushing.retain(|m| !Arc::ptr_eq(m, memtable));
+            t.files = with_files(&t.files, &commit.add, &[]);
+        });
+        next.parts = with_parts(&version.parts, &commit.add_parts, &[]);
+        next
+    });
+    Ok(())
+}
+
+/// A list of files with some added and some removed by id.
+pub(crate) fn with_files(files: &[Arc<DataFile>], add: &[DataFile], remove: &[i64]) -> Arc<Vec<Arc<DataFile>>> {
+    let kept = files.iter().filter(|f| !remove.contains(&f.id)).cloned();
+    // Statistics are for the catalog only.
+    let added = add.iter().map(|f| Arc::new(DataFile { columns: vec![], ..f.clone() }));
+    Arc::new(kept.chain(added).collect())
+}
+
+/// A list of tag parts with some added and some removed by id.
+pub(crate) fn with_parts(parts: &[Arc<TagPart>], add: &[TagPart], remove: &[i64]) -> Arc<Vec<Arc<TagPart>>> {
+    let kept = parts.iter().filter(|p| !remove.contains(&p.id)).cloned();
+    Arc::new(kept.chain(add.iter().cloned().map(Arc::new)).collect())
+}
+
+/// Finishes a file and stores its object.
+pub(crate) async fn store(inner: &Inner, table: &TableSchema, writer: Writer) -> Result<DataFile> {
+    let mut written = writer.finish()?;
+    written.file.path = format!("{}/{}/{}.parquet", table.name, written.file.day, written.file.id);
+    inner.segments.put(&written.file.path, written.bytes).await?;
+    Ok(written.file)
+}
+
+/// The series with rows in a memtable, with their ordinals.
+fn in_storage_order(inner: &Inner, memtable: &Memtable) -> Result<(Vec<Arc<Series>>, Vec<Ordinal>)> {
+    let ordinals = memtable.ordinals();
+    let series = inner.registry.get_many(&ordinals);
+    let mut both: Vec<(Key, Ordinal, Arc<Series>)> = Vec::with_capacity(series.len());
+    for (ordinal, series) in ordinals.into_iter().zip(series) {
+        // A set with rows in memory is never retired.
+        let series = series.ok_or_else(|| Error::internal(format!("tag set of ordinal {ordinal} is gone")))?;
+        both.push((Key::from(series.as_ref()), ordinal, series));
+    }
+    both.sort_unstable_by_key(|b| b.0);
+    Ok(both.into_iter().map(|(_, ordinal, series)| (series, ordinal)).unzip())
+}
+
+/// The rows of one day on their way to a file.
+struct Day {
+    day: i32,
+    writer: Writer,
+    /// The series that have rows, ascending.
+    series: Vec<u32>,
+}
+
+async fn write_rows(
+    inner: &Inner,
+    table: &Arc<TableSchema>,
+    memtable: &Arc<Memtable>,
+    seq: u64,
+    series: &[Arc<Series>],
+    ordinals: &[Ordinal],
+) -> Result<Vec<Day>> {
+    let keys: Vec<Key> = series.iter().map(|s| Key::from(s.as_ref())).collect();
+    let wanted = (0..).zip(ordinals.iter().copied()).collect();
+    let columns: Vec<usize> = (1..table.columns.len()).collect();
+    let mut cursor = MemoryCursor::new(memtable.clone(), wanted, (i64::MIN, i64::MAX), columns);
+    let mut days: BTreeMap<i32, Day> = BTreeMap::new();
+    while let Some(rows) = cursor.next()? {
+        for (day, rows) in by_day(&rows)? {
+            let entry = match days.entry(day) {
+                std::collections::btree_map::Entry::Occupied(e) => e.into_mut(),
+                std::collections::btree_map::Entry::Vacant(e) => {
+                    let description = Description {
+                        id: inner.files.next_id(),
+                        table: table.name.to_owned(),
+                        table_id: table.id,
+                        schema_version: table.version,
+                        day,
+                        level: 0,
+                        seq_min: seq,
+                        seq_max: seq,
+                        supersedes: vec![],
+                    };
+                    e.insert(Day { day, writer: Writer::new(table, description)?, series: vec![] })
+                }
+            };
+            for run in rows.column(0).as_primitive::<UInt32Type>().values().chunk_by(|a, b| a == b) {
+                if entry.series.last() != Some(&run[0]) {
+                    entry.series.push(run[0]);
+                }
+            }
+            entry.writer.write(&keys, &rows)?;
+        }
+        // Queries share these threads.
+        tokio::task::yield_now().await;
+    }
+    Ok(days.into_values().collect())
+}
+
+/// Cuts rows sorted by (series, ts) by UTC day, keeping their order.
+fn by_day(rows: &RecordBatch) -> Result<Vec<(i32, RecordBatch)>> {
+    let ts = rows.column(1).as_primitive::<TimestampMillisecondType>().values();
+    let (min, max) = ts.iter().fold((i64::MAX, i64::MIN), |(a, b), t| (a.min(*t), b.max(*t)));
+    if day_of(min) == day_of(max) {
+        return Ok(vec![(day_of(min), rows.clone())]);
+    }
+    let mut slices: BTreeMap<i32, Vec<Range<usize>>> = BTreeMap::new();
+    let mut start = 0;
+    for run in ts.chunk_by(|a, b| day_of(*a) == day_of(*b)) {
+        slices.entry(day_of(run[0])).or_default().push(start..start + run.len());
+        start += run.len();
+    }
+    let cut = |slices: Vec<Range<usize>>| -> Result<RecordBatch> {
+        let total = slices.iter().map(ExactSizeIterator::len).sum();
+        let columns: Result<Vec<ArrayRef>> =
+            rows.columns().iter().map(|c| gather(&[c], slices.iter().map(|s| (0, s.clone())), total)).collect();
+        Ok(RecordBatch::try_new(rows.schema(), columns?)?)
+    };
+    slices.into_iter().map(|(day, slices)| Ok((day, cut(slices)?))).collect()
+}
+
+/// Those of the series that no tag part of the day holds.
+async fn missing_sets<'a>(
+    inner: &Inner,
+    day: i32,
+    series: impl Iterator<Item = &'a Arc<Series>>,
+) -> Result<Vec<Arc<Series>>> {
+    if !inner.days.written.lock().contains_key(&day) {
+        let parts: Vec<_> = inner.version().parts.iter().filter(|p| p.day == day).cloned().collect();
+        let known = inner.parts.load(&parts, MetricFilter::All).await?;
+        let codes = known.iter().flat_map(|p| p.iter()).map(|s| s.id.code.0).collect();
+        inner.days.written.lock().insert(day, codes);
+    }
+    let written = inner.days.written.lock();
+    let known = written.get(&day);
+    Ok(series.filter(|s| known.is_none_or(|k| !k.contains(&s.id.code.0))).cloned().collect())
 }

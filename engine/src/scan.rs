@@ -1,16 +1,38 @@
 //! The leaf of every plan: rows of a set of series, sorted and free of duplicates.
 
+pub(crate) mod gather;
+pub(crate) mod merge;
+
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
+use arrow::compute::SortOptions;
 use arrow::datatypes::SchemaRef;
+use catalog::Ordinal;
+use catalog::files::DataFile;
 use datafusion::common::tree_node::TreeNodeRecursion;
-use datafusion::error::Result as DfResult;
+use datafusion::error::{DataFusionError, Result as DfResult};
 use datafusion::execution::{SendableRecordBatchStream, TaskContext};
-use datafusion::physical_expr::PhysicalExpr;
-use datafusion::physical_plan::{DisplayAs, DisplayFormatType, ExecutionPlan, PlanProperties};
+use datafusion::physical_expr::expressions::Column;
+use datafusion::physical_expr::{EquivalenceProperties, PhysicalExpr, PhysicalSortExpr};
+use datafusion::physical_plan::coop::cooperative;
+use datafusion::physical_plan::execution_plan::{Boundedness, EmissionType};
+use datafusion::physical_plan::metrics::{BaselineMetrics, ExecutionPlanMetricsSet, MetricBuilder, MetricsSet};
+use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
+use datafusion::physical_plan::{DisplayAs, DisplayFormatType, ExecutionPlan, Partitioning, PlanProperties};
 
 use crate::SeriesSet;
+use crate::memtable::{Memtable, read_schema};
+use crate::segment::{Cursor, Request};
+use crate::select::NO_ORDINAL;
+use merge::{MemoryCursor, Merge, Source};
+
+/// Index of the time column in every keyed table.
+const TS: usize = 1;
+
+/// A partition has at least this many series: starting one costs as much as reading some of them.
+const PARTITION_SERIES: usize = 1024;
 
 /// Reads rows of a [`SeriesSet`] from memtables and segments. Output columns are `series` (`UInt32`, index into
 /// `set.series`), then the asked-for columns of the table in the asked-for order with their in-memory types; rows are
@@ -21,24 +43,112 @@ pub struct SeriesScanExec {
     columns: Vec<usize>,
     schema: SchemaRef,
     properties: Arc<PlanProperties>,
+    memtables: Vec<Arc<Memtable>>,
+    files: Vec<Arc<DataFile>>,
+    metrics: ExecutionPlanMetricsSet,
 }
 
 impl SeriesScanExec {
     /// Scans `set`; `columns` are indexes into `set.table.columns`, without `series`.
     pub fn new(set: Arc<SeriesSet>, columns: Vec<usize>) -> Self {
-        let _ = (set, columns);
-        todo!("scan")
+        let schema = read_schema(&set.table, &columns);
+        let (mut memtables, mut files) = (vec![], vec![]);
+        if let Some(table) = set.version.table(set.table.id).filter(|_| !set.series.is_empty()) {
+            let metrics = set.keys.first().map_or(0, |k| k.metric)..=set.keys.last().map_or(0, |k| k.metric);
+            memtables.extend(table.memtables().filter(|m| m.overlaps(set.start_ms, set.end_ms)).cloned());
+            // Oldest first, as the merge wants them.
+            memtables.reverse();
+            files.extend(table.files.iter().filter(|f| overlaps(f, &set, *metrics.start(), *metrics.end())).cloned());
+            files.sort_by_key(|f| (f.seq_max, f.id));
+        }
+        let partitions = (set.series.len() / PARTITION_SERIES).clamp(1, set.threads);
+        let properties = PlanProperties::new(
+            equivalences(&schema, &columns),
+            Partitioning::UnknownPartitioning(partitions),
+            EmissionType::Incremental,
+            Boundedness::Bounded,
+        )
+        .with_scheduling_type(datafusion::physical_plan::execution_plan::SchedulingType::Cooperative);
+        let metrics = ExecutionPlanMetricsSet::new();
+        Self { set, columns, schema, properties: Arc::new(properties), memtables, files, metrics }
     }
 
     /// The series that are read.
     pub fn set(&self) -> &Arc<SeriesSet> {
         &self.set
     }
+
+    /// Indexes of the asked-for columns.
+    pub fn columns(&self) -> &[usize] {
+        &self.columns
+    }
+
+    fn merge(&self, series: Range<usize>) -> Merge {
+        let set = &self.set;
+        let mut columns = self.columns.clone();
+        let sources = self.files.len() + self.memtables.len();
+        let ts = columns.iter().position(|c| *c == TS);
+        // Merging needs the time; the stream drops it again.
+        let ts = ts.unwrap_or_else(|| {
+            if sources > 1 {
+                columns.push(TS);
+            }
+            columns.len().saturating_sub(1)
+        });
+        let request = Arc::new(Request {
+            table: set.table.clone(),
+            keys: set.keys.clone(),
+            range: series.clone(),
+            start_ms: set.start_ms,
+            end_ms: set.end_ms,
+            columns: columns.clone(),
+        });
+        let file =
+            |f: &Arc<DataFile>| Source::File(Box::new(Cursor::new(set.segments.clone(), f.clone(), request.clone())));
+        let memory = |m: &Arc<Memtable>| {
+            let wanted: Vec<(u32, Ordinal)> = series
+                .clone()
+                .filter(|i| set.ordinals[*i] != NO_ORDINAL)
+                .map(|i| (i as u32, set.ordinals[i]))
+                .collect();
+            let range = (set.start_ms, set.end_ms);
+            Source::Memory(Box::new(MemoryCursor::new(m.clone(), wanted, range, columns.clone())))
+        };
+        let sources = self.files.iter().map(file).chain(self.memtables.iter().map(memory)).collect();
+        Merge::new(sources, read_schema(&set.table, &columns), ts + 1)
+    }
+}
+
+fn overlaps(file: &DataFile, set: &SeriesSet, metric_min: i64, metric_max: i64) -> bool {
+    file.ts_min <= set.end_ms
+        && file.ts_max >= set.start_ms
+        && file.metric_min <= metric_max
+        && file.metric_max >= metric_min
+}
+
+fn equivalences(schema: &SchemaRef, columns: &[usize]) -> EquivalenceProperties {
+    let mut out = EquivalenceProperties::new(schema.clone());
+    let sorted =
+        |name: &str, at| PhysicalSortExpr::new(Arc::new(Column::new(name, at)), SortOptions::new(false, false));
+    let mut order = vec![sorted(schema.field(0).name(), 0)];
+    if let Some(at) = columns.iter().position(|c| *c == TS) {
+        order.push(sorted(schema.field(at + 1).name(), at + 1));
+    }
+    out.add_ordering(order);
+    out
 }
 
 impl DisplayAs for SeriesScanExec {
     fn fmt_as(&self, _t: DisplayFormatType, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "SeriesScanExec: table={}, codes={}", self.set.table.name, self.set.series.len())
+        let set = &self.set;
+        let (codes, of) = (set.series.len(), set.candidates);
+        let (memtables, files) = (self.memtables.len(), self.files.len());
+        write!(
+            f,
+            "SeriesScanExec: table={}, codes={codes} of {of}, memtables={memtables}, files={files}",
+            set.table.name
+        )?;
+        write!(f, ", time=[{}..{}]", set.start_ms, set.end_ms)
     }
 }
 
@@ -70,8 +180,33 @@ impl ExecutionPlan for SeriesScanExec {
         Ok(self)
     }
 
-    fn execute(&self, _partition: usize, _context: Arc<TaskContext>) -> DfResult<SendableRecordBatchStream> {
-        let _ = &self.columns;
-        todo!("scan")
+    fn metrics(&self) -> Option<MetricsSet> {
+        Some(self.metrics.clone_inner())
+    }
+
+    fn execute(&self, partition: usize, _context: Arc<TaskContext>) -> DfResult<SendableRecordBatchStream> {
+        let partitions = self.properties.partitioning.partition_count();
+        let n = self.set.series.len();
+        let merge = self.merge(n * partition / partitions..n * (partition + 1) / partitions);
+        let baseline = BaselineMetrics::new(&self.metrics, partition);
+        MetricBuilder::new(&self.metrics).counter("files", partition).add(self.files.len());
+        MetricBuilder::new(&self.metrics).counter("memtables", partition).add(self.memtables.len());
+        let width = self.schema.fields().len();
+        let schema = self.schema.clone();
+        let stream = futures::stream::try_unfold((merge, baseline), move |(mut merge, baseline)| {
+            let schema = schema.clone();
+            async move {
+                let timer = baseline.elapsed_compute().timer();
+                let batch = merge.next().await.map_err(|e| DataFusionError::External(Box::new(e)))?;
+                drop(timer);
+                let Some(mut batch) = batch else { return Ok(None) };
+                if batch.num_columns() > width {
+                    batch = arrow::array::RecordBatch::try_new(schema, batch.columns()[..width].to_vec())?;
+                }
+                baseline.record_output(batch.num_rows());
+                Ok(Some((batch, (merge, baseline))))
+            }
+        });
+        Ok(Box::pin(cooperative(RecordBatchStreamAdapter::new(self.schema.clone(), Box::pin(stream)))))
     }
 }

@@ -1,8 +1,27 @@
 //! From matchers to the set of series that a scan reads.
+//!
+//! Tag sets come from two places: rows in memory refer to active sets, which the registry knows, and rows in files to sets
+//! in the tag parts of their day. Both are asked only when the data in the time range can need them.
 
+use std::collections::HashMap;
+use std::collections::HashSet;
+use std::hash::BuildHasherDefault;
 use std::sync::Arc;
 
-use catalog::{Matcher, Series, TableSchema};
+use catalog::files::TagPart;
+use catalog::registry::PassThrough;
+use catalog::tag::METRIC_NAME;
+use catalog::{Error, MatchOp, Matcher, MetricFilter, Ordinal, Result, Series, TableSchema, TagSet};
+
+use crate::engine::Inner;
+use crate::segment::{Key, Segments, day_of};
+use crate::version::{TableVersion, Version};
+
+/// Most series that a query may touch.
+const SERIES_PER_QUERY_MAX: usize = 1_000_000;
+
+/// The ordinal of a series that is not active.
+pub(crate) const NO_ORDINAL: Ordinal = Ordinal::MAX;
 
 /// Which series of which table, and when.
 #[derive(Debug, Clone)]
@@ -29,4 +48,210 @@ pub struct SeriesSet {
     pub start_ms: i64,
     /// Last millisecond, inclusive.
     pub end_ms: i64,
+    /// Sort keys of `series`.
+    pub(crate) keys: Arc<Vec<Key>>,
+    /// Ordinals of `series`, [`NO_ORDINAL`] for those that have no rows in memory.
+    pub(crate) ordinals: Vec<Ordinal>,
+    /// What is read.
+    pub(crate) version: Arc<Version>,
+    pub(crate) segments: Arc<Segments>,
+    /// Sets that the matchers were tried on.
+    pub(crate) candidates: usize,
+    pub(crate) threads: usize,
+}
+
+impl SeriesSet {
+    /// The series for which `keep` holds, against the same version of the data.
+    #[must_use]
+    pub fn restrict(&self, keep: impl Fn(&Series) -> bool) -> Self {
+        let kept: Vec<usize> = (0..self.series.len()).filter(|i| keep(&self.series[*i])).collect();
+        Self {
+            table: self.table.clone(),
+            series: kept.iter().map(|i| self.series[*i].clone()).collect(),
+            start_ms: self.start_ms,
+            end_ms: self.end_ms,
+            keys: Arc::new(kept.iter().map(|i| self.keys[*i]).collect()),
+            ordinals: kept.iter().map(|i| self.ordinals[*i]).collect(),
+            version: self.version.clone(),
+            segments: self.segments.clone(),
+            candidates: self.candidates,
+            threads: self.threads,
+        }
+    }
+
+    /// The codes of the series, in their order.
+    pub fn codes(&self) -> Vec<i64> {
+        self.series.iter().map(|s| s.id.code.0).collect()
+    }
+
+    /// How many tag sets the matchers were tried on.
+    pub fn candidates(&self) -> usize {
+        self.candidates
+    }
+}
+
+/// Finds the series of a selection in the present version.
+pub(crate) async fn select(inner: &Inner, selection: &Selection) -> Result<Arc<SeriesSet>> {
+    // The version first: whatever it can refer to was published before.
+    let version = inner.version();
+    let sources = Sources::find(inner, &version, selection).await?;
+    let mut found: Vec<(Key, Ordinal, Arc<Series>)> = Vec::new();
+    let (mut candidates, mut full) = (0, false);
+    sources.for_each(inner, selection, &mut candidates, |ordinal, series| {
+        full = found.len() >= 2 * SERIES_PER_QUERY_MAX;
+        if !full {
+            found.push((Key::from(series.as_ref()), ordinal, series.clone()));
+        }
+        !full
+    });
+    // An active set sorts before its copies from tag parts, which have no ordinal.
+    found.sort_unstable_by_key(|(key, ordinal, _)| (*key, *ordinal));
+    found.dedup_by_key(|(key, ..)| *key);
+    if full || found.len() > SERIES_PER_QUERY_MAX {
+        return Err(Error::limit_exceeded(format!(
+            "query selects more than {SERIES_PER_QUERY_MAX} series; narrow its matchers or its time range"
+        )));
+    }
+    let keys = Arc::new(found.iter().map(|f| f.0).collect());
+    let ordinals = found.iter().map(|f| f.1).collect();
+    Ok(Arc::new(SeriesSet {
+        table: selection.table.clone(),
+        series: found.into_iter().map(|f| f.2).collect(),
+        start_ms: selection.start_ms,
+        end_ms: selection.end_ms,
+        keys,
+        ordinals,
+        version,
+        segments: inner.segments.clone(),
+        candidates,
+        threads: inner.settings.cpu_threads.max(1),
+    }))
+}
+
+/// Calls `visit` once for each distinct tag set of a selection until it returns false.
+pub(crate) async fn visit(
+    inner: &Inner,
+    selection: &Selection,
+    mut visit: impl FnMut(&Arc<Series>) -> bool + Send,
+) -> Result<()> {
+    let version = inner.version();
+    let sources = Sources::find(inner, &version, selection).await?;
+    if sources.parts.is_empty() {
+        // The registry holds each set once.
+        sources.for_each(inner, selection, &mut 0, |_, series| visit(series));
+        return Ok(());
+    }
+    let mut seen: HashSet<i64, BuildHasherDefault<PassThrough>> = HashSet::default();
+    sources.for_each(inner, selection, &mut 0, |_, series| !seen.insert(series.id.code.0) || visit(series));
+    Ok(())
+}
+
+/// The places to look for tag sets.
+struct Sources {
+    active: bool,
+    parts: Vec<Arc<Vec<Arc<Series>>>>,
+}
+
+impl Sources {
+    async fn find(inner: &Inner, version: &Version, selection: &Selection) -> Result<Self> {
+        let none = Self { active: false, parts: vec![] };
+        let (start, end) = (selection.start_ms, selection.end_ms);
+        let Some(table) = version.table(selection.table.id).filter(|_| start <= end) else { return Ok(none) };
+        let parts = parts_in_range(version, table, start, end);
+        let names: Vec<&Matcher> = selection.matchers.iter().filter(|m| m.name() == METRIC_NAME).collect();
+        let parts = if parts.is_empty() {
+            vec![]
+        } else if let Some(name) = exact_name(&selection.matchers) {
+            inner.parts.load(&parts, MetricFilter::Eq(name)).await?
+        } else if names.is_empty() {
+            inner.parts.load(&parts, MetricFilter::All).await?
+        } else {
+            let wanted = |name: &str| names.iter().all(|m| m.matches(name));
+            inner.parts.load(&parts, MetricFilter::Where(&wanted)).await?
+        };
+        Ok(Self { active: table.memtables().any(|m| m.overlaps(start, end)), parts })
+    }
+
+    /// Calls `visit` with the sets that match, active ones with their ordinal first; a set may come more than once.
+    fn for_each(
+        &self,
+        inner: &Inner,
+        selection: &Selection,
+        candidates: &mut usize,
+        mut visit: impl FnMut(Ordinal, &Arc<Series>) -> bool,
+    ) {
+        let mut filter = Filter::new(&selection.matchers);
+        let mut go_on = true;
+        let name = exact_name(&selection.matchers);
+        let names: Vec<&Matcher> = selection.matchers.iter().filter(|m| m.name() == METRIC_NAME).collect();
+        if self.active {
+            let mut each = |ordinal, series: &Arc<Series>| {
+                *candidates += 1;
+                if go_on && filter.matches(&series.tags) {
+                    go_on = visit(ordinal, series);
+                }
+            };
+            match name {
+                Some(name) => inner.registry.for_each_of(name, &mut each),
+                None => inner.registry.for_each(|m| names.iter().all(|n| n.matches(m)), &mut each),
+            }
+        }
+        for series in self.parts.iter().flat_map(|p| p.iter()) {
+            if !go_on {
+                return;
+            }
+            *candidates += 1;
+            if filter.matches(&series.tags) {
+                go_on = visit(NO_ORDINAL, series);
+            }
+        }
+    }
+}
+
+/// The tag parts of the days in which the table has files with rows in the range.
+fn parts_in_range(version: &Version, table: &TableVersion, start_ms: i64, end_ms: i64) -> Vec<Arc<TagPart>> {
+    let files = table.files.iter().filter(|f| f.ts_min <= end_ms && f.ts_max >= start_ms);
+    let days: HashSet<i32> = files.map(|f| f.day).collect();
+    let (first, last) = (day_of(start_ms), day_of(end_ms));
+    version.parts.iter().filter(|p| days.contains(&p.day) && (first..=last).contains(&p.day)).cloned().collect()
+}
+
+/// The metric name that a matcher asks for; an empty one means sets without a name and is no lookup.
+fn exact_name(matchers: &[Matcher]) -> Option<&str> {
+    let exact = matchers.iter().find(|m| m.name() == METRIC_NAME && m.op() == MatchOp::Eq)?;
+    (!exact.value().is_empty()).then(|| exact.value())
+}
+
+/// Matchers in the order of their cost, with what regular expressions said of values seen before.
+struct Filter<'a> {
+    cheap: Vec<&'a Matcher>,
+    dear: Vec<(&'a Matcher, HashMap<String, bool, foldhash::fast::RandomState>)>,
+}
+
+/// Distinct values remembered per regular expression.
+const REMEMBERED_MAX: usize = 64 << 10;
+
+impl<'a> Filter<'a> {
+    fn new(matchers: &'a [Matcher]) -> Self {
+        let (cheap, dear): (Vec<_>, Vec<_>) =
+            matchers.iter().partition(|m| matches!(m.op(), MatchOp::Eq | MatchOp::Ne));
+        Self { cheap, dear: dear.into_iter().map(|m| (m, HashMap::default())).collect() }
+    }
+
+    fn matches(&mut self, tags: &TagSet) -> bool {
+        if !self.cheap.iter().all(|m| m.matches_set(tags)) {
+            return false;
+        }
+        self.dear.iter_mut().all(|(m, seen)| {
+            let value = tags.get(m.name()).unwrap_or("");
+            if let Some(known) = seen.get(value) {
+                return *known;
+            }
+            let matches = m.matches(value);
+            if seen.len() < REMEMBERED_MAX {
+                seen.insert(value.to_owned(), matches);
+            }
+            matches
+        })
+    }
 }

@@ -1,0 +1,1 @@
+//! Segments written and read back, whole and in part, sound and damaged.

@@ -1,0 +1,335 @@
+//! Writing a segment: rows in storage order in, one object out.
+
+use std::sync::Arc;
+
+use arrow::array::{
+    Array, ArrayRef, AsArray, BooleanBufferBuilder, Float64Array, Int32Array, Int64Array, ListArray, RecordBatch,
+};
+use arrow::buffer::NullBuffer;
+use arrow::datatypes::{DataType, Float64Type, TimestampMillisecondType, UInt32Type};
+use bytes::Bytes;
+use catalog::files::{ColumnStats, DataFile, timestamp_text};
+use catalog::tables::{Layout, Role};
+use catalog::{Error, Part, Result, TableSchema};
+use parquet::arrow::ArrowWriter;
+use parquet::arrow::arrow_writer::ArrowWriterOptions;
+use parquet::basic::{Compression, Encoding, ZstdLevel};
+use parquet::file::metadata::{FileMetaData, ParquetMetaData, ParquetMetaDataBuilder, ParquetMetaDataWriter};
+use parquet::file::properties::{EnabledStatistics, WriterProperties};
+use parquet::file::writer::TrackedWrite;
+use parquet::schema::types::ColumnPath;
+
+use super::footer::{self, Description, Group};
+use super::{GROUP_ROWS, Key, PAGE_ROWS};
+use crate::layout::{Encoded, Params};
+
+const DAY_MS: i64 = 86_400_000;
+
+/// The UTC day of a time, days since the epoch. Times beyond the range of days share the first or last.
+pub(crate) fn day_of(ts_ms: i64) -> i32 {
+    ts_ms.div_euclid(DAY_MS).clamp(i64::from(i32::MIN), i64::from(i32::MAX)) as i32
+}
+
+/// The first millisecond of a day.
+pub(crate) fn day_start_ms(day: i32) -> i64 {
+    i64::from(day) * DAY_MS
+}
+
+/// A finished segment.
+#[derive(Debug)]
+pub(crate) struct Written {
+    /// Its entry for the file catalog; the path is not filled in.
+    pub file: DataFile,
+    /// The object.
+    pub bytes: Bytes,
+}
+
+/// Writes one segment into memory.
+pub(crate) struct Writer {
+    table: Arc<TableSchema>,
+    description: Description,
+    writer: ArrowWriter<Vec<u8>>,
+    groups: Vec<Group>,
+    group: Group,
+    /// Bounds of (target, series) codes, for outside readers.
+    bounds: [(i64, i64); 2],
+    encoded: Encoded,
+}
+
+impl Writer {
+    /// A writer of the file that `description` describes.
+    pub fn new(table: &Arc<TableSchema>, description: Description) -> Result<Self> {
+        let options = ArrowWriterOptions::new().with_properties(properties(table)?).with_skip_arrow_metadata(true);
+        let writer = ArrowWriter::try_new_with_options(Vec::new(), table.physical_arrow().clone(), options)?;
+        Ok(Self {
+            table: table.clone(),
+            description,
+            writer,
+            groups: Vec::new(),
+            group: Group::empty(),
+            bounds: [(i64::MAX, i64::MIN); 2],
+            encoded: Encoded::default(),
+        })
+    }
+
+    /// Bytes that the file has by now, about.
+    pub fn bytes(&self) -> usize {
+        self.writer.bytes_written() + self.writer.in_progress_size()
+    }
+
+    /// Rows so far.
+    pub fn rows(&self) -> u64 {
+        self.groups.iter().map(|g| u64::from(g.rows)).sum::<u64>() + u64::from(self.group.rows)
+    }
+
+    /// Appends rows of the file's day: `series` (index into `keys`), then the table's columns but the first. They are
+    /// sorted by (key, ts) and come after all rows appended before.
+    ///
+    /// # Errors
+    /// `Internal` when the rows are not in that form.
+    pub fn write(&mut self, keys: &[Key], rows: &RecordBatch) -> Result<()> {
+        let mut at = 0;
+        while at < rows.num_rows() {
+            let n = (GROUP_ROWS - self.group.rows as usize).min(rows.num_rows() - at);
+            self.write_within_group(keys, &rows.slice(at, n))?;
+            at += n;
+            if self.group.rows as usize == GROUP_ROWS {
+                self.writer.flush()?;
+                self.groups.push(std::mem::replace(&mut self.group, Group::empty()));
+            }
+        }
+        Ok(())
+    }
+
+    fn write_within_group(&mut self, keys: &[Key], rows: &RecordBatch) -> Result<()> {
+        let mismatch = || Error::internal("rows for a segment are not in the form of their table");
+        if rows.num_columns() != self.table.columns.len() {
+            return Err(mismatch());
+        }
+        let series = rows.column(0).as_primitive_opt::<UInt32Type>().ok_or_else(mismatch)?.values();
+        let ts = rows.column(1).as_primitive_opt::<TimestampMillisecondType>().ok_or_else(mismatch)?.values();
+        let n = rows.num_rows();
+        let mut codes: [Vec<i64>; 3] = std::array::from_fn(|_| Vec::with_capacity(n));
+        let mut runs: Vec<(usize, usize)> = Vec::new();
+        let mut start = 0;
+        for run in series.chunk_by(|a, b| a == b) {
+            let key = keys.get(run[0] as usize).ok_or_else(mismatch)?;
+            let end = start + run.len();
+            runs.push((start, end));
+            for (column, code) in codes.iter_mut().zip([key.metric, key.target, key.series]) {
+                column.resize(end, code);
+            }
+            self.group.metric_min = self.group.metric_min.min(key.metric);
+            self.group.metric_max = self.group.metric_max.max(key.metric);
+            for (bounds, code) in self.bounds.iter_mut().zip([key.target, key.series]) {
+                *bounds = (bounds.0.min(code), bounds.1.max(code));
+            }
+            // Sorted by time within a series.
+            self.group.ts_min = self.group.ts_min.min(ts[start]);
+            self.group.ts_max = self.group.ts_max.max(ts[end - 1]);
+            start = end;
+        }
+        self.group.rows += n as u32;
+        let [metric, target, codes] = codes;
+        let mut arrays: Vec<ArrayRef> = vec![Arc::new(Int64Array::from(metric)), Arc::new(Int64Array::from(target))];
+        let codes: ArrayRef = Arc::new(Int64Array::from(codes));
+        let t0 = day_start_ms(self.description.day);
+        for (i, column) in self.table.columns.iter().enumerate() {
+            match (column.role, column.layout) {
+                (Role::Tag, _) if i == 0 => arrays.push(codes.clone()),
+                (Role::Tag, _) => return Err(Error::internal("a second tag column can't be written yet")),
+                (_, Layout::DecimalLinear) => {
+                    let values = rows.column(i).as_primitive_opt::<Float64Type>().ok_or_else(mismatch)?.values();
+                    self.encoded.clear();
+                    for (start, end) in &runs {
+                        self.encoded.push_series(&ts[*start..*end], &values[*start..*end], t0);
+                    }
+                    arrays.extend(decimal_columns(&self.encoded));
+                }
+                _ => arrays.push(with_type(rows.column(i), &self.table.physical()[arrays.len()].data_type)?),
+            }
+        }
+        self.writer.write(&RecordBatch::try_new(self.table.physical_arrow().clone(), arrays)?)?;
+        Ok(())
+    }
+
+    /// Finishes the file.
+    ///
+    /// # Errors
+    /// `Internal` when it has no row.
+    pub fn finish(mut self) -> Result<Written> {
+        if self.group.rows > 0 {
+            self.writer.flush()?;
+            self.groups.push(self.group);
+        }
+        if self.groups.is_empty() {
+            return Err(Error::internal("a segment without rows can't be written"));
+        }
+        let meta = self.writer.finish()?;
+        let mut out = std::mem::take(self.writer.inner_mut());
+        let data_end = meta
+            .row_groups()
+            .iter()
+            .flat_map(|g| g.columns())
+            .map(|c| c.byte_range())
+            .map(|(start, len)| (start + len) as usize)
+            .max()
+            .unwrap_or(0)
+            .min(out.len());
+        out.truncate(data_end);
+        let entries = footer::entries(&self.description, &self.groups, &meta, &out)?;
+        // The page checks can only be known once the pages are written, so the footer is written a second time.
+        let old = meta.file_metadata();
+        let file = FileMetaData::new(
+            old.version(),
+            old.num_rows(),
+            old.created_by().map(str::to_owned),
+            Some(entries),
+            old.schema_descr_ptr(),
+            old.column_orders().cloned(),
+        );
+        let offsets = meta.offset_index().cloned();
+        let meta = ParquetMetaDataBuilder::new(file)
+            .set_row_groups(meta.row_groups().to_vec())
+            .set_offset_index(offsets)
+            .build();
+        let mut bytes = Vec::with_capacity(out.len() + (64 << 10));
+        let mut tracked = TrackedWrite::new(&mut bytes);
+        std::io::Write::write_all(&mut tracked, &out)?;
+        drop(out);
+        ParquetMetaDataWriter::new_with_tracked(tracked, &meta).finish()?;
+        let length = |b: &[u8]| b.try_into().map(u32::from_le_bytes).unwrap_or(0);
+        let footer_bytes = bytes.len().checked_sub(8).map_or(0, |at| length(&bytes[at..at + 4]));
+        let file = self.data_file(&meta, &bytes, footer_bytes);
+        Ok(Written { file, bytes: Bytes::from(bytes) })
+    }
+
+    fn data_file(&self, meta: &ParquetMetaData, bytes: &[u8], footer_bytes: u32) -> DataFile {
+        let fold =
+            |f: fn(&Group) -> i64, pick: fn(i64, i64) -> i64| self.groups.iter().map(f).reduce(pick).unwrap_or(0);
+        let (ts_min, ts_max) = (fold(|g| g.ts_min, i64::min), fold(|g| g.ts_max, i64::max));
+        let (metric_min, metric_max) = (fold(|g| g.metric_min, i64::min), fold(|g| g.metric_max, i64::max));
+        let rows = self.rows();
+        let schema = meta.file_metadata().schema_descr();
+        let size = |root: usize| {
+            let leaves = (0..schema.num_columns()).filter(|leaf| schema.get_column_root_idx(*leaf) == root);
+            leaves
+                .flat_map(|leaf| meta.row_groups().iter().map(move |g| g.column(leaf).compressed_size().max(0) as u64))
+                .sum()
+        };
+        let text = |min: i64, max: i64| (Some(min.to_string()), Some(max.to_string()));
+        let columns = self
+            .table
+            .physical()
+            .iter()
+            .enumerate()
+            .filter_map(|(root, c)| {
+                let role = c.column.map(|i| self.table.columns[i].role);
+                let (min, max) = match (c.part, role) {
+                    (Part::Metric, _) => text(metric_min, metric_max),
+                    (Part::Target, _) => text(self.bounds[0].0, self.bounds[0].1),
+                    (Part::Code, _) => text(self.bounds[1].0, self.bounds[1].1),
+                    (Part::Whole, Some(Role::Time)) => (timestamp_text(ts_min), timestamp_text(ts_max)),
+                    _ => return None,
+                };
+                Some(ColumnStats { field_id: c.field_id, bytes: size(root), values: rows, nulls: 0, min, max })
+            })
+            .collect();
+        DataFile {
+            id: self.description.id,
+            table_id: self.table.id,
+            path: String::new(),
+            day: self.description.day,
+            level: self.description.level,
+            rows,
+            bytes: bytes.len() as u64,
+            footer_bytes: u64::from(footer_bytes),
+            ts_min,
+            ts_max,
+            metric_min,
+            metric_max,
+            seq_min: self.description.seq_min,
+            seq_max: self.description.seq_max,
+            crc32: crc32fast::hash(bytes),
+            columns,
+        }
+    }
+}
+
+fn properties(table: &TableSchema) -> Result<WriterProperties> {
+    let mut p = WriterProperties::builder()
+        .set_compression(Compression::ZSTD(ZstdLevel::try_new(3)?))
+        .set_max_row_group_row_count(None)
+        .set_data_page_row_count_limit(PAGE_ROWS)
+        .set_write_batch_size(PAGE_ROWS / 4)
+        .set_dictionary_page_size_limit(8 << 20)
+        .set_created_by("thalweg".to_owned())
+        // Bounds of row groups are in our own metadata; no reader of ours looks at the library's.
+        .set_statistics_enabled(EnabledStatistics::None);
+    for c in table.physical() {
+        let path = ColumnPath::new(vec![c.name.clone()]);
+        let encoding = match (c.layout, c.part) {
+            (Layout::Delta, _) => Encoding::DELTA_BINARY_PACKED,
+            (_, Part::Double) => Encoding::BYTE_STREAM_SPLIT,
+            _ => {
+                if matches!(c.part, Part::Metric | Part::Target | Part::Code) {
+                    // DuckDB and others skip row groups by these.
+                    p = p.set_column_statistics_enabled(path, EnabledStatistics::Chunk);
+                }
+                continue;
+            }
+        };
+        p = p.set_column_dictionary_enabled(path.clone(), false).set_column_encoding(path.clone(), encoding);
+        if c.part == Part::Whole {
+            p = p.set_column_statistics_enabled(path, EnabledStatistics::Chunk);
+        }
+    }
+    Ok(p.build())
+}
+
+/// The six columns of encoded values, in the order of the physical schema.
+fn decimal_columns(encoded: &Encoded) -> [ArrayRef; 6] {
+    let n = encoded.is_double.len();
+    // In a run of doubles everything but the double is null; an exception within a decimal run is null as a residual.
+    let mut in_run = BooleanBufferBuilder::new(n);
+    let (mut base, mut slope, mut t0, mut scale) =
+        (Vec::with_capacity(n), Vec::with_capacity(n), Vec::with_capacity(n), Vec::with_capacity(n));
+    for run in &encoded.runs {
+        let Params { base: b, slope: s, t0: t, scale: c } = run.params.unwrap_or_default();
+        let end = base.len() + run.rows;
+        base.resize(end, b);
+        slope.resize(end, s);
+        t0.resize(end, t);
+        scale.resize(end, i32::from(c));
+        in_run.append_n(run.rows, run.params.is_some());
+    }
+    let in_run = NullBuffer::new(in_run.finish());
+    let in_run = (in_run.null_count() > 0).then_some(in_run);
+    let doubles = NullBuffer::from(encoded.is_double.clone());
+    let exact = NullBuffer::new(!doubles.inner());
+    let exact = (exact.null_count() > 0).then_some(exact);
+    [
+        Arc::new(Int64Array::new(encoded.residuals.clone().into(), exact)),
+        Arc::new(Int64Array::new(base.into(), in_run.clone())),
+        Arc::new(Float64Array::new(slope.into(), in_run.clone())),
+        Arc::new(Int64Array::new(t0.into(), in_run.clone())),
+        Arc::new(Int32Array::new(scale.into(), in_run)),
+        Arc::new(Float64Array::new(encoded.doubles.clone().into(), Some(doubles))),
+    ]
+}
+
+/// The array under a type that differs from its own in the names of list elements only.
+pub(super) fn with_type(array: &ArrayRef, to: &DataType) -> Result<ArrayRef> {
+    if array.data_type() == to {
+        return Ok(array.clone());
+    }
+    match (array.data_type(), to) {
+        (DataType::List(_), DataType::List(element)) => {
+            let list = array.as_list::<i32>();
+            let values = with_type(list.values(), element.data_type())?;
+            let list = ListArray::try_new(element.clone(), list.offsets().clone(), values, list.nulls().cloned())?;
+            Ok(Arc::new(list))
+        }
+        _ => Ok(arrow::compute::cast(array, to)?),
+    }
+}
