@@ -112,13 +112,19 @@ pub struct TagParts {
     prefix: String,
     registry: Arc<Registry>,
     cache: Mutex<Cache>,
+    whole_bytes: u64,
 }
+
+/// Parts up to this size are fetched whole, in one request. Larger ones are streamed through once when they are opened,
+/// to check them, and then read in blocks.
+const WHOLE_BYTES: u64 = 1 << 20;
 
 impl TagParts {
     /// A reader of the parts under `prefix` (the database's name). Sets that are active in `registry` are shared with it
     /// instead of being kept twice.
     pub fn new(store: Arc<dyn ObjectStore>, prefix: &str, registry: Arc<Registry>, cache_bytes: usize) -> Self {
-        Self { store, prefix: prefix.to_owned(), registry, cache: Mutex::new(Cache::new(cache_bytes)) }
+        let cache = Mutex::new(Cache::new(cache_bytes));
+        Self { store, prefix: prefix.to_owned(), registry, cache, whole_bytes: WHOLE_BYTES }
     }
 
     /// The sets of the metrics that `filter` chooses, one list per (part, metric) in the order of `parts` and then by

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::datatypes::Int64Type;
 use bytes::{Buf, Bytes};
+use futures::TryStreamExt;
 use object_store::ObjectStoreExt;
 use object_store::path::Path;
 use parquet::DecodeResult;
@@ -24,10 +25,8 @@ use crate::files::TagPart;
 use crate::tag::METRIC_NAME;
 use crate::{Error, Result, Series, TagSet, TagSetBuilder};
 
-/// Parts up to this size are fetched whole, in one request, and checked against their CRC.
-const WHOLE_BYTES: u64 = 1 << 20;
-/// Read from the end of larger ones at first, for page index and footer.
-const TAIL_BYTES: u64 = 64 << 10;
+/// The unit in which larger parts are read and checked.
+const BLOCK_BYTES: u64 = 64 << 10;
 
 /// Where a part's metrics are.
 #[derive(Debug)]
@@ -35,7 +34,12 @@ pub(super) struct Index {
     metadata: ArrowReaderMetadata,
     /// Sorted by name.
     metrics: Vec<MetricRows>,
+    blocks: Blocks,
 }
+
+/// CRC-32 of each block of a part, taken when its whole was found intact: what is read later is checked against them,
+/// since the Parquet reader panics on some damaged pages. Empty for parts that are always fetched whole.
+type Blocks = Arc<[u32]>;
 
 #[derive(Debug)]
 struct MetricRows {
@@ -46,7 +50,7 @@ struct MetricRows {
 impl Index {
     fn bytes(&self) -> usize {
         let names: usize = self.metrics.iter().map(|m| m.name.len() + size_of::<MetricRows>()).sum();
-        self.metadata.metadata().memory_size() + names
+        self.metadata.metadata().memory_size() + names + self.blocks.len() * 4
     }
 
     fn wanted(&self, filter: MetricFilter<'_>) -> Vec<u32> {
@@ -71,7 +75,10 @@ impl TagParts {
     ) -> Result<()> {
         let cached = self.cache.lock().index(part.id);
         let (index, mut fetched) = match cached {
-            Some(index) => (index, Fetched::new(part)),
+            Some(index) => {
+                let fetched = Fetched::new(part, index.blocks.clone());
+                (index, fetched)
+            }
             None => self.open_part(part).await?,
         };
         let wanted = index.wanted(filter);
@@ -92,7 +99,7 @@ impl TagParts {
 
     /// All sets, past the cache.
     pub(super) async fn read_whole(&self, part: &TagPart) -> Result<Vec<Arc<Series>>> {
-        let mut fetched = Fetched::new(part);
+        let mut fetched = Fetched::new(part, Arc::default());
         self.fetch_whole(part, &mut fetched).await?;
         let index = self.read_index(part, &mut fetched).await?;
         let mut decoder = Decoder::new(self);
@@ -103,9 +110,11 @@ impl TagParts {
     }
 
     async fn open_part(&self, part: &TagPart) -> Result<(Arc<Index>, Fetched)> {
-        let mut fetched = Fetched::new(part);
-        if part.bytes <= WHOLE_BYTES {
+        let mut fetched = Fetched::new(part, Arc::default());
+        if part.bytes <= self.whole_bytes {
             self.fetch_whole(part, &mut fetched).await?;
+        } else {
+            fetched.blocks = self.check_whole(part).await?;
         }
         let index = Arc::new(self.read_index(part, &mut fetched).await?);
         self.cache.lock().put((part.id, None), Entry::Index(index.clone()), index.bytes());
@@ -113,7 +122,7 @@ impl TagParts {
     }
 
     async fn read_index(&self, part: &TagPart, fetched: &mut Fetched) -> Result<Index> {
-        let tail = part.bytes.saturating_sub(TAIL_BYTES.max(part.footer_bytes + 8))..part.bytes;
+        let tail = part.bytes.saturating_sub(part.footer_bytes + 8)..part.bytes;
         self.fetch(part, fetched, vec![tail]).await?;
         // The decoder computes with the length that the file states, so that must be the known one.
         let end = fetched.get(part.bytes.saturating_sub(8), 8)?;
@@ -152,7 +161,7 @@ impl TagParts {
         if row as u64 != part.sets {
             return Err(Error::corrupt(format!("{row} tag sets; the catalog says {}", part.sets)));
         }
-        Ok(Index { metadata, metrics })
+        Ok(Index { metadata, metrics, blocks: fetched.blocks.clone() })
     }
 
     async fn read_footer(&self, part: &TagPart, fetched: &mut Fetched) -> Result<ParquetMetaData> {
@@ -186,7 +195,7 @@ impl TagParts {
         fetched: &mut Fetched,
     ) -> Result<Vec<Arc<Vec<Arc<Series>>>>> {
         let wanted: Vec<Range<usize>> = metrics.iter().map(|m| index.metrics[*m as usize].rows.clone()).collect();
-        if part.bytes <= WHOLE_BYTES {
+        if part.bytes <= self.whole_bytes {
             self.fetch_whole(part, fetched).await?;
         } else {
             self.fetch(part, fetched, pages(index.metadata.metadata(), &wanted)?).await?;
@@ -216,14 +225,40 @@ impl TagParts {
             return Ok(());
         }
         let bytes = self.store.get(&self.location(part)).await?.bytes().await?;
-        if bytes.len() as u64 != part.bytes || crc32fast::hash(&bytes) != part.crc32 {
-            return Err(Error::corrupt(format!("{} bytes do not have the CRC-32 {:#010x}", bytes.len(), part.crc32)));
-        }
+        check_crc(part, bytes.len() as u64, crc32fast::hash(&bytes))?;
         fetched.pieces = vec![(0, bytes)];
         Ok(())
     }
 
-    /// Fetches what of these ranges is not there yet.
+    /// Streams a part through its check, keeping only the checks of its blocks.
+    async fn check_whole(&self, part: &TagPart) -> Result<Blocks> {
+        let mut stream = self.store.get(&self.location(part)).await?.into_stream();
+        let mut whole = crc32fast::Hasher::new();
+        let (mut block, mut filled, mut length) = (crc32fast::Hasher::new(), 0, 0);
+        let mut blocks = Vec::new();
+        while let Some(piece) = stream.try_next().await? {
+            whole.update(&piece);
+            length += piece.len() as u64;
+            let mut rest = &piece[..];
+            while !rest.is_empty() {
+                let (head, tail) = rest.split_at(rest.len().min(BLOCK_BYTES as usize - filled));
+                block.update(head);
+                filled += head.len();
+                rest = tail;
+                if filled == BLOCK_BYTES as usize {
+                    blocks.push(std::mem::take(&mut block).finalize());
+                    filled = 0;
+                }
+            }
+        }
+        if filled > 0 {
+            blocks.push(block.finalize());
+        }
+        check_crc(part, length, whole.finalize())?;
+        Ok(blocks.into())
+    }
+
+    /// Fetches the blocks with what of these ranges is not there yet.
     async fn fetch(&self, part: &TagPart, fetched: &mut Fetched, mut ranges: Vec<Range<u64>>) -> Result<()> {
         ranges.retain(|r| fetched.get(r.start, (r.end - r.start) as usize).is_err());
         if ranges.is_empty() {
@@ -232,12 +267,25 @@ impl TagParts {
         if let Some(r) = ranges.iter().find(|r| r.end > part.bytes) {
             return Err(Error::corrupt(format!("the footer points to {r:?} of {} bytes", part.bytes)));
         }
-        let pieces = self.store.get_ranges(&self.location(part), &ranges).await?;
-        for (range, bytes) in ranges.into_iter().zip(pieces) {
-            if bytes.len() as u64 != range.end - range.start {
-                return Err(Error::corrupt(format!("{} bytes at {range:?}", bytes.len())));
+        ranges.sort_unstable_by_key(|r| r.start);
+        let mut spans: Vec<Range<u64>> = Vec::new();
+        for r in ranges {
+            let (start, end) = (r.start / BLOCK_BYTES * BLOCK_BYTES, r.end.next_multiple_of(BLOCK_BYTES));
+            match spans.last_mut() {
+                Some(last) if start <= last.end => last.end = last.end.max(end),
+                _ => spans.push(start..end),
             }
-            fetched.pieces.push((range.start, bytes));
+        }
+        spans.iter_mut().for_each(|s| s.end = s.end.min(part.bytes));
+        let pieces = self.store.get_ranges(&self.location(part), &spans).await?;
+        for (span, bytes) in spans.into_iter().zip(pieces) {
+            let first = (span.start / BLOCK_BYTES) as usize;
+            let sums = bytes.chunks(BLOCK_BYTES as usize).map(crc32fast::hash);
+            let known = fetched.blocks.iter().skip(first).copied();
+            if bytes.len() as u64 != span.end - span.start || sums.zip(known).any(|(sum, known)| sum != known) {
+                return Err(Error::corrupt(format!("the bytes at {span:?} are not those that were there before")));
+            }
+            fetched.pieces.push((span.start, bytes));
         }
         // For equal starts the longest is found first.
         fetched.pieces.sort_by_key(|(start, bytes)| (*start, bytes.len()));
@@ -251,6 +299,16 @@ impl TagParts {
 
 /// A set's share of memory besides its canonical bytes: two counted allocations and a pointer.
 const SET_BYTES: usize = size_of::<Series>() + 5 * size_of::<usize>();
+
+fn check_crc(part: &TagPart, length: u64, crc32: u32) -> Result<()> {
+    if (length, crc32) == (part.bytes, part.crc32) {
+        return Ok(());
+    }
+    Err(Error::corrupt(format!(
+        "{length} bytes with CRC-32 {crc32:#010x}; written were {} with {:#010x}",
+        part.bytes, part.crc32
+    )))
+}
 
 fn check_footer(part: &TagPart, metadata: &ParquetMetaData) -> Result<()> {
     let entries = metadata.file_metadata().key_value_metadata();
@@ -398,11 +456,12 @@ impl<'p> Decoder<'p> {
 struct Fetched {
     length: u64,
     pieces: Vec<(u64, Bytes)>,
+    blocks: Blocks,
 }
 
 impl Fetched {
-    fn new(part: &TagPart) -> Self {
-        Self { length: part.bytes, pieces: Vec::new() }
+    fn new(part: &TagPart, blocks: Blocks) -> Self {
+        Self { length: part.bytes, pieces: Vec::new(), blocks }
     }
 
     fn from(&self, start: u64) -> Result<Bytes, ParquetError> {
