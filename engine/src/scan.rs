@@ -2,6 +2,8 @@
 
 pub(crate) mod gather;
 pub(crate) mod merge;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::ops::Range;
