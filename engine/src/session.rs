@@ -144,6 +144,7 @@ pub(crate) async fn execute(
     let (batches_to, batches) = mpsc::channel(BATCHES_AHEAD);
     let state = state.clone();
     let task = async move {
+        metrics.queries_running.inc();
         let mut outcome = Outcome { metrics, begun: std::time::Instant::now(), label: "canceled" };
         let mut schema_to = Some(schema_to);
         let run = async {
@@ -203,6 +204,7 @@ struct Outcome {
 
 impl Drop for Outcome {
     fn drop(&mut self) {
+        self.metrics.queries_running.dec();
         self.metrics.queries.get_or_create(&OutcomeLabel { outcome: self.label }).inc();
         self.metrics.query.observe(self.begun.elapsed().as_secs_f64());
     }

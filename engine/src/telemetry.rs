@@ -77,6 +77,7 @@ pub(crate) struct Metrics {
     pub series_refused: Gauge,
     pub limits: Family<LimitLabel, Counter>,
     pub queries: Family<OutcomeLabel, Counter>,
+    pub queries_running: Gauge,
     pub query: Histogram,
     pub query_memory: Gauge,
 }
@@ -111,6 +112,7 @@ impl Metrics {
             series: t.register("series_active", "Active tag sets", Gauge::default()),
             series_refused: t.register("series_refused", "Tag sets refused at the limit since start", Gauge::default()),
             limits: t.register("limits_hit", "Times that a limit was reached", Family::default()),
+            queries_running: t.register("queries_running", "Queries that have not ended", Gauge::default()),
             queries: t.register("queries", "Queries by how they ended", Family::default()),
             query: t.register("query_duration_seconds", "Queries from plan to last row", seconds()),
             query_memory: t.register("query_memory_bytes", "Memory reserved by running queries", Gauge::default()),
