@@ -81,6 +81,20 @@ fn probes_and_self_metrics_answer() {
 }
 
 #[test]
+fn grpc_answers_the_health_service() {
+    use tonic_health::pb::health_client::HealthClient;
+    use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus};
+    let server = Server::start();
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let status = runtime.block_on(async {
+        let channel = tonic::transport::Endpoint::new(format!("http://{}", server.grpc)).expect("a URL");
+        let mut client = HealthClient::new(channel.connect().await.expect("the server listens"));
+        client.check(HealthCheckRequest { service: String::new() }).await.expect("an answer").into_inner().status
+    });
+    assert_eq!(status, i32::from(ServingStatus::Serving));
+}
+
+#[test]
 fn sigterm_keeps_everything_and_exits_with_success() {
     let server = Server::start();
     let now = now_ms();

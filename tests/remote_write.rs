@@ -84,17 +84,8 @@ fn recorded_requests_of_real_clients_are_stored() {
     bodies.retain(|path| path.extension().is_some_and(|e| e == "body"));
     let server = Server::start();
     for path in &bodies {
-        let described = std::fs::read_to_string(path.with_extension("json")).expect("a description beside the body");
-        let described: serde_json::Value = serde_json::from_str(&described).expect("JSON");
-        let headers: Vec<(&str, &str)> = described["headers"]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .filter_map(|pair| Some((pair[0].as_str()?, pair[1].as_str()?)))
-            .filter(|(name, _)| !["Host", "Content-Length", "Connection"].iter().any(|n| name.eq_ignore_ascii_case(n)))
-            .collect();
         let body = std::fs::read(path).expect("a readable body");
-        let response = server.client().post("/api/v1/write", &headers, &body);
+        let response = server.client().post("/api/v1/write", &HEADERS, &body);
         assert!([200, 204].contains(&response.status), "{}: {} {}", path.display(), response.status, response.text());
     }
     if !bodies.is_empty() {

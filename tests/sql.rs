@@ -61,7 +61,7 @@ impl Psql {
 
     fn queries_running(&self) -> Option<u64> {
         let text = self.server.client().get("/metrics").text();
-        let line = text.lines().find(|l| l.starts_with("thalweg_query_active"))?;
+        let line = text.lines().find(|l| l.starts_with("thalweg_queries_running"))?;
         line.rsplit(' ').next()?.parse().ok()
     }
 }

@@ -21,6 +21,8 @@ pub struct Server {
     pub http: SocketAddr,
     /// Where PostgreSQL clients connect.
     pub postgres: SocketAddr,
+    /// Where gRPC is served.
+    pub grpc: SocketAddr,
     expected: Vec<String>,
     /// One log per start within the folder.
     starts: usize,
@@ -59,12 +61,14 @@ impl Server {
             }
             text.contains("\ndata ").then_some(text)
         });
-        let address = |scheme: &str, end: char| -> SocketAddr {
-            let rest = &lines[lines.find(scheme).expect("the first lines name the address") + scheme.len()..];
-            rest[..rest.find(end).expect("an address ends")].parse().expect("an address")
+        let address = |before: &str| -> SocketAddr {
+            let rest =
+                lines[lines.find(before).expect("the first lines name the address") + before.len()..].trim_start();
+            let end = rest.find(['/', '\n']).expect("an address ends");
+            rest[..end].parse().expect("an address")
         };
-        let (http, postgres) = (address("http://", '/'), address("postgres://", '/'));
-        let server = Self { child, dir, arguments, log, http, postgres, expected: Vec::new(), starts };
+        let (http, postgres, grpc) = (address("http://"), address("postgres://"), address("gRPC"));
+        let server = Self { child, dir, arguments, log, http, postgres, grpc, expected: Vec::new(), starts };
         wait_for("readiness", || {
             let ready = Client::new(server.http).try_get("/-/ready").ok()?;
             (ready.status == 200).then_some(())
