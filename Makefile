@@ -27,7 +27,7 @@ lint:
 # Advisories need the network and change from day to day: they are checked apart from the gate.
 deny:
 	@if $(CARGO) deny --version >/dev/null 2>&1; then \
-	    $(CARGO) deny --offline check bans licenses sources || $(CARGO) deny check bans licenses sources; \
+	    $(CARGO) deny check bans licenses sources; \
 	else echo "skipped: cargo deny is not installed (cargo install --locked cargo-deny)"; fi
 
 clients:
