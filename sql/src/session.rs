@@ -1,0 +1,210 @@
+//! Sessions: what a connection sees and has set, and running its statements.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use arrow::array::timezone::Tz;
+use arrow::array::{ArrayRef, StringArray};
+use arrow::datatypes::{DataType, Field, Schema};
+use arrow::record_batch::RecordBatch;
+use datafusion::catalog::{CatalogProviderList, MemoryCatalogProviderList};
+use datafusion::error::DataFusionError;
+use datafusion::execution::context::SQLOptions;
+use datafusion::execution::{SendableRecordBatchStream, SessionStateBuilder};
+use datafusion::logical_expr::LogicalPlan;
+use datafusion::prelude::SessionContext;
+use datafusion::sql::parser::Statement as DfStatement;
+use datafusion::sql::sqlparser::ast::Statement;
+use datafusion_pg_catalog::pg_catalog::context::EmptyContextProvider;
+use datafusion_pg_catalog::pg_catalog::setup_pg_catalog;
+use datafusion_pg_catalog::sql::PostgresCompatibilityParser;
+use engine::{Engine, QueryLimits};
+use parking_lot::Mutex;
+
+use crate::error::{Result, SqlError};
+use crate::functions;
+use crate::schema::Database;
+use crate::statement::{self, Command};
+use crate::variables::Variables;
+
+/// What SQL calls the database of an engine.
+pub const DATABASE: &str = "thalweg";
+
+/// What all sessions of an engine share.
+pub struct Frontend {
+    engine: Engine,
+    template: SessionContext,
+    parser: PostgresCompatibilityParser,
+}
+
+impl std::fmt::Debug for Frontend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Frontend").finish_non_exhaustive()
+    }
+}
+
+impl Frontend {
+    /// The SQL side of `engine`.
+    ///
+    /// # Errors
+    /// When the tables of `pg_catalog` can't be built, which only a bug can bring about.
+    pub fn new(engine: &Engine) -> Result<Arc<Self>> {
+        let state = engine.session().state();
+        let mut config = state.config().clone().with_default_catalog_and_schema(DATABASE, "public");
+        config = config.with_create_default_catalog_and_schema(false).with_information_schema(true);
+        let catalogs = MemoryCatalogProviderList::new();
+        catalogs.register_catalog(DATABASE.to_owned(), Arc::new(Database::new(engine)));
+        let mut state = SessionStateBuilder::new_from_existing(state)
+            .with_config(config)
+            .with_catalog_list(Arc::new(catalogs))
+            .build();
+        functions::register_planners(&mut state)?;
+        let template = SessionContext::new_with_state(state);
+        setup_pg_catalog(&template, DATABASE, EmptyContextProvider).map_err(|e| SqlError::from(*e))?;
+        functions::register(&template);
+        Ok(Arc::new(Self { engine: engine.clone(), template, parser: PostgresCompatibilityParser::new() }))
+    }
+
+    /// A session of its own state.
+    pub fn session(self: &Arc<Self>, user: &str) -> Session {
+        let context = SessionContext::new_with_state(self.template.state());
+        let variables = Arc::new(Mutex::new(Variables::new(user)));
+        functions::register_session(&context, &variables);
+        Session { frontend: self.clone(), context, variables }
+    }
+}
+
+/// A connection's state.
+pub struct Session {
+    frontend: Arc<Frontend>,
+    context: SessionContext,
+    variables: Arc<Mutex<Variables>>,
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Session").field("variables", &self.variables).finish_non_exhaustive()
+    }
+}
+
+/// Turns the text of one query into its plan.
+///
+/// # Errors
+/// 42601 and its like for text that means no query.
+pub async fn plan(text: &str, session: &Session) -> Result<LogicalPlan> {
+    let mut commands = session.parse(text)?;
+    match (commands.pop(), commands.is_empty()) {
+        (Some(Command::Query { statement, .. }), true) => session.plan(&statement).await,
+        (Some(_), true) => Err(SqlError::unsupported("a statement that is no query")),
+        (Some(_), false) => Err(SqlError::unsupported("more than one statement")),
+        (None, _) => Err(SqlError::new("42601", "no statement was given")),
+    }
+}
+
+impl Session {
+    /// The commands in `text`.
+    ///
+    /// # Errors
+    /// Those of [`statement::parse`].
+    pub fn parse(&self, text: &str) -> Result<Vec<Command>> {
+        statement::parse(&self.frontend.parser, text)
+    }
+
+    /// Plans a query.
+    ///
+    /// # Errors
+    /// 42P01, 42703 and their like for names that mean nothing; 25006 for what would write.
+    pub async fn plan(&self, statement: &Statement) -> Result<LogicalPlan> {
+        let state = self.context.state();
+        let plan = state.statement_to_plan(DfStatement::Statement(Box::new(statement.clone()))).await?;
+        let options = SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
+        options.verify_plan(&plan).map_err(|e| SqlError::new("25006", e.message().into_owned()))?;
+        Ok(plan)
+    }
+
+    /// Runs a plan. Dropping the stream stops the work.
+    ///
+    /// # Errors
+    /// Those of planning; the stream ends with those of running.
+    pub async fn run(&self, plan: LogicalPlan) -> Result<SendableRecordBatchStream> {
+        let limits = QueryLimits { timeout: self.timeout() };
+        Ok(self.frontend.engine.execute(&self.context.state(), plan, limits).await?)
+    }
+
+    /// How long a statement may run: `statement_timeout`, or else what the server allows.
+    pub fn timeout(&self) -> Duration {
+        let most = self.frontend.engine.settings().query_timeout;
+        self.variables.lock().statement_timeout().map_or(most, |t| t.min(most))
+    }
+
+    /// The time zone in which times are shown.
+    pub fn time_zone(&self) -> Arc<str> {
+        self.variables.lock().time_zone()
+    }
+
+    /// Sets a variable, to its default when there is no value; returns its name and value if clients are to be told.
+    ///
+    /// # Errors
+    /// 42704 for an unknown name, 22023 for a value that it can't have.
+    pub fn set(&self, name: &str, value: Option<&str>) -> Result<Option<(&'static str, String)>> {
+        let reported = self.variables.lock().set(name, value)?;
+        self.apply();
+        Ok(reported)
+    }
+
+    /// Sets all variables to their defaults.
+    pub fn reset(&self) {
+        self.variables.lock().reset();
+        self.apply();
+    }
+
+    /// What planning depends on is kept where the planner looks.
+    fn apply(&self) {
+        let (zone, schema) = {
+            let variables = self.variables.lock();
+            (variables.time_zone(), variables.schema())
+        };
+        let state = self.context.state_ref();
+        let mut state = state.write();
+        let options = state.config_mut().options_mut();
+        options.execution.time_zone = Some(zone.to_string());
+        options.catalog.default_schema = schema;
+    }
+
+    /// The answer to `SHOW name`.
+    ///
+    /// # Errors
+    /// 42704 for an unknown name.
+    pub fn show(&self, name: &str) -> Result<RecordBatch> {
+        let text = |name: &str| Field::new(name, DataType::Utf8, false);
+        let array = |values: Vec<String>| Arc::new(StringArray::from(values)) as ArrayRef;
+        let variables = self.variables.lock();
+        let (fields, columns) = if name.eq_ignore_ascii_case("all") {
+            let (names, values): (Vec<_>, Vec<_>) = variables.all().unzip();
+            let described = names.iter().map(|_| String::new()).collect();
+            (
+                vec![text("name"), text("setting"), text("description")],
+                vec![array(names), array(values), array(described)],
+            )
+        } else {
+            let (name, value) = variables.get(name)?;
+            (vec![text(&name)], vec![array(vec![value])])
+        };
+        RecordBatch::try_new(Arc::new(Schema::new(fields)), columns).map_err(|e| DataFusionError::from(e).into())
+    }
+
+    /// What clients are told when they connect.
+    pub fn reported(&self) -> Vec<(String, String)> {
+        self.variables.lock().reported()
+    }
+
+    /// The engine.
+    pub fn engine(&self) -> &Engine {
+        &self.frontend.engine
+    }
+}
+
+/// Whether `zone` names a time zone.
+pub fn is_time_zone(zone: &str) -> bool {
+    zone.parse::<Tz>().is_ok()
+}

@@ -1,0 +1,281 @@
+//! Session variables: what `SET` and `SHOW` speak of.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::error::{Result, SqlError};
+
+/// The version of PostgreSQL whose behaviour clients may expect.
+const POSTGRES_VERSION: &str = "15.0";
+
+/// A known variable: its name, its default, and what may be done with it.
+struct Known {
+    name: &'static str,
+    default: &'static str,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// Any value.
+    Free,
+    /// Any value; clients are told of it.
+    Reported,
+    /// Can't be set; clients are told of it.
+    Fixed,
+    /// Can't be set.
+    Internal,
+    /// A duration, in milliseconds when without unit.
+    Duration,
+    /// A time zone.
+    Zone,
+}
+
+const fn known(name: &'static str, default: &'static str, kind: Kind) -> Known {
+    Known { name, default, kind }
+}
+
+/// In order of name, without regard to case.
+const KNOWN: &[Known] = &[
+    known("application_name", "", Kind::Reported),
+    known("bytea_output", "hex", Kind::Free),
+    known("client_encoding", "UTF8", Kind::Reported),
+    known("client_min_messages", "notice", Kind::Free),
+    known("DateStyle", "ISO, MDY", Kind::Reported),
+    known("default_transaction_isolation", "read committed", Kind::Free),
+    known("default_transaction_read_only", "on", Kind::Reported),
+    known("extra_float_digits", "1", Kind::Free),
+    known("idle_in_transaction_session_timeout", "0", Kind::Duration),
+    known("idle_session_timeout", "0", Kind::Duration),
+    known("in_hot_standby", "off", Kind::Fixed),
+    known("integer_datetimes", "on", Kind::Fixed),
+    known("IntervalStyle", "postgres", Kind::Reported),
+    known("is_superuser", "off", Kind::Fixed),
+    known("jit", "off", Kind::Free),
+    known("lc_collate", "C", Kind::Internal),
+    known("lc_ctype", "C", Kind::Internal),
+    known("lc_messages", "C", Kind::Free),
+    known("lc_monetary", "C", Kind::Free),
+    known("lc_numeric", "C", Kind::Free),
+    known("lc_time", "C", Kind::Free),
+    known("lock_timeout", "0", Kind::Duration),
+    known("max_identifier_length", "63", Kind::Internal),
+    known("max_index_keys", "32", Kind::Internal),
+    known("row_security", "on", Kind::Free),
+    known("search_path", "\"$user\", public", Kind::Free),
+    known("server_encoding", "UTF8", Kind::Fixed),
+    known("server_version", "", Kind::Fixed),
+    known("server_version_num", "150000", Kind::Internal),
+    known("session_authorization", "", Kind::Fixed),
+    known("standard_conforming_strings", "on", Kind::Reported),
+    known("statement_timeout", "0", Kind::Duration),
+    known("synchronize_seqscans", "on", Kind::Free),
+    known("TimeZone", "UTC", Kind::Zone),
+    known("transaction_isolation", "read committed", Kind::Free),
+    known("transaction_read_only", "on", Kind::Free),
+    known("xmloption", "content", Kind::Free),
+];
+
+fn find(name: &str) -> Option<&'static Known> {
+    KNOWN.iter().find(|k| k.name.eq_ignore_ascii_case(name))
+}
+
+/// The variables of a session.
+#[derive(Debug, Clone)]
+pub struct Variables {
+    user: String,
+    /// Those that differ from their default, by lower-case name.
+    values: BTreeMap<String, String>,
+}
+
+impl Variables {
+    /// Defaults for a session of `user`.
+    pub fn new(user: &str) -> Self {
+        Self { user: user.to_owned(), values: BTreeMap::new() }
+    }
+
+    /// The user.
+    pub fn user(&self) -> &str {
+        &self.user
+    }
+
+    fn value(&self, known: &Known) -> String {
+        if let Some(value) = self.values.get(&known.name.to_ascii_lowercase()) {
+            return value.clone();
+        }
+        match known.name {
+            "server_version" => server_version(),
+            "session_authorization" => self.user.clone(),
+            _ => known.default.to_owned(),
+        }
+    }
+
+    /// A variable's proper name and value.
+    ///
+    /// # Errors
+    /// 42704 for an unknown name.
+    pub fn get(&self, name: &str) -> Result<(String, String)> {
+        if let Some(known) = find(name) {
+            return Ok((known.name.to_owned(), self.value(known)));
+        }
+        let lower = name.to_ascii_lowercase();
+        match self.values.get(&lower) {
+            Some(value) => Ok((lower, value.clone())),
+            None => Err(unknown(name)),
+        }
+    }
+
+    /// Sets a variable, to its default when there is no value; returns its name and value if clients are to be told.
+    ///
+    /// # Errors
+    /// 42704 for an unknown name, 22023 for a value that it can't have, 55P02 for a variable that can't be set.
+    pub fn set(&mut self, name: &str, value: Option<&str>) -> Result<Option<(&'static str, String)>> {
+        let lower = name.to_ascii_lowercase();
+        let Some(known) = find(name) else {
+            // A name with a dot belongs to whoever made it up.
+            if !lower.contains('.') {
+                return Err(unknown(name));
+            }
+            match value {
+                Some(value) => self.values.insert(lower, value.to_owned()),
+                None => self.values.remove(&lower),
+            };
+            return Ok(None);
+        };
+        if let Some(value) = value {
+            let value = checked(known, value)?;
+            self.values.insert(lower, value);
+        } else {
+            self.values.remove(&lower);
+        }
+        let told = matches!(known.kind, Kind::Reported | Kind::Zone);
+        Ok(told.then(|| (known.name, self.value(known))))
+    }
+
+    /// Sets all variables to their defaults.
+    pub fn reset(&mut self) {
+        self.values.clear();
+    }
+
+    /// All known variables with their values.
+    pub fn all(&self) -> impl Iterator<Item = (String, String)> + '_ {
+        KNOWN.iter().map(|k| (k.name.to_owned(), self.value(k)))
+    }
+
+    /// Those that clients are told when they connect.
+    pub fn reported(&self) -> Vec<(String, String)> {
+        let told = |k: &&Known| matches!(k.kind, Kind::Reported | Kind::Fixed | Kind::Zone);
+        KNOWN.iter().filter(told).map(|k| (k.name.to_owned(), self.value(k))).collect()
+    }
+
+    /// The deadline of statements; `None` when there is none.
+    pub fn statement_timeout(&self) -> Option<Duration> {
+        let value = self.values.get("statement_timeout")?;
+        duration(value).filter(|d| !d.is_zero())
+    }
+
+    /// The time zone.
+    pub fn time_zone(&self) -> Arc<str> {
+        self.values.get("timezone").map_or_else(|| Arc::from("UTC"), |z| Arc::from(z.as_str()))
+    }
+
+    /// The schema in which names without one are looked up: the first of `search_path` that isn't the user's own.
+    pub fn schema(&self) -> String {
+        let path = self.values.get("search_path").map_or("public", String::as_str);
+        path.split(',')
+            .map(|s| s.trim().trim_matches('"').to_owned())
+            .find(|s| !s.is_empty() && s != "$user" && s != "pg_catalog")
+            .unwrap_or_else(|| "public".to_owned())
+    }
+}
+
+/// What `server_version` says.
+pub fn server_version() -> String {
+    format!("{POSTGRES_VERSION} (Thalweg {})", env!("CARGO_PKG_VERSION"))
+}
+
+/// What `version()` says.
+pub fn version() -> String {
+    format!("PostgreSQL {POSTGRES_VERSION} (Thalweg {})", env!("CARGO_PKG_VERSION"))
+}
+
+fn unknown(name: &str) -> SqlError {
+    SqlError::new("42704", format!("unrecognized configuration parameter {name:?}"))
+}
+
+fn checked(known: &Known, value: &str) -> Result<String> {
+    let invalid = || SqlError::new("22023", format!("invalid value for parameter {:?}: {value:?}", known.name));
+    match known.kind {
+        Kind::Fixed | Kind::Internal => {
+            Err(SqlError::new("55P02", format!("parameter {:?} cannot be changed", known.name)))
+        }
+        Kind::Duration => duration(value).map(|_| value.to_owned()).ok_or_else(invalid),
+        Kind::Zone => crate::session::is_time_zone(value).then(|| value.to_owned()).ok_or_else(invalid),
+        _ if known.name == "client_encoding" => {
+            let plain: String = value.chars().filter(char::is_ascii_alphanumeric).collect();
+            let utf8 = ["utf8", "unicode", "auto"].contains(&plain.to_ascii_lowercase().as_str());
+            utf8.then(|| "UTF8".to_owned()).ok_or_else(invalid)
+        }
+        Kind::Free | Kind::Reported => Ok(value.to_owned()),
+    }
+}
+
+/// `500`, `500ms`, `5s`, `1min`, `1h`, `1d`.
+fn duration(value: &str) -> Option<Duration> {
+    let value = value.trim();
+    let unit = value.find(|c: char| !c.is_ascii_digit()).unwrap_or(value.len());
+    let (number, unit) = value.split_at(unit);
+    let number: u64 = number.parse().ok()?;
+    let millis = match unit.trim() {
+        "" | "ms" => 1,
+        "s" => 1_000,
+        "min" => 60_000,
+        "h" => 3_600_000,
+        "d" => 86_400_000,
+        _ => return None,
+    };
+    number.checked_mul(millis).map(Duration::from_millis)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations() {
+        let check =
+            |text: &str, expected: Option<u64>| assert_eq!(duration(text).map(|d| d.as_millis() as u64), expected);
+        check("0", Some(0));
+        check("500", Some(500));
+        check("500ms", Some(500));
+        check(" 5 s ", Some(5_000));
+        check("2min", Some(120_000));
+        check("-1", None);
+        check("1y", None);
+        check("", None);
+        check("99999999999999999999", None);
+    }
+
+    #[test]
+    fn variables_are_set_shown_and_reset() {
+        let mut v = Variables::new("me");
+        assert_eq!(v.get("TIMEZONE").unwrap(), ("TimeZone".to_owned(), "UTC".to_owned()));
+        assert_eq!(v.set("timezone", Some("Europe/Berlin")).unwrap(), Some(("TimeZone", "Europe/Berlin".to_owned())));
+        assert_eq!(&*v.time_zone(), "Europe/Berlin");
+        assert_eq!(v.set("timezone", Some("Nowhere")).unwrap_err().code, "22023");
+        assert_eq!(v.set("server_version", Some("1")).unwrap_err().code, "55P02");
+        assert_eq!(v.set("nonsense", Some("1")).unwrap_err().code, "42704");
+        assert_eq!(v.get("nonsense").unwrap_err().code, "42704");
+        v.set("my.own", Some("x")).unwrap();
+        assert_eq!(v.get("my.own").unwrap().1, "x");
+        v.set("statement_timeout", Some("5s")).unwrap();
+        assert_eq!(v.statement_timeout(), Some(Duration::from_secs(5)));
+        assert_eq!(v.schema(), "public");
+        v.set("search_path", Some("\"$user\", prometheus")).unwrap();
+        assert_eq!(v.schema(), "prometheus");
+        v.reset();
+        assert_eq!((v.statement_timeout(), &*v.time_zone(), v.schema().as_str()), (None, "UTC", "public"));
+        assert_eq!(v.get("session_authorization").unwrap().1, "me");
+    }
+}
