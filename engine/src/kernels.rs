@@ -61,7 +61,7 @@ impl Windows {
 }
 
 /// What is computed over each window.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Hash, serde::Serialize, serde::Deserialize)]
 pub enum RangeFunction {
     /// Per-second increase of a counter, extrapolated to the window.
     Rate,

@@ -182,6 +182,42 @@ impl BlockBuilder {
     }
 }
 
+/// A batch with the series of a block and other values and validity.
+///
+/// # Errors
+/// None that as many values as the block has can cause.
+pub fn with_values(
+    schema: &SchemaRef,
+    block: &Block,
+    values: Vec<f64>,
+    nulls: Option<NullBuffer>,
+    name: Name,
+) -> DfResult<RecordBatch> {
+    let rows = block.len();
+    let (labels, drop_name): (ArrayRef, ArrayRef) = match name {
+        Name::Keep => (Arc::new(block.all_labels().clone()), Arc::new(block.all_drop_name().clone())),
+        Name::DropLater => {
+            (Arc::new(block.all_labels().clone()), Arc::new(BooleanArray::new(BooleanBuffer::new_set(rows), None)))
+        }
+        Name::Drop => {
+            let mut bytes = Vec::with_capacity(block.all_labels().value_data().len());
+            let mut offsets = Vec::with_capacity(rows + 1);
+            offsets.push(0);
+            for row in 0..rows {
+                labels::drop_name(block.labels(row), &mut bytes);
+                offsets.push(bytes.len() as i32);
+            }
+            let offsets = OffsetBuffer::new(ScalarBuffer::from(offsets));
+            let labels = BinaryArray::try_new(offsets, Buffer::from_vec(bytes), None)?;
+            (Arc::new(labels), Arc::new(BooleanArray::new(BooleanBuffer::new_unset(rows), None)))
+        }
+    };
+    let values = Arc::new(Float64Array::new(ScalarBuffer::from(values), nulls));
+    let steps = block.steps() as i32;
+    let list = FixedSizeListArray::try_new_with_length(item(), steps, values, None, rows)?;
+    Ok(RecordBatch::try_new(schema.clone(), vec![labels, Arc::new(list), drop_name])?)
+}
+
 /// A row of a block.
 #[derive(Debug, Clone, Copy)]
 pub struct Row<'a> {

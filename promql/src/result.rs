@@ -78,6 +78,21 @@ impl Block {
         &self.values.values()[row * self.steps..(row + 1) * self.steps]
     }
 
+    /// The values of all series, one after another.
+    pub fn all_values(&self) -> &[f64] {
+        self.values.values()
+    }
+
+    /// Canonical tag sets of all series.
+    pub fn all_labels(&self) -> &BinaryArray {
+        &self.labels
+    }
+
+    /// For all series, whether the metric's name is still to be removed.
+    pub fn all_drop_name(&self) -> &BooleanArray {
+        &self.drop_name
+    }
+
     /// Validity of the values of all series, one after another; `None` when all are valid.
     pub fn nulls(&self) -> Option<&NullBuffer> {
         self.values.nulls()

@@ -1,0 +1,396 @@
+//! Physical nodes: one [`NodeExec`] for each logical node, its work in a file by kind.
+//!
+//! Operations that look at one series at a time stream: their partitions are those of their first input, which are
+//! contiguous ranges of series. All others read their inputs whole, partitions at the same time, and have one
+//! partition. What a query has to say besides its result goes into the [`Notes`] that its session carries.
+
+mod aggregate;
+mod binary;
+mod histogram;
+mod map;
+mod order;
+mod relabel;
+mod run;
+mod select;
+mod setops;
+mod topk;
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use arrow::array::RecordBatch;
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use catalog::Series;
+use datafusion::common::runtime::SpawnedTask;
+use datafusion::common::tree_node::TreeNodeRecursion;
+use datafusion::error::{DataFusionError, Result as DfResult};
+use datafusion::execution::{SendableRecordBatchStream, TaskContext};
+use datafusion::physical_expr::{EquivalenceProperties, Partitioning};
+use datafusion::physical_plan::execution_plan::{Boundedness, EmissionType};
+use datafusion::physical_plan::metrics::{BaselineMetrics, ExecutionPlanMetricsSet, MetricsSet};
+use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
+use datafusion::physical_plan::{
+    DisplayAs, DisplayFormatType, ExecutionPlan, ExecutionPlanProperties, PhysicalExpr, PlanProperties,
+};
+use engine::{SeriesScanExec, SeriesSet};
+use futures::stream::{self, BoxStream};
+use futures::{StreamExt, TryStreamExt};
+use parking_lot::Mutex;
+
+use crate::QueryError;
+use crate::block::{self, BlockBuilder};
+use crate::options::Grid;
+use crate::plan::ops::Op;
+use crate::result::Block;
+
+pub use run::{Planner, query};
+
+/// Schema of a range vector: `labels`, `times` (milliseconds), `values`, one row per series.
+pub fn runs_schema() -> SchemaRef {
+    let list = |t: DataType| DataType::List(Arc::new(Field::new("item", t, false)));
+    Arc::new(Schema::new(vec![
+        Field::new("labels", DataType::Binary, false),
+        Field::new("times", list(DataType::Int64), false),
+        Field::new("values", list(DataType::Float64), false),
+    ]))
+}
+
+/// What a query says besides its result, and what it has used.
+#[derive(Debug, Default)]
+pub struct Notes {
+    warnings: Mutex<Vec<String>>,
+    infos: Mutex<Vec<String>>,
+    /// Samples read.
+    pub samples: AtomicU64,
+    /// Series selected.
+    pub series: AtomicU64,
+    held: AtomicUsize,
+    limit: AtomicUsize,
+}
+
+impl Notes {
+    /// For a query that may hold this many samples.
+    pub fn new(limit: usize) -> Self {
+        Self { limit: AtomicUsize::new(limit), ..Self::default() }
+    }
+
+    /// Adds a warning, once.
+    pub fn warn(&self, text: String) {
+        let mut warnings = self.warnings.lock();
+        if !warnings.contains(&text) {
+            warnings.push(text);
+        }
+    }
+
+    /// Adds an info, once.
+    pub fn info(&self, text: String) {
+        let mut infos = self.infos.lock();
+        if !infos.contains(&text) {
+            infos.push(text);
+        }
+    }
+
+    /// The warnings and the infos.
+    pub fn take(&self) -> (Vec<String>, Vec<String>) {
+        (std::mem::take(&mut self.warnings.lock()), std::mem::take(&mut self.infos.lock()))
+    }
+
+    /// Counts samples that are held in memory until the query ends.
+    fn hold(&self, samples: usize) -> Result<(), QueryError> {
+        let held = self.held.fetch_add(samples, Ordering::Relaxed) + samples;
+        let limit = self.limit.load(Ordering::Relaxed);
+        if limit > 0 && held > limit {
+            return Err(QueryError::execution(
+                "query processing would load too many samples into memory in query execution",
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn notes(context: &TaskContext) -> Arc<Notes> {
+    context.session_config().get_extension::<Notes>().unwrap_or_default()
+}
+
+/// Where a selector finds the labels of the series that its scan numbers.
+#[derive(Debug, Clone)]
+pub enum SeriesLabels {
+    /// The scan's own set.
+    Set(Arc<SeriesSet>),
+    /// A list, for scans that are not ours to look into.
+    List(Arc<[Vec<u8>]>),
+}
+
+impl SeriesLabels {
+    fn get(&self, index: u32) -> Option<&[u8]> {
+        match self {
+            Self::Set(set) => set.series.get(index as usize).map(|s: &Arc<Series>| s.tags.as_bytes()),
+            Self::List(list) => list.get(index as usize).map(Vec::as_slice),
+        }
+    }
+}
+
+/// The physical form of an operation.
+#[derive(Debug)]
+pub struct NodeExec {
+    pub(crate) op: Op,
+    pub(crate) grid: Grid,
+    pub(crate) inputs: Vec<Arc<dyn ExecutionPlan>>,
+    pub(crate) labels: Option<SeriesLabels>,
+    schema: SchemaRef,
+    properties: Arc<PlanProperties>,
+    metrics: ExecutionPlanMetricsSet,
+}
+
+impl NodeExec {
+    /// An operation over inputs. Those that read series have the scan of them as input 0.
+    pub fn new(op: Op, grid: Grid, inputs: Vec<Arc<dyn ExecutionPlan>>, labels: Option<SeriesLabels>) -> Self {
+        let schema = match op {
+            Op::Samples(_) => runs_schema(),
+            _ => block::schema(grid.steps()),
+        };
+        let partitions = match (&op, inputs.first()) {
+            (op, Some(input)) if streams(op) => input.output_partitioning().partition_count().max(1),
+            _ => 1,
+        };
+        let properties = Arc::new(PlanProperties::new(
+            EquivalenceProperties::new(schema.clone()),
+            Partitioning::UnknownPartitioning(partitions),
+            if partitions > 1 { EmissionType::Incremental } else { EmissionType::Final },
+            Boundedness::Bounded,
+        ));
+        let labels = labels.or_else(|| {
+            let scan = inputs.first()?.downcast_ref::<SeriesScanExec>()?;
+            Some(SeriesLabels::Set(scan.set().clone()))
+        });
+        Self { op, grid, inputs, labels, schema, properties, metrics: ExecutionPlanMetricsSet::new() }
+    }
+}
+
+/// Whether an operation looks at one series at a time.
+fn streams(op: &Op) -> bool {
+    matches!(
+        op,
+        Op::Select { .. }
+            | Op::Samples(_)
+            | Op::Subquery { .. }
+            | Op::Map { .. }
+            | Op::LabelReplace { .. }
+            | Op::LabelJoin { .. }
+            | Op::VectorScalar { .. }
+            | Op::Repeat
+    )
+}
+
+impl DisplayAs for NodeExec {
+    fn fmt_as(&self, _t: DisplayFormatType, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.op.explain(&self.grid, f)
+    }
+}
+
+impl ExecutionPlan for NodeExec {
+    fn name(&self) -> &str {
+        self.op.name()
+    }
+
+    fn properties(&self) -> &Arc<PlanProperties> {
+        &self.properties
+    }
+
+    fn children(&self) -> Vec<&Arc<dyn ExecutionPlan>> {
+        self.inputs.iter().collect()
+    }
+
+    fn apply_expressions(
+        &self,
+        _f: &mut dyn for<'a> FnMut(&'a Arc<dyn PhysicalExpr>) -> DfResult<TreeNodeRecursion>,
+    ) -> DfResult<TreeNodeRecursion> {
+        Ok(TreeNodeRecursion::Continue)
+    }
+
+    fn with_new_children(self: Arc<Self>, children: Vec<Arc<dyn ExecutionPlan>>) -> DfResult<Arc<dyn ExecutionPlan>> {
+        Ok(Arc::new(Self::new(self.op.clone(), self.grid, children, self.labels.clone())))
+    }
+
+    fn execute(&self, partition: usize, context: Arc<TaskContext>) -> DfResult<SendableRecordBatchStream> {
+        let work = Work {
+            op: self.op.clone(),
+            grid: self.grid,
+            inputs: self.inputs.clone(),
+            schema: self.schema.clone(),
+            notes: notes(&context),
+            context,
+        };
+        let batches = match &self.op {
+            Op::Select { .. } | Op::Samples(_) => {
+                let labels = self.labels.clone().ok_or_else(|| internal("a selector without labels of its series"))?;
+                select::execute(work, partition, labels)?
+            }
+            Op::Subquery { .. } => select::subquery(work, partition)?,
+            Op::Map { .. } => map::execute(work, partition)?,
+            Op::LabelReplace { .. } | Op::LabelJoin { .. } => relabel::execute(work, partition)?,
+            Op::VectorScalar { .. } => binary::vector_scalar(work, partition)?,
+            Op::Repeat => map::repeat(work, partition)?,
+            _ => work.whole(),
+        };
+        let metrics = BaselineMetrics::new(&self.metrics, partition);
+        let counted = batches.inspect_ok(move |b| metrics.record_output(b.num_rows()));
+        Ok(Box::pin(RecordBatchStreamAdapter::new(self.schema.clone(), counted)))
+    }
+
+    fn metrics(&self) -> Option<MetricsSet> {
+        Some(self.metrics.clone_inner())
+    }
+}
+
+type Batches = BoxStream<'static, DfResult<RecordBatch>>;
+
+/// What the execution of a node needs.
+struct Work {
+    op: Op,
+    grid: Grid,
+    inputs: Vec<Arc<dyn ExecutionPlan>>,
+    schema: SchemaRef,
+    notes: Arc<Notes>,
+    context: Arc<TaskContext>,
+}
+
+impl Work {
+    /// Runs an operation that reads its inputs whole.
+    fn whole(self) -> Batches {
+        let batches = async move {
+            let batches = match &self.op {
+                Op::Nothing => vec![],
+                Op::Number(v) => {
+                    let v = v.get();
+                    vec![self.scalar(|_| v)?]
+                }
+                Op::Time => vec![self.scalar(|step| self.grid.time(step) as f64 / 1000.0)?],
+                Op::Histogram { .. } => histogram::execute(&self).await?,
+                Op::Absent { .. } | Op::Scalar => order::presence(&self).await?,
+                Op::Sort { .. } | Op::SortByLabel { .. } => order::sort(&self).await?,
+                Op::Aggregate { .. } => aggregate::execute(&self).await?,
+                Op::CountValues { .. } => topk::count_values(&self).await?,
+                Op::ScalarBinary(_) => binary::scalars(&self).await?,
+                Op::VectorBinary { .. } => binary::vectors(&self).await?,
+                Op::Set { .. } => setops::execute(&self).await?,
+                Op::Merge { .. } | Op::CleanNames => relabel::merge(&self).await?,
+                other => return Err(internal(&format!("{} does not read its inputs whole", other.name()))),
+            };
+            Ok(stream::iter(batches.into_iter().map(Ok)))
+        };
+        stream::once(batches).try_flatten().boxed()
+    }
+
+    fn scalar(&self, value: impl Fn(usize) -> f64) -> DfResult<RecordBatch> {
+        let mut builder = BlockBuilder::new(self.schema.clone());
+        let (values, valid) = builder.push(|_| false);
+        for (step, v) in values.iter_mut().enumerate() {
+            *v = value(step);
+        }
+        valid.fill(true);
+        builder.finish()
+    }
+
+    fn steps(&self) -> usize {
+        self.grid.steps()
+    }
+
+    /// The stream of one partition of an input.
+    fn stream(&self, input: usize, partition: usize) -> DfResult<SendableRecordBatchStream> {
+        self.input(input)?.execute(partition, self.context.clone())
+    }
+
+    fn input(&self, input: usize) -> DfResult<&Arc<dyn ExecutionPlan>> {
+        self.inputs.get(input).ok_or_else(|| internal(&format!("{} lacks input {input}", self.op.name())))
+    }
+
+    /// All of an input, partitions in order.
+    async fn blocks(&self, input: usize) -> DfResult<Vec<Block>> {
+        let batches = self.fold(input, |blocks: &mut Vec<Block>, block| {
+            keep(blocks, block);
+            Ok(())
+        });
+        let blocks: Vec<Block> = batches.await?.into_iter().flatten().collect();
+        self.notes.hold(blocks.iter().map(|b| b.len() * b.steps()).sum())?;
+        Ok(blocks)
+    }
+
+    /// Folds each partition of an input into a value of its own, partitions at the same time.
+    async fn fold<T, F>(&self, input: usize, add: F) -> DfResult<Vec<T>>
+    where
+        T: Default + Send + 'static,
+        F: Fn(&mut T, Block) -> DfResult<()> + Clone + Send + 'static,
+    {
+        let plan = self.input(input)?;
+        let partitions = plan.output_partitioning().partition_count();
+        let one = |partition: usize| -> DfResult<_> {
+            let mut batches = plan.execute(partition, self.context.clone())?;
+            let add = add.clone();
+            Ok(async move {
+                let mut state = T::default();
+                while let Some(batch) = batches.try_next().await? {
+                    add(&mut state, Block::try_new(&batch)?)?;
+                }
+                Ok::<T, DataFusionError>(state)
+            })
+        };
+        if partitions == 1 {
+            return Ok(vec![one(0)?.await?]);
+        }
+        let tasks = (0..partitions).map(|p| Ok(SpawnedTask::spawn(one(p)?))).collect::<DfResult<Vec<_>>>()?;
+        let mut states = Vec::with_capacity(partitions);
+        for task in tasks {
+            states.push(task.await.map_err(|e| internal(&format!("a partition failed: {e}")))??);
+        }
+        Ok(states)
+    }
+
+    /// The values of a scalar input, one per step.
+    async fn scalar_input(&self, input: usize) -> DfResult<Vec<f64>> {
+        let blocks = self.blocks(input).await?;
+        let block = blocks.iter().find(|b| !b.is_empty()).ok_or_else(|| internal("a scalar without values"))?;
+        Ok(block.values(0).to_vec())
+    }
+
+    /// The values of the scalar inputs from `first` on.
+    async fn scalar_inputs(&self, first: usize) -> DfResult<Vec<Vec<f64>>> {
+        let mut all = Vec::new();
+        for input in first..self.inputs.len() {
+            all.push(self.scalar_input(input).await?);
+        }
+        Ok(all)
+    }
+
+    /// Applies `f` to each block of a partition of input 0, once the scalar inputs from 1 on are known.
+    fn map_blocks<F>(self, partition: usize, f: F) -> DfResult<Batches>
+    where
+        F: FnMut(&Work, &[Vec<f64>], Block) -> DfResult<RecordBatch> + Send + 'static,
+    {
+        let input = self.stream(0, partition)?;
+        let mut f = f;
+        let batches = async move {
+            let scalars = self.scalar_inputs(1).await?;
+            Ok::<_, DataFusionError>(input.map(move |batch| f(&self, &scalars, Block::try_new(&batch?)?)))
+        };
+        Ok(stream::once(batches).try_flatten().boxed())
+    }
+}
+
+fn keep(blocks: &mut Vec<Block>, block: Block) {
+    if !block.is_empty() {
+        blocks.push(block);
+    }
+}
+
+fn internal(message: &str) -> DataFusionError {
+    QueryError::internal(message).into()
+}
+
+fn same_labels() -> QueryError {
+    QueryError::execution("vector cannot contain metrics with the same labelset")
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,327 @@
+//! Aggregations that need one pass: values go straight into [group x step] arrays, one set of arrays per input partition,
+//! which are then added up in the order of partitions.
+
+use arrow::array::RecordBatch;
+use datafusion::error::Result as DfResult;
+use engine::kernels::kahan_add;
+use hashbrown::HashMap;
+
+use super::{Work, internal, topk};
+use crate::block::{BlockBuilder, Row, rows_per_batch};
+use crate::labels::Grouping;
+use crate::plan::ops::{AggregateOp, Op};
+
+pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
+    let Op::Aggregate { op, by } = &work.op else { return Err(internal("not an aggregation")) };
+    let (op, by) = (*op, by.clone());
+    match op {
+        AggregateOp::Quantile => return topk::quantiles(work, &by).await,
+        AggregateOp::Topk | AggregateOp::Bottomk | AggregateOp::Limitk | AggregateOp::LimitRatio => {
+            return topk::select(work, op, &by).await;
+        }
+        _ => {}
+    }
+    let (steps, notes) = (work.steps(), work.notes.clone());
+    let mut partials = work
+        .fold(0, move |partial: &mut Option<Partial>, block| {
+            let partial = partial.get_or_insert_with(|| Partial::new(op, by.clone(), steps));
+            let before = partial.n.len();
+            for row in 0..block.len() {
+                partial.add(&Row::of(&block, row));
+            }
+            notes.hold(partial.n.len() - before)?;
+            Ok(())
+        })
+        .await?
+        .into_iter()
+        .flatten();
+    let Some(mut all) = partials.next() else { return Ok(vec![]) };
+    for partial in partials {
+        all.merge(&partial);
+    }
+    all.finish(work)
+}
+
+/// Numbers groups by their labels in order of appearance.
+#[derive(Debug)]
+pub(super) struct Groups {
+    by: Grouping,
+    index: HashMap<Vec<u8>, u32>,
+    /// Labels and whether the name goes later.
+    pub(super) labels: Vec<(Vec<u8>, bool)>,
+    key: Vec<u8>,
+    last: Option<u32>,
+}
+
+impl Groups {
+    pub(super) fn new(by: Grouping) -> Self {
+        Self { by, index: HashMap::new(), labels: Vec::new(), key: Vec::new(), last: None }
+    }
+
+    /// The group of a series.
+    #[inline]
+    pub(super) fn of(&mut self, labels: &[u8], drop_name: bool) -> u32 {
+        self.key.clear();
+        self.by.key(labels, &mut self.key);
+        self.of_key(drop_name)
+    }
+
+    fn of_key(&mut self, drop_name: bool) -> u32 {
+        // Series that are stored together are often of one group.
+        let group = match self.last {
+            Some(last) if self.labels[last as usize].0 == self.key => last,
+            _ => match self.index.get(&self.key) {
+                Some(group) => *group,
+                None => {
+                    let group = self.labels.len() as u32;
+                    self.labels.push((self.key.clone(), false));
+                    self.index.insert(self.key.clone(), group);
+                    group
+                }
+            },
+        };
+        self.last = Some(group);
+        self.labels[group as usize].1 |= drop_name;
+        group
+    }
+}
+
+/// The state of an aggregation over some series. What the arrays mean depends on the operation.
+#[derive(Debug)]
+struct Partial {
+    op: AggregateOp,
+    groups: Groups,
+    steps: usize,
+    /// Values seen.
+    n: Vec<f64>,
+    /// Sum, least or greatest value, or mean.
+    a: Vec<f64>,
+    /// Compensation of the sum, or sum of squared differences from the mean.
+    b: Vec<f64>,
+    /// Means, with compensation, of cells whose sum overflows.
+    means: HashMap<usize, (f64, f64)>,
+}
+
+impl Partial {
+    fn new(op: AggregateOp, by: Grouping, steps: usize) -> Self {
+        Self { op, groups: Groups::new(by), steps, n: Vec::new(), a: Vec::new(), b: Vec::new(), means: HashMap::new() }
+    }
+
+    /// Makes room for a group; says where its cells are.
+    fn cells(&mut self, group: u32) -> std::ops::Range<usize> {
+        let range = group as usize * self.steps..(group as usize + 1) * self.steps;
+        if self.n.len() < range.end {
+            let (a, b) = match self.op {
+                // Adding to a negative zero changes nothing, not even the sign of zero.
+                AggregateOp::Sum | AggregateOp::Avg => (Some(-0.0), Some(0.0)),
+                AggregateOp::Min | AggregateOp::Max => (Some(f64::NAN), None),
+                AggregateOp::Stddev | AggregateOp::Stdvar => (Some(0.0), Some(0.0)),
+                _ => (None, None),
+            };
+            self.n.resize(range.end, 0.0);
+            a.iter().for_each(|v| self.a.resize(range.end, *v));
+            b.iter().for_each(|v| self.b.resize(range.end, *v));
+        }
+        range
+    }
+
+    fn add(&mut self, row: &Row<'_>) {
+        let group = self.groups.of(row.labels, row.drop_name);
+        let cells = self.cells(group);
+        let n = &mut self.n[cells.clone()];
+        match self.op {
+            AggregateOp::Sum => {
+                let (a, b) = (&mut self.a[cells.clone()], &mut self.b[cells]);
+                if row.is_dense() {
+                    for (((v, a), b), n) in row.values.iter().zip(a).zip(b).zip(n) {
+                        (*a, *b) = kahan_add(*v, *a, *b);
+                        *n += 1.0;
+                    }
+                } else {
+                    row.for_each(|step, v| {
+                        (a[step], b[step]) = kahan_add(v, a[step], b[step]);
+                        n[step] += 1.0;
+                    });
+                }
+            }
+            AggregateOp::Avg => {
+                let start = cells.start;
+                let (a, b) = (&mut self.a[cells.clone()], &mut self.b[cells]);
+                let means = &mut self.means;
+                row.for_each(|step, v| {
+                    n[step] += 1.0;
+                    if means.is_empty() {
+                        let (sum, c) = kahan_add(v, a[step], b[step]);
+                        if sum.is_finite() || n[step] == 1.0 || sum.is_nan() {
+                            (a[step], b[step]) = (sum, c);
+                            return;
+                        }
+                    }
+                    add_to_mean(means, start + step, v, n[step], &mut a[step], &mut b[step]);
+                });
+            }
+            AggregateOp::Min => {
+                let a = &mut self.a[cells];
+                row.for_each(|step, v| {
+                    n[step] += 1.0;
+                    if a[step] > v || a[step].is_nan() {
+                        a[step] = v;
+                    }
+                });
+            }
+            AggregateOp::Max => {
+                let a = &mut self.a[cells];
+                row.for_each(|step, v| {
+                    n[step] += 1.0;
+                    if a[step] < v || a[step].is_nan() {
+                        a[step] = v;
+                    }
+                });
+            }
+            AggregateOp::Stddev | AggregateOp::Stdvar => {
+                let (a, b) = (&mut self.a[cells.clone()], &mut self.b[cells]);
+                row.for_each(|step, v| {
+                    n[step] += 1.0;
+                    if n[step] == 1.0 {
+                        a[step] = v;
+                        b[step] = if v.is_finite() { 0.0 } else { f64::NAN };
+                    } else {
+                        let delta = v - a[step];
+                        a[step] += delta / n[step];
+                        b[step] += delta * (v - a[step]);
+                    }
+                });
+            }
+            _ => {
+                if row.is_dense() {
+                    n.iter_mut().for_each(|n| *n += 1.0);
+                } else {
+                    row.for_each(|step, _| n[step] += 1.0);
+                }
+            }
+        }
+    }
+
+    /// Adds a partial over later series.
+    fn merge(&mut self, other: &Self) {
+        for (i, (labels, drop_name)) in other.groups.labels.iter().enumerate() {
+            self.groups.key.clear();
+            self.groups.key.extend_from_slice(labels);
+            let group = self.groups.of_key(*drop_name);
+            let cells = self.cells(group);
+            let from = i * self.steps;
+            for step in 0..self.steps {
+                let (to, from) = (cells.start + step, from + step);
+                if other.n[from] > 0.0 {
+                    self.merge_cell(to, other, from);
+                }
+            }
+        }
+    }
+
+    fn merge_cell(&mut self, to: usize, other: &Self, from: usize) {
+        let (n, m) = (self.n[to], other.n[from]);
+        self.n[to] = n + m;
+        match self.op {
+            AggregateOp::Avg if self.means.contains_key(&to) || other.means.contains_key(&from) => {
+                let mean = |p: &Self, at: usize, n: f64| match p.means.get(&at) {
+                    Some((mean, c)) => mean + c,
+                    None if n == 0.0 => 0.0,
+                    None => p.a[at] / n + p.b[at] / n,
+                };
+                let weighted = mean(self, to, n) * (n / (n + m)) + mean(other, from, m) * (m / (n + m));
+                self.means.insert(to, (weighted, 0.0));
+            }
+            AggregateOp::Sum | AggregateOp::Avg => {
+                let (sum, c) = kahan_add(other.a[from], self.a[to], self.b[to]);
+                if self.op == AggregateOp::Avg && sum.is_infinite() && n > 0.0 {
+                    let mean = |a: f64, b: f64, n: f64| a / n + b / n;
+                    let (left, right) = (mean(self.a[to], self.b[to], n), mean(other.a[from], other.b[from], m));
+                    self.means.insert(to, (left * (n / (n + m)) + right * (m / (n + m)), 0.0));
+                    return;
+                }
+                self.a[to] = sum;
+                self.b[to] = if sum.is_infinite() { 0.0 } else { c + other.b[from] };
+            }
+            AggregateOp::Min => {
+                let v = other.a[from];
+                if self.a[to] > v || self.a[to].is_nan() {
+                    self.a[to] = v;
+                }
+            }
+            AggregateOp::Max => {
+                let v = other.a[from];
+                if self.a[to] < v || self.a[to].is_nan() {
+                    self.a[to] = v;
+                }
+            }
+            AggregateOp::Stddev | AggregateOp::Stdvar => {
+                if n == 0.0 {
+                    (self.a[to], self.b[to]) = (other.a[from], other.b[from]);
+                } else {
+                    let delta = other.a[from] - self.a[to];
+                    self.a[to] += delta * (m / (n + m));
+                    self.b[to] += other.b[from] + delta * delta * (n * m / (n + m));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn value(&self, cell: usize) -> f64 {
+        let n = self.n[cell];
+        match self.op {
+            AggregateOp::Sum => self.a[cell] + self.b[cell],
+            AggregateOp::Avg => match self.means.get(&cell) {
+                Some((mean, c)) => mean + c,
+                None => self.a[cell] / n + self.b[cell] / n,
+            },
+            AggregateOp::Min | AggregateOp::Max => self.a[cell],
+            AggregateOp::Stdvar => self.b[cell] / n,
+            AggregateOp::Stddev => (self.b[cell] / n).sqrt(),
+            AggregateOp::Group => 1.0,
+            _ => n,
+        }
+    }
+
+    fn finish(self, work: &Work) -> DfResult<Vec<RecordBatch>> {
+        let mut batches = Vec::new();
+        let mut builder = BlockBuilder::new(work.schema.clone());
+        for (group, (labels, drop_name)) in self.groups.labels.iter().enumerate() {
+            let (values, valid) = builder.push(|out| {
+                out.extend_from_slice(labels);
+                *drop_name
+            });
+            let start = group * self.steps;
+            for step in 0..self.steps {
+                values[step] = self.value(start + step);
+                valid[step] = self.n[start + step] > 0.0;
+            }
+            builder.pop_if_empty();
+            if builder.len() >= rows_per_batch(self.steps) {
+                batches.push(builder.finish()?);
+            }
+        }
+        if !builder.is_empty() {
+            batches.push(builder.finish()?);
+        }
+        Ok(batches)
+    }
+}
+
+/// Adds a value to an average one of whose cells has overflowed; `n` counts it already.
+#[cold]
+fn add_to_mean(means: &mut HashMap<usize, (f64, f64)>, cell: usize, v: f64, n: f64, a: &mut f64, b: &mut f64) {
+    if !means.contains_key(&cell) {
+        let (sum, c) = kahan_add(v, *a, *b);
+        if !sum.is_infinite() || n == 1.0 {
+            (*a, *b) = (sum, c);
+            return;
+        }
+        means.insert(cell, (*a / (n - 1.0), *b / (n - 1.0)));
+    }
+    if let Some(mean) = means.get_mut(&cell) {
+        let q = (n - 1.0) / n;
+        *mean = kahan_add(v / n, q * mean.0, q * mean.1);
+    }
+}

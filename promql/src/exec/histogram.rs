@@ -1,0 +1,261 @@
+//! Functions over the buckets of classic histograms.
+
+use arrow::array::RecordBatch;
+use datafusion::error::Result as DfResult;
+use hashbrown::HashMap;
+
+use super::relabel::Merger;
+use super::{Work, internal};
+use crate::block::{Name, Row};
+use crate::labels;
+use crate::plan::ops::{HistogramFunction, Op};
+
+/// One bucket: upper bound and count of observations up to it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Bucket {
+    upper: f64,
+    count: f64,
+}
+
+pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
+    let Op::Histogram { function, name } = &work.op else { return Err(internal("not a histogram function")) };
+    let buckets_input = work.inputs.len().saturating_sub(1);
+    let mut scalars = Vec::new();
+    for input in 0..buckets_input {
+        scalars.push(work.scalar_input(input).await?);
+    }
+    let blocks = work.blocks(buckets_input).await?;
+    if *function == HistogramFunction::Quantile {
+        for q in scalars[0].iter().filter(|q| q.is_nan() || **q < 0.0 || **q > 1.0).take(1) {
+            work.notes.warn(format!("PromQL warning: quantile value should be between 0 and 1, got {q}"));
+        }
+    }
+
+    // Series of one histogram, by their labels without `le`.
+    let mut groups: HashMap<Vec<u8>, Vec<(f64, Row<'_>)>> = HashMap::new();
+    let mut order: Vec<Vec<u8>> = Vec::new();
+    let mut key = Vec::new();
+    for row in Row::all(&blocks) {
+        let le = labels::get(row.labels, "le");
+        let Some(upper) = parse_bound(le) else {
+            work.notes
+                .warn(format!("PromQL warning: bucket label \"le\" is missing or has a malformed value of {le:?}"));
+            continue;
+        };
+        key.clear();
+        labels::filter(row.labels, &mut key, |n| n != b"le");
+        if let Some(group) = groups.get_mut(&key) {
+            group.push((upper, row));
+        } else {
+            order.push(key.clone());
+            groups.insert(key.clone(), vec![(upper, row)]);
+        }
+    }
+
+    let mut merger = Merger::new(work);
+    let mut buckets = Vec::new();
+    for key in order {
+        let Some(mut group) = groups.remove(&key) else { continue };
+        group.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let later = group.iter().any(|(_, row)| row.drop_name);
+        let (row, _) = merger.row(|out| name.apply(&key, later || *name == Name::DropLater, out));
+        let (values, valid) = merger.values(row);
+        let scalar = |i: usize, step: usize| scalars.get(i).map_or(f64::NAN, |s| s[step]);
+        for step in 0..work.steps() {
+            buckets.clear();
+            buckets
+                .extend(group.iter().filter_map(|(upper, row)| Some(Bucket { upper: *upper, count: row.get(step)? })));
+            if buckets.is_empty() {
+                continue;
+            }
+            let v = match function {
+                HistogramFunction::Quantile => {
+                    let (v, forced) = quantile(scalar(0, step), &mut buckets);
+                    if forced {
+                        work.notes.info(
+                            "PromQL info: input to histogram_quantile needed to be fixed for monotonicity (see https://prometheus.io/docs/prometheus/latest/querying/functions/#histogram_quantile)".to_owned(),
+                        );
+                    }
+                    v
+                }
+                HistogramFunction::Fraction => fraction(scalar(0, step), scalar(1, step), &mut buckets),
+            };
+            Merger::put(values, valid, step, v)?;
+        }
+    }
+    merger.finish()
+}
+
+/// A bucket's bound as Go's `ParseFloat` takes it.
+fn parse_bound(text: &str) -> Option<f64> {
+    text.parse().ok()
+}
+
+/// Two values that differ only by what sums in different orders can.
+fn almost_equal(a: f64, b: f64) -> bool {
+    const TOLERANCE: f64 = 1e-12;
+    if a == b {
+        return true;
+    }
+    let (sum, difference) = (a.abs() + b.abs(), (a - b).abs());
+    if a == 0.0 || b == 0.0 || sum < f64::MIN_POSITIVE {
+        return difference < TOLERANCE * f64::MIN_POSITIVE;
+    }
+    difference / sum.min(f64::MAX) < TOLERANCE
+}
+
+/// Makes counts grow with bounds; says whether they did not.
+fn make_monotonic(buckets: &mut [Bucket]) -> bool {
+    let mut forced = false;
+    let mut previous = buckets[0].count;
+    for bucket in &mut buckets[1..] {
+        if bucket.count == previous {
+            continue;
+        }
+        if almost_equal(previous, bucket.count) {
+            bucket.count = previous;
+        } else if bucket.count < previous {
+            bucket.count = previous;
+            forced = true;
+        } else {
+            previous = bucket.count;
+        }
+    }
+    forced
+}
+
+/// The quantile, buckets sorted by bound, at least one; and whether counts had to be made to grow.
+fn quantile(q: f64, buckets: &mut Vec<Bucket>) -> (f64, bool) {
+    if q.is_nan() {
+        return (f64::NAN, false);
+    }
+    if q < 0.0 {
+        return (f64::NEG_INFINITY, false);
+    }
+    if q > 1.0 {
+        return (f64::INFINITY, false);
+    }
+    if buckets[buckets.len() - 1].upper != f64::INFINITY {
+        return (f64::NAN, false);
+    }
+    coalesce(buckets);
+    let forced = make_monotonic(buckets);
+    let last = buckets.len() - 1;
+    let observations = buckets[last].count;
+    if last < 1 || observations == 0.0 {
+        return (f64::NAN, forced);
+    }
+    let mut rank = q * observations;
+    // The first bucket that is not below the rank; NaN counts are below nothing and above nothing.
+    let b = search(last, |i| buckets[i].count >= rank);
+    if b == last {
+        return (buckets[last - 1].upper, forced);
+    }
+    if b == 0 && buckets[0].upper <= 0.0 {
+        return (buckets[0].upper, forced);
+    }
+    let (mut start, end, mut count) = (0.0, buckets[b].upper, buckets[b].count);
+    if b > 0 {
+        start = buckets[b - 1].upper;
+        count -= buckets[b - 1].count;
+        rank -= buckets[b - 1].count;
+    }
+    (start + (end - start) * (rank / count), forced)
+}
+
+/// The least index below `n` for which `holds`, by bisection as if it stayed true from there on; else `n`.
+fn search(n: usize, holds: impl Fn(usize) -> bool) -> usize {
+    let (mut low, mut high) = (0, n);
+    while low < high {
+        let middle = (low + high) / 2;
+        if holds(middle) { high = middle } else { low = middle + 1 }
+    }
+    low
+}
+
+/// The fraction of observations between two values.
+fn fraction(lower: f64, upper: f64, buckets: &mut Vec<Bucket>) -> f64 {
+    if buckets[buckets.len() - 1].upper != f64::INFINITY {
+        return f64::NAN;
+    }
+    coalesce(buckets);
+    let count = buckets[buckets.len() - 1].count;
+    if count == 0.0 || lower.is_nan() || upper.is_nan() {
+        return f64::NAN;
+    }
+    if lower >= upper {
+        return 0.0;
+    }
+    let at = |v: f64| rank_of(v, buckets).filter(|r| *r <= count).unwrap_or(count);
+    (at(upper) - at(lower)) / count
+}
+
+/// Adds up buckets with equal bounds.
+fn coalesce(buckets: &mut Vec<Bucket>) {
+    buckets.dedup_by(|next, kept| {
+        let same = next.upper == kept.upper;
+        if same {
+            kept.count += next.count;
+        }
+        same
+    });
+}
+
+/// How many observations are below a value, interpolated within its bucket.
+fn rank_of(v: f64, buckets: &[Bucket]) -> Option<f64> {
+    let mut rank = 0.0;
+    let mut low = if buckets[0].upper <= 0.0 { f64::NEG_INFINITY } else { 0.0 };
+    for bucket in buckets {
+        if low >= v {
+            return Some(rank);
+        }
+        if bucket.upper > v {
+            if low == f64::NEG_INFINITY {
+                return Some(bucket.count);
+            }
+            return Some(rank + (bucket.count - rank) * (v - low) / (bucket.upper - low));
+        }
+        rank = bucket.count;
+        low = bucket.upper;
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(q: f64, buckets: &[(f64, f64)], expected: f64) {
+        let mut buckets: Vec<Bucket> =
+            buckets.iter().map(|(upper, count)| Bucket { upper: *upper, count: *count }).collect();
+        let got = quantile(q, &mut buckets).0;
+        assert!(got == expected || (got.is_nan() && expected.is_nan()), "{q}: {got}, expected {expected}");
+    }
+
+    #[test]
+    fn quantiles_of_buckets() {
+        let inf = f64::INFINITY;
+        let b: &[(f64, f64)] = &[(0.1, 10.0), (0.2, 20.0), (inf, 40.0)];
+        check(0.25, b, 0.1);
+        check(0.5, b, 0.2);
+        check(0.375, b, 0.15000000000000002);
+        check(0.9, b, 0.2);
+        check(-0.1, b, -inf);
+        check(1.1, b, inf);
+        check(f64::NAN, b, f64::NAN);
+        check(0.5, &[(0.1, 10.0), (0.2, 20.0)], f64::NAN);
+        check(0.5, &[(inf, 20.0)], f64::NAN);
+        check(0.5, &[(0.1, 0.0), (inf, 0.0)], f64::NAN);
+        check(0.1, &[(-1.0, 10.0), (inf, 20.0)], -1.0);
+        check(1.0, &[(1.0, 10.0), (2.0, 5.0), (inf, 10.0)], 1.0);
+    }
+
+    #[test]
+    fn fractions_of_buckets() {
+        let b = || vec![Bucket { upper: 1.0, count: 10.0 }, Bucket { upper: f64::INFINITY, count: 20.0 }];
+        assert_eq!(fraction(0.0, 0.5, &mut b()), 0.25);
+        assert_eq!(fraction(0.5, f64::INFINITY, &mut b()), 0.75);
+        assert_eq!(fraction(2.0, 1.0, &mut b()), 0.0);
+        assert!(fraction(f64::NAN, 1.0, &mut b()).is_nan());
+    }
+}

@@ -1,0 +1,197 @@
+//! Operations on labels: setting them, and making one series of those that have become equal.
+
+use arrow::array::RecordBatch;
+use catalog::matcher::anchored;
+use datafusion::error::Result as DfResult;
+use hashbrown::HashMap;
+use hashbrown::hash_map::EntryRef;
+use regex::Regex;
+
+use super::{Batches, Work, internal, same_labels};
+use crate::QueryError;
+use crate::block::{BlockBuilder, Name, Row, rows_per_batch};
+use crate::labels;
+use crate::plan::ops::Op;
+
+pub(super) fn execute(work: Work, partition: usize) -> DfResult<Batches> {
+    let mut pattern: Option<Regex> = None;
+    let mut value = String::new();
+    work.map_blocks(partition, move |work, _, block| {
+        let mut builder = BlockBuilder::new(work.schema.clone());
+        for row in 0..block.len() {
+            let row = Row::of(&block, row);
+            let to = match &work.op {
+                Op::LabelReplace { to, replacement, from, pattern: source } => {
+                    let regex = match &mut pattern {
+                        Some(regex) => regex,
+                        none => none.insert(anchored(source).map_err(QueryError::from)?),
+                    };
+                    match regex.captures(labels::get(row.labels, from)) {
+                        None => None,
+                        Some(captures) => {
+                            value.clear();
+                            expand(replacement, &captures, &mut value);
+                            Some(to)
+                        }
+                    }
+                }
+                Op::LabelJoin { to, separator, from } => {
+                    value.clear();
+                    for (i, name) in from.iter().enumerate() {
+                        if i > 0 {
+                            value.push_str(separator);
+                        }
+                        value.push_str(labels::get(row.labels, name));
+                    }
+                    Some(to)
+                }
+                other => return Err(internal(&format!("{} does not set labels", other.name()))),
+            };
+            let (values, valid) = builder.push(|out| match to {
+                None => Name::Keep.apply(row.labels, row.drop_name, out),
+                Some(to) => {
+                    labels::set(row.labels, to, &value, out);
+                    row.drop_name && to != "__name__"
+                }
+            });
+            values.copy_from_slice(row.values);
+            row.validity(valid);
+        }
+        builder.finish()
+    })
+}
+
+/// Go's template syntax: `$1`, `$name`, `${name}`, `$$`; a name is the longest run of letters, digits and underscores.
+fn expand(template: &str, captures: &regex::Captures<'_>, out: &mut String) {
+    let mut rest = template;
+    while let Some(at) = rest.find('$') {
+        out.push_str(&rest[..at]);
+        rest = &rest[at + 1..];
+        if let Some(after) = rest.strip_prefix('$') {
+            out.push('$');
+            rest = after;
+            continue;
+        }
+        let braced = rest.strip_prefix('{');
+        let body = braced.unwrap_or(rest);
+        let end = body.find(|c: char| c != '_' && !c.is_alphanumeric()).unwrap_or(body.len());
+        let name = &body[..end];
+        let closed = braced.is_none() || body[end..].starts_with('}');
+        if name.is_empty() || !closed {
+            // Malformed: a dollar sign as it stands.
+            out.push('$');
+            continue;
+        }
+        let group = match name.parse::<usize>() {
+            Ok(i) => captures.get(i),
+            Err(_) => captures.name(name),
+        };
+        out.push_str(group.map_or("", |g| g.as_str()));
+        rest = &body[end + usize::from(braced.is_some())..];
+    }
+    out.push_str(rest);
+}
+
+/// Collects rows so that those with equal labels become one; two values at one step are an error.
+pub(super) struct Merger {
+    rows: HashMap<Vec<u8>, usize>,
+    builder: BlockBuilder,
+    buffer: Vec<u8>,
+}
+
+impl Merger {
+    pub(super) fn new(work: &Work) -> Self {
+        Self { rows: HashMap::new(), builder: BlockBuilder::new(work.schema.clone()), buffer: Vec::new() }
+    }
+
+    /// The row for labels that `write` appends, new or there already, and whether it was there.
+    pub(super) fn row(&mut self, write: impl FnOnce(&mut Vec<u8>) -> bool) -> (usize, bool) {
+        self.buffer.clear();
+        let drop_name = write(&mut self.buffer);
+        match self.rows.entry_ref(self.buffer.as_slice()) {
+            EntryRef::Occupied(e) => (*e.get(), true),
+            EntryRef::Vacant(e) => {
+                let row = self.builder.len();
+                let labels = &self.buffer;
+                self.builder.push(|out| {
+                    out.extend_from_slice(labels);
+                    drop_name
+                });
+                e.insert(row);
+                (row, false)
+            }
+        }
+    }
+
+    /// The values of a row.
+    pub(super) fn values(&mut self, row: usize) -> (&mut [f64], &mut [bool]) {
+        self.builder.row_mut(row)
+    }
+
+    /// Writes a value into a row; an error when there is one.
+    #[inline]
+    pub(super) fn put(values: &mut [f64], valid: &mut [bool], step: usize, v: f64) -> Result<(), QueryError> {
+        if valid[step] {
+            return Err(same_labels());
+        }
+        valid[step] = true;
+        values[step] = v;
+        Ok(())
+    }
+
+    pub(super) fn finish(mut self) -> DfResult<Vec<RecordBatch>> {
+        let batch = self.builder.finish()?;
+        let (rows, step) = (batch.num_rows(), rows_per_batch(self.builder.steps()));
+        Ok((0..rows).step_by(step).map(|at| batch.slice(at, step.min(rows - at))).collect())
+    }
+}
+
+/// [`Op::Merge`] and [`Op::CleanNames`].
+pub(super) async fn merge(work: &Work) -> DfResult<Vec<RecordBatch>> {
+    let blocks = work.blocks(0).await?;
+    let strict = matches!(work.op, Op::Merge { strict: true });
+    let clean = matches!(work.op, Op::CleanNames);
+    let mut merger = Merger::new(work);
+    for row in Row::all(&blocks) {
+        let name = if clean && row.drop_name { Name::Drop } else { Name::Keep };
+        let (at, known) = merger.row(|out| name.apply(row.labels, row.drop_name, out));
+        if known && strict {
+            return Err(same_labels().into());
+        }
+        let (values, valid) = merger.values(at);
+        if known {
+            let mut clash = Ok(());
+            row.for_each(|step, v| {
+                if let Err(e) = Merger::put(values, valid, step, v) {
+                    clash = Err(e);
+                }
+            });
+            clash?;
+        } else {
+            values.copy_from_slice(row.values);
+            row.validity(valid);
+        }
+    }
+    merger.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn templates_expand_as_in_go() {
+        let regex = Regex::new("^(?P<a>[a-z]+)-(.*)$").expect("test pattern");
+        let captures = regex.captures("foo-bar").expect("test text");
+        let check = |template: &str, expected: &str| {
+            let mut out = String::new();
+            expand(template, &captures, &mut out);
+            assert_eq!(out, expected, "{template}");
+        };
+        check("$1 ${2}x $a ${a}", "foo barx foo foo");
+        check("$1x", "");
+        check("$$1 $ ${", "$1 $ ${");
+        check("é$2é", "é");
+        check("$9", "");
+    }
+}

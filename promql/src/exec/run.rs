@@ -1,0 +1,208 @@
+//! From logical to physical nodes, and from a text to its result.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use arrow::array::{AsArray, RecordBatch};
+use arrow::datatypes::{Float64Type, Int64Type};
+use async_trait::async_trait;
+use catalog::tables::SAMPLES;
+use datafusion::catalog::Session;
+use datafusion::error::{DataFusionError, Result as DfResult};
+use datafusion::execution::context::QueryPlanner;
+use datafusion::execution::{SessionState, SessionStateBuilder};
+use datafusion::logical_expr::physical_planning_context::PhysicalPlanningContext;
+use datafusion::logical_expr::{LogicalPlan, UserDefinedLogicalNode};
+use datafusion::physical_plan::ExecutionPlan;
+use datafusion::physical_planner::{ExtensionPlanner, PhysicalPlanner};
+use engine::{Engine, QueryLimits, Selection, SeriesScanExec};
+use futures::future::BoxFuture;
+use futures::{FutureExt, TryStreamExt};
+
+use super::{NodeExec, Notes, internal};
+use crate::options::Grid;
+use crate::plan::ops::{Op, Selector};
+use crate::plan::{Node, Planned};
+use crate::result::{Block, Data, Run, Stats, ValueType};
+use crate::{EvalOptions, QueryError, QueryErrorKind, QueryResult, Result, labels};
+
+/// Plans the nodes of this language. The session it plans for carries the [`Engine`] as a config extension.
+#[derive(Debug, Default)]
+pub struct Planner;
+
+#[async_trait]
+impl ExtensionPlanner for Planner {
+    async fn plan_extension(
+        &self,
+        _planner: &dyn PhysicalPlanner,
+        node: &dyn UserDefinedLogicalNode,
+        _logical_inputs: &[&LogicalPlan],
+        physical_inputs: &[Arc<dyn ExecutionPlan>],
+        session: &dyn Session,
+        _context: &PhysicalPlanningContext,
+    ) -> DfResult<Option<Arc<dyn ExecutionPlan>>> {
+        match node.as_any().downcast_ref::<Node>() {
+            None => Ok(None),
+            Some(node) => physical(node, physical_inputs.to_vec(), session).await.map(Some),
+        }
+    }
+}
+
+/// Plans trees of nothing but our nodes; DataFusion's own planner costs more than a small query.
+#[async_trait]
+impl QueryPlanner for Planner {
+    async fn create_physical_plan(
+        &self,
+        plan: &LogicalPlan,
+        session: &dyn Session,
+    ) -> DfResult<Arc<dyn ExecutionPlan>> {
+        tree(plan, session).await
+    }
+}
+
+fn tree<'a>(plan: &'a LogicalPlan, session: &'a dyn Session) -> BoxFuture<'a, DfResult<Arc<dyn ExecutionPlan>>> {
+    async move {
+        let LogicalPlan::Extension(extension) = plan else { return Err(internal("a node of another language")) };
+        let node = extension.node.as_any().downcast_ref::<Node>();
+        let node = node.ok_or_else(|| internal("a node of another language"))?;
+        let mut inputs = Vec::with_capacity(node.inputs.len());
+        for input in &node.inputs {
+            inputs.push(tree(input, session).await?);
+        }
+        physical(node, inputs, session).await
+    }
+    .boxed()
+}
+
+/// The physical form of a node; a selector's series are chosen here.
+async fn physical(
+    node: &Node,
+    mut inputs: Vec<Arc<dyn ExecutionPlan>>,
+    session: &dyn Session,
+) -> DfResult<Arc<dyn ExecutionPlan>> {
+    if let Op::Select { selector, .. } | Op::Samples(selector) = &node.op {
+        let engine = session.config().get_extension::<Engine>();
+        let engine = engine.ok_or_else(|| internal("the session carries no engine"))?;
+        let scan = scan(&engine, selector, &node.grid).await?;
+        if let Some(notes) = session.config().get_extension::<Notes>() {
+            notes.series.fetch_add(scan.set().series.len() as u64, Ordering::Relaxed);
+        }
+        if scan.set().series.is_empty() && !matches!(node.op, Op::Samples(_)) {
+            return Ok(Arc::new(NodeExec::new(Op::Nothing, node.grid, vec![], None)));
+        }
+        inputs.insert(0, Arc::new(scan));
+    }
+    Ok(Arc::new(NodeExec::new(node.op.clone(), node.grid, inputs, None)))
+}
+
+async fn scan(engine: &Engine, selector: &Selector, grid: &Grid) -> DfResult<SeriesScanExec> {
+    let external = |e: engine::Error| DataFusionError::External(Box::new(e));
+    let matchers = selector.matchers.iter().map(|m| m.compile()).collect::<Result<Vec<_>, _>>().map_err(external)?;
+    let (start_ms, end_ms) = selector.reach(grid);
+    let table = SAMPLES.clone();
+    let column = |name: &str| table.column(name).map(|c| c.0).ok_or_else(|| internal("samples lack a column"));
+    let columns = vec![column("ts")?, column("value")?];
+    let set = engine.select(&Selection { table: table.clone(), matchers, start_ms, end_ms }).await.map_err(external)?;
+    Ok(SeriesScanExec::new(set, columns))
+}
+
+/// A session of nothing but our planner: a plan of ours gains nothing from rules made for relational plans, and running
+/// them costs more than a small query.
+fn session(engine: &Engine, notes: Arc<Notes>) -> SessionState {
+    let base = engine.session();
+    let base = base.state_ref();
+    let base = base.read();
+    let config = base
+        .config()
+        .clone()
+        .with_create_default_catalog_and_schema(false)
+        .with_information_schema(false)
+        .with_extension(Arc::new(engine.clone()))
+        .with_extension(notes);
+    SessionStateBuilder::new()
+        .with_config(config)
+        .with_runtime_env(base.runtime_env().clone())
+        .with_query_planner(Arc::new(Planner))
+        .with_analyzer_rules(vec![])
+        .with_optimizer_rules(vec![])
+        .with_physical_optimizer_rules(vec![])
+        .build()
+}
+
+/// Evaluates a text.
+///
+/// # Errors
+/// `BadData` when it is not PromQL, `Execution` when the data do not allow it, `Timeout` at the deadline.
+pub async fn query(engine: &Engine, text: &str, options: &EvalOptions) -> Result<QueryResult> {
+    let planned = crate::plan::plan(text, options)?;
+    let notes = Arc::new(Notes::new(options.max_samples));
+    let data = match (&planned.plan, &planned.text) {
+        (None, text) => Data::Text(text.clone().unwrap_or_default()),
+        (Some(plan), _) => {
+            let state = session(engine, notes.clone());
+            let limits = QueryLimits { timeout: options.timeout };
+            let batches = async {
+                let stream = engine.execute(&state, plan.clone(), limits).await?;
+                stream.try_collect::<Vec<RecordBatch>>().await
+            };
+            let batches = batches.await.map_err(|e| worded(e.into()))?;
+            data(&planned, options, &batches)?
+        }
+    };
+    let (warnings, mut infos) = notes.take();
+    infos.extend(planned.infos);
+    let stats = Stats {
+        samples_scanned: notes.samples.load(Ordering::Relaxed),
+        series_selected: notes.series.load(Ordering::Relaxed),
+    };
+    let value_type = match planned.value_type {
+        ValueType::Scalar | ValueType::Vector if !options.instant => ValueType::Matrix,
+        other => other,
+    };
+    Ok(QueryResult { value_type, grid: planned.grid, data, warnings, infos, stats })
+}
+
+fn worded(e: QueryError) -> QueryError {
+    match e.kind {
+        QueryErrorKind::Timeout => QueryError::new(e.kind, "query timed out in expression evaluation"),
+        _ => e,
+    }
+}
+
+fn data(planned: &Planned, options: &EvalOptions, batches: &[RecordBatch]) -> Result<Data> {
+    if batches.iter().any(|b| b.num_columns() == 3 && b.schema_ref().field(1).name() == "times") {
+        let mut runs = batches.iter().map(runs).collect::<Result<Vec<_>>>()?.concat();
+        runs.sort_by(|a, b| labels::compare(&a.labels, &b.labels));
+        return Ok(Data::Runs(runs));
+    }
+    if planned.value_type == ValueType::Matrix && batches.is_empty() {
+        return Ok(Data::Runs(vec![]));
+    }
+    let blocks = batches.iter().filter(|b| b.num_rows() > 0).map(Block::try_new).collect::<Result<Vec<_>>>()?;
+    let mut order: Vec<(u32, u32)> = Vec::with_capacity(blocks.iter().map(Block::len).sum());
+    for (i, block) in blocks.iter().enumerate() {
+        order.extend((0..block.len()).filter(|row| block.any_valid(*row)).map(|row| (i as u32, row as u32)));
+    }
+    if !options.instant || planned.value_type == ValueType::Matrix {
+        let of = |(block, row): (u32, u32)| blocks[block as usize].labels(row as usize);
+        order.sort_by(|a, b| labels::compare(of(*a), of(*b)));
+    }
+    Ok(Data::Blocks { blocks, order })
+}
+
+fn runs(batch: &RecordBatch) -> Result<Vec<Run>> {
+    let wrong = || QueryError::internal("batch is not a range vector");
+    let list = |i: usize| batch.column(i).as_list_opt::<i32>().ok_or_else(wrong);
+    let all = batch.column(0).as_binary_opt::<i32>().ok_or_else(wrong)?;
+    let (times, values) = (list(1)?, list(2)?);
+    (0..batch.num_rows())
+        .map(|row| {
+            let (times, values) = (times.value(row), values.value(row));
+            Ok(Run {
+                labels: all.value(row).to_vec(),
+                times: times.as_primitive_opt::<Int64Type>().ok_or_else(wrong)?.values().to_vec(),
+                values: values.as_primitive_opt::<Float64Type>().ok_or_else(wrong)?.values().to_vec(),
+            })
+        })
+        .collect()
+}

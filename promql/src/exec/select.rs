@@ -1,0 +1,288 @@
+//! Selectors and range functions: rows of a scan, or windows over an inner expression, to blocks.
+
+use std::sync::atomic::Ordering;
+
+use arrow::array::{Array, AsArray, BinaryBuilder, Float64Builder, Int64Builder, ListBuilder, RecordBatch};
+use arrow::datatypes::{DataType, Field, Float64Type, SchemaRef, TimestampMillisecondType, UInt32Type};
+use datafusion::error::{DataFusionError, Result as DfResult};
+use engine::kernels::{self, Arguments, RangeFunction, Scratch, Windows};
+use futures::{StreamExt, TryStreamExt, stream};
+use std::sync::Arc;
+
+use super::{Batches, SeriesLabels, Work, internal};
+use crate::QueryError;
+use crate::block::{BlockBuilder, Name, Row};
+use crate::options::Grid;
+use crate::plan::ops::{Op, Reading};
+
+pub(super) fn execute(work: Work, partition: usize, labels: SeriesLabels) -> DfResult<Batches> {
+    let input = work.stream(0, partition)?;
+    let batches = async move {
+        let arguments = work.scalar_inputs(1).await?;
+        let notes = work.notes.clone();
+        let sink = match &work.op {
+            Op::Select { selector, reading, name } => {
+                let kernel = Kernel::new(selector.windows(&work.grid), work.grid, arguments, *reading)?;
+                Sink::Blocks { kernel, builder: BlockBuilder::new(work.schema.clone()), name: *name }
+            }
+            Op::Samples(selector) => Sink::Runs(Runs::new(work.schema.clone(), selector.windows(&work.grid))),
+            other => return Err(internal(&format!("{} does not read series", other.name()))),
+        };
+        let reader = Reader { labels, sink, pending: None, ts: Vec::new(), values: Vec::new() };
+        let output = stream::try_unfold((input, Some(reader)), move |(mut input, reader)| {
+            let notes = notes.clone();
+            async move {
+                let Some(mut reader) = reader else { return Ok::<_, DataFusionError>(None) };
+                loop {
+                    match input.try_next().await? {
+                        Some(batch) => {
+                            notes.samples.fetch_add(batch.num_rows() as u64, Ordering::Relaxed);
+                            let ready = reader.add(&batch)?;
+                            if !ready.is_empty() {
+                                return Ok(Some((ready, (input, Some(reader)))));
+                            }
+                        }
+                        None => return Ok(Some((reader.finish()?, (input, None)))),
+                    }
+                }
+            }
+        });
+        Ok(output.map_ok(|ready| stream::iter(ready.into_iter().map(Ok))).try_flatten())
+    };
+    Ok(stream::once(batches).try_flatten().boxed())
+}
+
+pub(super) fn subquery(work: Work, partition: usize) -> DfResult<Batches> {
+    let Op::Subquery { subquery, name } = &work.op else { return Err(internal("not a subquery")) };
+    let (subquery, name) = (subquery.clone(), *name);
+    let mut kernel = None;
+    let (mut ts, mut values) = (Vec::new(), Vec::new());
+    work.map_blocks(partition, move |work, arguments, block| {
+        if kernel.is_none() {
+            let windows = subquery.windows(&work.grid);
+            kernel = Some(Kernel::new(windows, work.grid, arguments.to_vec(), Reading::Range(subquery.function))?);
+        }
+        let kernel = kernel.as_mut().ok_or_else(|| internal("no kernel"))?;
+        let mut builder = BlockBuilder::new(work.schema.clone());
+        for row in 0..block.len() {
+            let row = Row::of(&block, row);
+            ts.clear();
+            values.clear();
+            row.for_each(|step, v| {
+                ts.push(subquery.inner.time(step));
+                values.push(v);
+            });
+            let (out, valid) = builder.push(|out| name.apply(row.labels, row.drop_name, out));
+            kernel.run(&ts, &values, out, valid);
+            builder.pop_if_empty();
+        }
+        builder.finish()
+    })
+}
+
+/// A reading with all that it needs, applied to one series after another.
+struct Kernel {
+    windows: Windows,
+    grid: Grid,
+    arguments: Vec<Vec<f64>>,
+    reading: Reading,
+    scratch: Scratch,
+    ts: Vec<i64>,
+    values: Vec<f64>,
+}
+
+impl Kernel {
+    fn new(windows: Windows, grid: Grid, arguments: Vec<Vec<f64>>, reading: Reading) -> Result<Self, QueryError> {
+        if reading == Reading::Range(RangeFunction::DoubleExponential) {
+            for (what, values) in
+                ["smoothing factor. Expected: 0 < sf", "trend factor. Expected: 0 < tf"].iter().zip(&arguments)
+            {
+                if let Some(bad) = values.iter().find(|v| **v <= 0.0 || **v >= 1.0) {
+                    return Err(QueryError::execution(format!("invalid {what} < 1, got: {bad:.6}")));
+                }
+            }
+        }
+        Ok(Self { windows, grid, arguments, reading, scratch: Scratch::default(), ts: Vec::new(), values: Vec::new() })
+    }
+
+    #[inline]
+    fn run(&mut self, ts: &[i64], values: &[f64], out: &mut [f64], valid: &mut [bool]) {
+        match self.reading {
+            Reading::Instant => kernels::instant(ts, values, &self.windows, out, valid),
+            Reading::Timestamp => kernels::instant_timestamp(ts, values, &self.windows, out, valid),
+            Reading::Range(function) => {
+                let argument = |i: usize| self.arguments.get(i).map_or(&[][..], Vec::as_slice);
+                let arguments = Arguments {
+                    args: [argument(0), argument(1)],
+                    first_time: self.grid.start_ms,
+                    time_step: self.grid.step_ms,
+                };
+                let (ts, values) = kernels::without_stale(ts, values, &mut self.ts, &mut self.values);
+                kernels::range(function, ts, values, &self.windows, &arguments, &mut self.scratch, out, valid);
+            }
+        }
+    }
+}
+
+/// Cuts the rows of a scan into series. A series may go on in the next batch; only such are copied.
+struct Reader {
+    labels: SeriesLabels,
+    sink: Sink,
+    /// The series whose samples wait in `ts` and `values`.
+    pending: Option<u32>,
+    ts: Vec<i64>,
+    values: Vec<f64>,
+}
+
+enum Sink {
+    Blocks { kernel: Kernel, builder: BlockBuilder, name: Name },
+    Runs(Runs),
+}
+
+impl Reader {
+    fn add(&mut self, batch: &RecordBatch) -> DfResult<Vec<RecordBatch>> {
+        let mut ready = Vec::new();
+        let wrong = || internal("a scan's batch is not (series, ts, value)");
+        let column = |i: usize| batch.columns().get(i).ok_or_else(wrong);
+        let series = column(0)?.as_primitive_opt::<UInt32Type>().ok_or_else(wrong)?.values();
+        let ts = column(1)?.as_primitive_opt::<TimestampMillisecondType>().ok_or_else(wrong)?.values();
+        let values = column(2)?.as_primitive_opt::<Float64Type>().ok_or_else(wrong)?.values();
+        let mut at = 0;
+        while at < series.len() {
+            let index = series[at];
+            let end = at + run_length(&series[at..], index);
+            if self.pending.is_some_and(|p| p != index) {
+                self.flush(&mut ready)?;
+            }
+            if self.pending.is_some() || end == series.len() {
+                self.pending = Some(index);
+                self.ts.extend_from_slice(&ts[at..end]);
+                self.values.extend_from_slice(&values[at..end]);
+                if end < series.len() {
+                    self.flush(&mut ready)?;
+                }
+            } else {
+                self.series(index, &ts[at..end], &values[at..end], &mut ready)?;
+            }
+            at = end;
+        }
+        Ok(ready)
+    }
+
+    fn flush(&mut self, ready: &mut Vec<RecordBatch>) -> DfResult<()> {
+        if let Some(index) = self.pending.take() {
+            let (ts, values) = (std::mem::take(&mut self.ts), std::mem::take(&mut self.values));
+            self.series(index, &ts, &values, ready)?;
+            // Back for their capacity.
+            (self.ts, self.values) = (ts, values);
+            self.ts.clear();
+            self.values.clear();
+        }
+        Ok(())
+    }
+
+    fn series(&mut self, index: u32, ts: &[i64], values: &[f64], ready: &mut Vec<RecordBatch>) -> DfResult<()> {
+        let labels = self.labels.get(index).ok_or_else(|| internal("a scan's series is not in its set"))?;
+        match &mut self.sink {
+            Sink::Blocks { kernel, builder, name } => {
+                let (out, valid) = builder.push(|out| name.apply(labels, false, out));
+                kernel.run(ts, values, out, valid);
+                builder.pop_if_empty();
+                if builder.is_full() {
+                    ready.push(builder.finish()?);
+                }
+            }
+            Sink::Runs(runs) => runs.add(labels, ts, values),
+        }
+        Ok(())
+    }
+
+    fn finish(mut self) -> DfResult<Vec<RecordBatch>> {
+        let mut ready = Vec::new();
+        self.flush(&mut ready)?;
+        match self.sink {
+            Sink::Blocks { mut builder, .. } => {
+                if !builder.is_empty() {
+                    ready.push(builder.finish()?);
+                }
+            }
+            Sink::Runs(runs) => ready.push(runs.finish()?),
+        }
+        Ok(ready)
+    }
+}
+
+/// How many elements from the first on are `index`.
+fn run_length(series: &[u32], index: u32) -> usize {
+    // Runs are of a few hundred rows: gallop, then search.
+    let mut bound = 16;
+    while bound < series.len() && series[bound] == index {
+        bound *= 2;
+    }
+    let from = bound / 2;
+    if series.len() <= from || series[from] != index {
+        return series[..from.min(series.len())].partition_point(|s| *s == index);
+    }
+    from + series[from..bound.min(series.len())].partition_point(|s| *s == index)
+}
+
+/// Collects range vectors.
+struct Runs {
+    schema: SchemaRef,
+    windows: Windows,
+    labels: BinaryBuilder,
+    times: ListBuilder<Int64Builder>,
+    values: ListBuilder<Float64Builder>,
+}
+
+impl Runs {
+    fn new(schema: SchemaRef, windows: Windows) -> Self {
+        let item = |t: DataType| Arc::new(Field::new("item", t, false));
+        Self {
+            schema,
+            windows,
+            labels: BinaryBuilder::new(),
+            times: ListBuilder::new(Int64Builder::new()).with_field(item(DataType::Int64)),
+            values: ListBuilder::new(Float64Builder::new()).with_field(item(DataType::Float64)),
+        }
+    }
+
+    fn add(&mut self, labels: &[u8], ts: &[i64], values: &[f64]) {
+        let (start, end) = (self.windows.first_end.saturating_sub(self.windows.length), self.windows.first_end);
+        let mut any = false;
+        for (t, v) in ts.iter().zip(values) {
+            if *t > start && *t <= end && !kernels::is_stale(*v) {
+                self.times.values().append_value(*t);
+                self.values.values().append_value(*v);
+                any = true;
+            }
+        }
+        if any {
+            self.times.append(true);
+            self.values.append(true);
+            self.labels.append_value(labels);
+        }
+    }
+
+    fn finish(mut self) -> DfResult<RecordBatch> {
+        let columns: Vec<Arc<dyn Array>> =
+            vec![Arc::new(self.labels.finish()), Arc::new(self.times.finish()), Arc::new(self.values.finish())];
+        Ok(RecordBatch::try_new(self.schema, columns)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::run_length;
+
+    #[test]
+    fn runs_are_measured() {
+        for n in 0..200usize {
+            for more in 0..40usize {
+                let mut series = vec![7; n + 1];
+                series.extend(std::iter::repeat_n(8, more));
+                assert_eq!(run_length(&series, 7), n + 1);
+            }
+        }
+    }
+}

@@ -1,0 +1,62 @@
+//! Set operators between vectors: `and`, `or`, `unless`.
+
+use arrow::array::RecordBatch;
+use datafusion::error::Result as DfResult;
+use hashbrown::HashMap;
+
+use super::relabel::Merger;
+use super::{Work, internal};
+use crate::block::{Name, Row};
+use crate::labels::Grouping;
+use crate::plan::ops::{Op, SetOp};
+use crate::result::Block;
+
+/// For each signature, where any of its series has a value.
+fn presence(blocks: &[Block], by: &Grouping, steps: usize) -> HashMap<Vec<u8>, Vec<bool>> {
+    let mut all: HashMap<Vec<u8>, Vec<bool>> = HashMap::new();
+    let mut key = Vec::new();
+    for row in Row::all(blocks) {
+        key.clear();
+        by.key(row.labels, &mut key);
+        let present = all.entry_ref(key.as_slice()).or_insert_with(|| vec![false; steps]);
+        row.for_each(|step, _| present[step] = true);
+    }
+    all
+}
+
+pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
+    let Op::Set { op, labels } = &work.op else { return Err(internal("not a set operator")) };
+    let (left, right) = futures::try_join!(work.blocks(0), work.blocks(1))?;
+    let steps = work.steps();
+    let mut merger = Merger::new(work);
+    let mut key = Vec::new();
+    let mut keep = |rows: &[Block], other: &HashMap<Vec<u8>, Vec<bool>>, if_present: bool| -> DfResult<()> {
+        for row in Row::all(rows) {
+            key.clear();
+            labels.key(row.labels, &mut key);
+            let present = other.get(&key);
+            if present.is_none() && if_present {
+                continue;
+            }
+            let (index, _) = merger.row(|out| Name::Keep.apply(row.labels, row.drop_name, out));
+            let (values, valid) = merger.values(index);
+            for step in 0..steps {
+                if let Some(v) = row.get(step)
+                    && present.is_some_and(|p| p[step]) == if_present
+                {
+                    Merger::put(values, valid, step, v)?;
+                }
+            }
+        }
+        Ok(())
+    };
+    match op {
+        SetOp::And => keep(&left, &presence(&right, labels, steps), true)?,
+        SetOp::Unless => keep(&left, &presence(&right, labels, steps), false)?,
+        SetOp::Or => {
+            keep(&left, &HashMap::new(), false)?;
+            keep(&right, &presence(&left, labels, steps), false)?;
+        }
+    }
+    merger.finish()
+}

@@ -1,0 +1,235 @@
+//! Aggregations that need all values of a group at a step: `topk` and its kin, `quantile`, `count_values`.
+
+use arrow::array::RecordBatch;
+use datafusion::error::Result as DfResult;
+use engine::kernels;
+use hashbrown::HashMap;
+
+use super::aggregate::Groups;
+use super::relabel::Merger;
+use super::{Work, internal};
+use crate::QueryError;
+use crate::block::{BlockBuilder, Name, Row};
+use crate::labels::{self, Grouping};
+use crate::plan::ops::{AggregateOp, Op};
+use crate::result::Block;
+
+/// The rows of each group, in order of appearance.
+fn grouped<'a>(blocks: &'a [Block], by: &Grouping) -> (Groups, Vec<Vec<Row<'a>>>) {
+    let mut groups = Groups::new(by.clone());
+    let mut members: Vec<Vec<Row<'a>>> = Vec::new();
+    for row in Row::all(blocks) {
+        let group = groups.of(row.labels, row.drop_name) as usize;
+        if group == members.len() {
+            members.push(Vec::new());
+        }
+        members[group].push(row);
+    }
+    (groups, members)
+}
+
+pub(super) async fn quantiles(work: &Work, by: &Grouping) -> DfResult<Vec<RecordBatch>> {
+    let q = work.scalar_input(1).await?;
+    for bad in q.iter().filter(|q| q.is_nan() || **q < 0.0 || **q > 1.0).take(1) {
+        work.notes.warn(format!("PromQL warning: quantile value should be between 0 and 1, got {bad}"));
+    }
+    let blocks = work.blocks(0).await?;
+    let (groups, members) = grouped(&blocks, by);
+    let mut builder = BlockBuilder::new(work.schema.clone());
+    let mut keys = Vec::new();
+    for ((labels, drop_name), rows) in groups.labels.iter().zip(&members) {
+        let (values, valid) = builder.push(|out| {
+            out.extend_from_slice(labels);
+            *drop_name
+        });
+        for step in 0..work.steps() {
+            values[step] = kernels::quantile(q[step], rows.iter().filter_map(|r| r.get(step)), &mut keys);
+            valid[step] = !keys.is_empty() || rows.iter().any(|r| r.is_valid(step));
+        }
+        builder.pop_if_empty();
+    }
+    Ok(vec![builder.finish()?])
+}
+
+/// `topk`, `bottomk`, `limitk` and `limit_ratio`: the series themselves, where they are chosen.
+pub(super) async fn select(work: &Work, op: AggregateOp, by: &Grouping) -> DfResult<Vec<RecordBatch>> {
+    let params = work.scalar_input(1).await?;
+    check_params(work, op, &params)?;
+    let blocks = work.blocks(0).await?;
+    let (_, members) = grouped(&blocks, by);
+    let mut builder = BlockBuilder::new(work.schema.clone());
+    let mut chosen: Vec<(f64, usize)> = Vec::new();
+    for rows in &members {
+        // Which rows are chosen at which steps; for one step also in which order.
+        let mut at: HashMap<usize, usize> = HashMap::new();
+        for (step, param) in params.iter().enumerate() {
+            chosen.clear();
+            let present = rows.iter().enumerate().filter_map(|(i, r)| Some((r.get(step)?, i)));
+            if op == AggregateOp::LimitRatio {
+                chosen.extend(present.filter(|(_, i)| in_ratio(*param, rows[*i].labels)));
+            } else {
+                let k = if *param >= 1.0 { (*param as usize).min(rows.len()) } else { 0 };
+                choose(op, k, present, &mut chosen);
+            }
+            for (v, row) in &chosen {
+                let index = *at.entry(*row).or_insert_with(|| {
+                    let row = &rows[*row];
+                    builder.push(|out| Name::Keep.apply(row.labels, row.drop_name, out));
+                    builder.len() - 1
+                });
+                let (values, valid) = builder.row_mut(index);
+                values[step] = *v;
+                valid[step] = true;
+            }
+        }
+    }
+    Ok(vec![builder.finish()?])
+}
+
+fn check_params(work: &Work, op: AggregateOp, params: &[f64]) -> Result<(), QueryError> {
+    let max = params.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let min = params.iter().copied().fold(f64::INFINITY, f64::min);
+    let nan = params.iter().any(|p| p.is_nan());
+    if op == AggregateOp::LimitRatio {
+        if nan {
+            return Err(QueryError::execution("Ratio value is NaN"));
+        }
+        for (bad, bound) in [(max, 1.0), (min, -1.0)] {
+            if bad.abs() > 1.0 && bad.signum() == f64::signum(bound) {
+                work.notes.warn(format!(
+                    "PromQL warning: ratio value should be between -1 and 1, got {bad}, capping to {bound}"
+                ));
+            }
+        }
+        return Ok(());
+    }
+    if max < 1.0 && !nan {
+        return Ok(());
+    }
+    if nan {
+        return Err(QueryError::execution("Parameter value is NaN"));
+    }
+    if min <= i64::MIN as f64 {
+        return Err(QueryError::execution(format!("Scalar value {} underflows int64", go_float(min))));
+    }
+    if max >= i64::MAX as f64 {
+        return Err(QueryError::execution(format!("Scalar value {} overflows int64", go_float(max))));
+    }
+    Ok(())
+}
+
+/// A float as Go's `%v` prints it.
+fn go_float(v: f64) -> String {
+    if v.is_infinite() {
+        return if v > 0.0 { "+Inf".into() } else { "-Inf".into() };
+    }
+    let exponent = if v == 0.0 { 0 } else { v.abs().log10().floor() as i32 };
+    if (-4..21).contains(&exponent) {
+        return format!("{v}");
+    }
+    let text = format!("{v:e}");
+    match text.split_once('e') {
+        Some((mantissa, e)) => {
+            let e: i32 = e.parse().unwrap_or(0);
+            format!("{mantissa}e{}{:02}", if e < 0 { '-' } else { '+' }, e.abs())
+        }
+        None => text,
+    }
+}
+
+/// The best `k` of the present values, best first; NaN is worse than any number, the first of equals is kept.
+fn choose(op: AggregateOp, k: usize, present: impl Iterator<Item = (f64, usize)>, chosen: &mut Vec<(f64, usize)>) {
+    if op == AggregateOp::Limitk {
+        chosen.extend(present.take(k));
+        return;
+    }
+    let better = |a: f64, b: f64| match op {
+        AggregateOp::Topk => a > b || (b.is_nan() && !a.is_nan()),
+        _ => a < b || (b.is_nan() && !a.is_nan()),
+    };
+    for (v, row) in present {
+        if chosen.len() == k {
+            match chosen.last() {
+                Some((worst, _)) if better(v, *worst) => chosen.pop(),
+                _ => continue,
+            };
+        }
+        let at = chosen.partition_point(|(kept, _)| !better(v, *kept));
+        chosen.insert(at, (v, row));
+    }
+}
+
+/// Whether a series belongs to a sample of this ratio of all series; negative ratios are the complement.
+fn in_ratio(ratio: f64, labels: &[u8]) -> bool {
+    let ratio = ratio.clamp(-1.0, 1.0);
+    let hash = catalog::TagHasher::new(0).id(labels).code.0 as u64;
+    let offset = hash as f64 / u64::MAX as f64;
+    if ratio >= 0.0 { offset < ratio } else { offset >= 1.0 + ratio }
+}
+
+pub(super) async fn count_values(work: &Work) -> DfResult<Vec<RecordBatch>> {
+    let Op::CountValues { label, by } = &work.op else { return Err(internal("not count_values")) };
+    let blocks = work.blocks(0).await?;
+    let (groups, members) = grouped(&blocks, by);
+    let mut merger = Merger::new(work);
+    for ((labels, drop_name), rows) in groups.labels.iter().zip(&members) {
+        // NaNs of all bits are one value, as they print the same.
+        let mut of_value: HashMap<u64, usize> = HashMap::new();
+        for row in rows {
+            row.for_each(|step, v| {
+                let bits = if v.is_nan() { f64::NAN.to_bits() } else { v.to_bits() };
+                let index = *of_value.entry(bits).or_insert_with(|| {
+                    merger
+                        .row(|out| {
+                            labels::set(labels, label, &plain_float(v), out);
+                            *drop_name && label != "__name__"
+                        })
+                        .0
+                });
+                let (values, valid) = merger.values(index);
+                values[step] += 1.0;
+                valid[step] = true;
+            });
+        }
+    }
+    merger.finish()
+}
+
+/// A float as Go's `'f', -1` prints it.
+fn plain_float(v: f64) -> String {
+    if v.is_nan() {
+        "NaN".into()
+    } else if v.is_infinite() {
+        if v > 0.0 { "+Inf".into() } else { "-Inf".into() }
+    } else {
+        format!("{v}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_best_are_chosen() {
+        let check = |op, k, values: &[f64], expected: &[usize]| {
+            let mut chosen = Vec::new();
+            choose(op, k, values.iter().copied().zip(0..), &mut chosen);
+            assert_eq!(chosen.iter().map(|c| c.1).collect::<Vec<_>>(), expected, "{op:?} {k} {values:?}");
+        };
+        let nan = f64::NAN;
+        check(AggregateOp::Topk, 2, &[1.0, 5.0, 3.0, 5.0], &[1, 3]);
+        check(AggregateOp::Topk, 2, &[nan, 1.0, nan], &[1, 0]);
+        check(AggregateOp::Bottomk, 2, &[nan, 4.0, 1.0, 2.0], &[2, 3]);
+        check(AggregateOp::Topk, 0, &[1.0], &[]);
+        check(AggregateOp::Limitk, 2, &[1.0, 2.0, 3.0], &[0, 1]);
+    }
+
+    #[test]
+    fn floats_print_as_in_go() {
+        for (v, expected) in [(1e21, "1e+21"), (1e20, "100000000000000000000"), (0.5, "0.5"), (1e-7, "1e-07")] {
+            assert_eq!(go_float(v), expected);
+        }
+        assert_eq!(plain_float(1e21), "1000000000000000000000");
+    }
+}
