@@ -267,7 +267,7 @@ fn apply(inner: &Inner, version: &Version, staged: &Staged, now_ms: i64) -> Resu
 
 /// Forgets tag sets that have been idle for long and that no memtable holds. One that a memtable held a round ago
 /// waits for another: a query may still work on the version of then.
-fn retire(inner: &Inner, held_before: &mut HashSet<Ordinal>, minute: u32) {
+pub(crate) fn retire(inner: &Inner, held_before: &mut HashSet<Ordinal>, minute: u32) {
     // No freezing meanwhile, so no memtable is overlooked.
     let _log = inner.log.lock();
     let version = inner.version();

@@ -382,3 +382,6 @@ fn apply(inner: &Inner, record: &wal::Record, ordinals: &[catalog::Ordinal], pos
     inner.metadata.lock().apply(&record.metadata, position);
     Ok(rows)
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,6 +8,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use arrow::datatypes::SchemaRef;
+use arrow::error::ArrowError;
 use arrow::record_batch::RecordBatch;
 use async_trait::async_trait;
 use catalog::{Error, ErrorKind};
@@ -247,31 +248,56 @@ pub fn error_of(e: DataFusionError) -> Error {
     match e {
         DataFusionError::External(inner) => match inner.downcast::<Error>() {
             Ok(e) => *e,
-            Err(inner) => Error::internal("query failed").with_source(inner),
+            Err(inner) => match inner.downcast::<DataFusionError>() {
+                Ok(e) => error_of(*e),
+                Err(inner) => Error::internal("query failed").with_source(inner),
+            },
         },
-        DataFusionError::Context(_, inner) => error_of(*inner),
+        DataFusionError::Context(_, inner) | DataFusionError::Diagnostic(_, inner) => error_of(*inner),
+        DataFusionError::Collection(mut all) if !all.is_empty() => error_of(all.swap_remove(0)),
         DataFusionError::ArrowError(inner, _) => match *inner {
-            arrow::error::ArrowError::ExternalError(inner) => match inner.downcast::<Error>() {
-                Ok(e) => *e,
-                Err(inner) => match inner.downcast::<DataFusionError>() {
-                    Ok(e) => error_of(*e),
-                    Err(inner) => Error::internal("query failed").with_source(inner),
+            ArrowError::ExternalError(inner) => error_of(DataFusionError::External(inner)),
+            other => Error::new(kind_of_arrow(&other), other.to_string()),
+        },
+        DataFusionError::Shared(inner) => match Arc::try_unwrap(inner) {
+            Ok(inner) => error_of(inner),
+            Err(inner) => match inner.find_root() {
+                DataFusionError::External(e) => match e.downcast_ref::<Error>() {
+                    Some(e) => Error::new(e.kind(), e.message()),
+                    None => Error::internal(inner.strip_backtrace()),
                 },
+                root => Error::new(kind_of(root), root.strip_backtrace()),
             },
-            other => Error::internal("query failed").with_source(other),
         },
-        DataFusionError::Shared(inner) => match inner.as_ref() {
-            DataFusionError::External(e) => match e.downcast_ref::<Error>() {
-                Some(e) => Error::new(e.kind(), e.message()),
-                None => Error::internal(inner.to_string()),
-            },
-            _ => Error::internal(inner.to_string()),
-        },
-        DataFusionError::ResourcesExhausted(m) => Error::limit_exceeded(m),
-        e @ (DataFusionError::Plan(_)
+        e => Error::new(kind_of(&e), e.strip_backtrace()),
+    }
+}
+
+fn kind_of(e: &DataFusionError) -> ErrorKind {
+    match e {
+        DataFusionError::ResourcesExhausted(_) => ErrorKind::LimitExceeded,
+        DataFusionError::ObjectStore(_) => ErrorKind::Unavailable,
+        DataFusionError::ArrowError(e, _) => kind_of_arrow(e),
+        // What functions say of their arguments comes as an execution error; bugs have a variant of their own.
+        DataFusionError::Plan(_)
         | DataFusionError::SQL(..)
         | DataFusionError::SchemaError(..)
-        | DataFusionError::NotImplemented(_)) => Error::new(ErrorKind::Invalid, e.strip_backtrace()),
-        other => Error::internal("query failed").with_source(other),
+        | DataFusionError::Configuration(_)
+        | DataFusionError::Execution(_)
+        | DataFusionError::NotImplemented(_) => ErrorKind::Invalid,
+        _ => ErrorKind::Internal,
+    }
+}
+
+/// What a query computes can fail on the data it chose.
+fn kind_of_arrow(e: &ArrowError) -> ErrorKind {
+    match e {
+        ArrowError::DivideByZero
+        | ArrowError::ArithmeticOverflow(_)
+        | ArrowError::CastError(_)
+        | ArrowError::ParseError(_)
+        | ArrowError::ComputeError(_)
+        | ArrowError::InvalidArgumentError(_) => ErrorKind::Invalid,
+        _ => ErrorKind::Internal,
     }
 }

@@ -1,0 +1,234 @@
+//! Opening, writing, restarting, and reading while memtables are frozen.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use arrow::array::{ArrayRef, AsArray, Float64Array, RecordBatch, TimestampMillisecondArray, UInt32Array};
+use arrow::datatypes::{Float64Type, TimestampMillisecondType, UInt32Type};
+use catalog::ManualClock;
+use catalog::tables::{SAMPLES, time_type};
+use object_store::memory::InMemory;
+
+use super::*;
+use crate::Batch;
+
+const NOW: i64 = 1_700_000_000_000;
+
+fn settings(dir: &Path) -> Settings {
+    Settings { data_dir: dir.to_owned(), memory_limit: 256 << 20, ..Settings::default() }
+}
+
+fn components() -> Components {
+    Components {
+        store: Arc::new(InMemory::new()),
+        clock: Arc::new(ManualClock::new(NOW)),
+        telemetry: Arc::new(Telemetry::default()),
+    }
+}
+
+async fn open(dir: &Path) -> Engine {
+    Engine::open(settings(dir), components(), Extensions::default()).await.unwrap()
+}
+
+/// A request with one row per (series name, ts, value).
+fn request(engine: &Engine, rows: &[(&str, i64, f64)]) -> Write {
+    let mut encoder = engine.registry().encoder();
+    let refs: Vec<u32> = rows.iter().map(|r| encoder.tags(&mut [("__name__", r.0)], None).unwrap()).collect();
+    let columns: Vec<ArrayRef> = vec![
+        Arc::new(UInt32Array::from(refs)),
+        Arc::new(TimestampMillisecondArray::from_iter_values(rows.iter().map(|r| r.1)).with_data_type(time_type())),
+        Arc::new(Float64Array::from_iter_values(rows.iter().map(|r| r.2))),
+    ];
+    let rows = RecordBatch::try_new(SAMPLES.arrow().clone(), columns).unwrap();
+    let batch = Batch { table: SAMPLES.clone(), rows };
+    Write { tags: encoder.finish(), batches: vec![batch], metadata: vec![] }
+}
+
+/// All rows in memtables, the newest winning.
+fn rows(engine: &Engine) -> BTreeMap<(String, i64), u64> {
+    let version = engine.inner().version();
+    let mut out = BTreeMap::new();
+    let mut memtables: Vec<_> = version.table(SAMPLES.id).unwrap().memtables().cloned().collect();
+    memtables.reverse();
+    for memtable in memtables {
+        let ordinals = memtable.ordinals();
+        let names: Vec<String> =
+            ordinals.iter().map(|o| engine.registry().get(*o).unwrap().tags.metric().to_owned()).collect();
+        let wanted: Vec<(u32, u32)> = (0..).zip(ordinals).collect();
+        let read = memtable.read(&wanted, i64::MIN, i64::MAX, &[1, 2]).unwrap();
+        let series = read.column(0).as_primitive::<UInt32Type>();
+        let ts = read.column(1).as_primitive::<TimestampMillisecondType>();
+        let values = read.column(2).as_primitive::<Float64Type>();
+        for i in 0..read.num_rows() {
+            out.insert((names[series.value(i) as usize].clone(), ts.value(i)), values.value(i).to_bits());
+        }
+    }
+    out
+}
+
+fn model(rows: &[(&str, i64, f64)]) -> BTreeMap<(String, i64), u64> {
+    rows.iter().map(|r| ((r.0.to_owned(), r.1), r.2.to_bits())).collect()
+}
+
+/// What a crash would leave: the folder as it is now, without the engine knowing.
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy(&entry.path(), &target)
+        } else {
+            drop(std::fs::copy(entry.path(), target).unwrap())
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_is_acknowledged_is_there_after_a_crash() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open(dir.path()).await;
+    let stale = f64::from_bits(0x7ff0_0000_0000_0002);
+    let mut all = vec![];
+    for k in 0..40i64 {
+        let scrape = [("a", NOW + k * 1000, k as f64), ("b", NOW + k * 1000, stale), ("c", NOW, k as f64 / 10.0)];
+        engine.write(request(&engine, &scrape)).await.unwrap();
+        all.extend(scrape);
+        if k % 13 == 0 {
+            let crashed = tempfile::tempdir().unwrap();
+            copy(dir.path(), crashed.path());
+            let again = open(crashed.path()).await;
+            assert_eq!(rows(&again), model(&all), "after {k}");
+            again.write(request(&again, &[("a", 1, 1.0), ("new", 1, 2.0)])).await.unwrap();
+            let twice = tempfile::tempdir().unwrap();
+            copy(crashed.path(), twice.path());
+            let expected = [&all[..], &[("a", 1, 1.0), ("new", 1, 2.0)]].concat();
+            assert_eq!(rows(&open(twice.path()).await), model(&expected), "twice after {k}");
+        }
+    }
+    assert_eq!(rows(&engine), model(&all));
+}
+
+#[tokio::test]
+async fn metadata_survive_and_say_the_newest() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open(dir.path()).await;
+    let of = |metric: &str, help: &str| MetricMetadata {
+        metric: metric.to_owned(),
+        kind: "counter".to_owned(),
+        help: help.to_owned(),
+        unit: String::new(),
+    };
+    for metadata in [vec![of("m", "1"), of("n", "1")], vec![of("m", "2")], vec![of("m", "2")]] {
+        engine.write(Write { metadata, ..Write::default() }).await.unwrap();
+    }
+    let expected = vec![of("m", "2"), of("n", "1")];
+    assert_eq!(engine.metadata(None), expected);
+    let crashed = tempfile::tempdir().unwrap();
+    copy(dir.path(), crashed.path());
+    let engine = open(crashed.path()).await;
+    assert_eq!(engine.metadata(None), expected);
+    engine.shutdown(Duration::from_secs(10)).await.unwrap();
+    // Now from the file catalog: the log is empty.
+    assert_eq!(wal::segments(&crashed.path().join("wal")).unwrap(), vec![]);
+    drop(engine);
+    assert_eq!(open(crashed.path()).await.metadata(Some("m")), [of("m", "2")]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn freezing_under_writes_hides_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open(dir.path()).await;
+    let writers: Vec<_> = ["a", "b", "c"]
+        .into_iter()
+        .map(|name| {
+            let engine = engine.clone();
+            tokio::spawn(async move {
+                for k in 0..60i64 {
+                    engine.write(request(&engine, &[(name, k, k as f64)])).await.unwrap();
+                    // Acknowledged rows are all visible, through any number of freezes.
+                    let seen = rows(&engine).keys().filter(|r| r.0 == name).count();
+                    assert_eq!(seen as i64, k + 1);
+                }
+            })
+        })
+        .collect();
+    for _ in 0..30 {
+        engine.inner().freeze(|_| true);
+        tokio::task::yield_now().await;
+    }
+    for writer in writers {
+        writer.await.unwrap();
+    }
+    assert_eq!(rows(&engine).len(), 180);
+    let crashed = tempfile::tempdir().unwrap();
+    copy(dir.path(), crashed.path());
+    assert_eq!(rows(&open(crashed.path()).await), rows(&engine));
+}
+
+#[tokio::test]
+async fn a_bad_request_or_a_full_queue_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open(dir.path()).await;
+    let mut write = request(&engine, &[("a", 1, 1.0)]);
+    write.tags.sets.clear();
+    assert_eq!(engine.write(write).await.unwrap_err().kind(), catalog::ErrorKind::Internal);
+    engine.write(Write::default()).await.unwrap();
+    let queue = Queue::default();
+    let waiting = queue.push(request(&engine, &[("a", 1, 1.0)]), 1).unwrap();
+    let refused = queue.push(request(&engine, &[("a", 1, 1.0)]), 1).unwrap_err();
+    assert_eq!(refused.kind(), catalog::ErrorKind::Unavailable);
+    drop(waiting);
+    engine.inner().queue.close();
+    let refused = engine.write(request(&engine, &[("a", 1, 1.0)])).await.unwrap_err();
+    assert_eq!(refused.kind(), catalog::ErrorKind::Unavailable);
+    assert!(rows(&engine).is_empty());
+}
+
+#[tokio::test]
+async fn idle_sets_leave_only_when_no_memtable_holds_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = Arc::new(ManualClock::new(NOW));
+    let components = Components { clock: clock.clone(), ..components() };
+    let engine = Engine::open(settings(dir.path()), components, Extensions::default()).await.unwrap();
+    engine.write(request(&engine, &[("held", 1, 1.0)])).await.unwrap();
+    let idle =
+        Arc::new(Series::new(engine.registry().hasher(), catalog::tag::tag_set(&[("__name__", "idle")]).unwrap()));
+    engine.registry().publish(&idle, &[], committer::minute(NOW)).unwrap();
+    let mut held = std::collections::HashSet::new();
+    let later = committer::minute(NOW) + 121;
+    committer::retire(engine.inner(), &mut held, later - 2);
+    assert_eq!(engine.registry().len(), 2);
+    committer::retire(engine.inner(), &mut held, later);
+    assert_eq!(engine.registry().len(), 1);
+    assert!(engine.registry().lookup(idle.id).unwrap().is_none());
+}
+
+#[tokio::test]
+async fn queries_run_within_their_deadline_and_stop_when_dropped() {
+    use futures::TryStreamExt;
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open(dir.path()).await;
+    let session = engine.session();
+    let limits = QueryLimits { timeout: Duration::from_secs(60) };
+    let plan = session.state().create_logical_plan("select 1 + 1 as two, now() is not null").await.unwrap();
+    let stream = engine.execute(&session.state(), plan, limits).await.unwrap();
+    assert_eq!(stream.schema().field(0).name(), "two");
+    let batches: Vec<RecordBatch> = stream.try_collect().await.unwrap();
+    assert_eq!(batches.iter().map(RecordBatch::num_rows).sum::<usize>(), 1);
+
+    // More rows than could ever be counted.
+    let endless = "select count(*) from generate_series(1, 100000000000) a where value % 7 = 3";
+    let plan = session.state().create_logical_plan(endless).await.unwrap();
+    let short = QueryLimits { timeout: Duration::from_millis(20) };
+    let error = match engine.execute(&session.state(), plan.clone(), short).await {
+        Ok(stream) => stream.try_collect::<Vec<_>>().await.unwrap_err(),
+        Err(e) => e,
+    };
+    assert_eq!(crate::error_of(error).kind(), catalog::ErrorKind::Timeout);
+    let dropped = engine.execute(&session.state(), plan, limits).await.unwrap();
+    drop(dropped);
+    assert_eq!(engine.compute(|| 7).await, 7);
+    let error = session.state().create_logical_plan("select nothing").await.unwrap_err();
+    assert_eq!(crate::error_of(error).kind(), catalog::ErrorKind::Invalid);
+}
