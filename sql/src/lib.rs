@@ -8,7 +8,10 @@
 //! Nothing here writes: no statement may change data, or open a file or a URL.
 
 pub mod error;
+pub mod format;
 pub mod functions;
+pub mod http;
+pub mod pg;
 pub mod scan;
 pub mod schema;
 pub mod session;

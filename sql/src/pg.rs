@@ -1,0 +1,90 @@
+//! The PostgreSQL endpoint.
+//!
+//! `pgwire` reads and writes messages and keeps prepared statements and portals; the session service is ours. Each
+//! connection is one task: while a message is answered it watches for a cancel request, for its deadline, for the
+//! server's shutdown, and for the client going away, and drops the work at once when one of them happens
+//! ([`connection`]). Rows are streamed; none are kept for later ([`answer`]). What a value looks like is [`rows`]'s.
+//!
+//! There is no TLS and no password yet: the server listens on loopback unless it is told to be insecure.
+
+mod answer;
+mod connection;
+mod rows;
+
+pub use rows::wire_type;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use engine::Engine;
+use parking_lot::Mutex;
+use pgwire::api::RandomPidSecretKeyGenerator;
+use pgwire::messages::startup::SecretKey;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::error::Result;
+use crate::session::Frontend;
+
+/// Most connections at a time; more are told so and closed.
+const CONNECTIONS_MAX: usize = 1000;
+
+/// Answers PostgreSQL clients on `listener` until `shutdown`, then ends what runs.
+///
+/// # Errors
+/// When the SQL side of the engine can't be built.
+pub async fn serve(listener: TcpListener, engine: Engine, shutdown: CancellationToken) -> Result<()> {
+    let server = Arc::new(Server {
+        frontend: Frontend::new(&engine)?,
+        running: Mutex::default(),
+        keys: RandomPidSecretKeyGenerator::default(),
+        shutdown: shutdown.clone(),
+    });
+    let mut connections = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            () = shutdown.cancelled() => break,
+            Some(_) = connections.join_next(), if !connections.is_empty() => continue,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((stream, _)) => {
+                let admitted = connections.len() < CONNECTIONS_MAX;
+                connections.spawn(connection::run(server.clone(), stream, admitted));
+            }
+            Err(error) => {
+                // Out of descriptors, mostly: give connections time to end.
+                tracing::warn!(%error, "accepting a PostgreSQL connection failed");
+                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+            }
+        }
+    }
+    while connections.join_next().await.is_some() {}
+    Ok(())
+}
+
+/// What connections share.
+struct Server {
+    frontend: Arc<Frontend>,
+    running: Mutex<HashMap<i32, Running>>,
+    keys: RandomPidSecretKeyGenerator,
+    shutdown: CancellationToken,
+}
+
+/// A connection that can be asked to stop what it runs.
+struct Running {
+    key: SecretKey,
+    /// Of the message that is answered now.
+    cancel: CancellationToken,
+}
+
+impl Server {
+    /// Stops what the connection with this key runs, if it is the right key.
+    fn cancel(&self, pid: i32, key: &SecretKey) {
+        let running = self.running.lock();
+        if let Some(found) = running.get(&pid).filter(|r| r.key.eq_value(key)) {
+            found.cancel.cancel();
+        }
+    }
+}
