@@ -85,6 +85,16 @@ impl Bodies {
         Share { budget: self.budget.clone(), permit: None, bytes: 0 }
     }
 
+    /// A body that is in memory already.
+    ///
+    /// # Errors
+    /// `Unavailable` when the budget is used up.
+    pub fn whole(&self, bytes: Vec<u8>) -> Result<Body> {
+        let mut share = self.share();
+        share.grow(bytes.len())?;
+        Ok(Body { bytes, share, inflated_max: self.inflated_max })
+    }
+
     /// Reads a body whole. `declared` is its Content-Length, when it has one.
     ///
     /// # Errors

@@ -220,6 +220,13 @@ impl<'r> Request<'r> {
         self.rejected.add(Reason::Time, field, series, message);
     }
 
+    /// Ends the rows of a series.
+    fn end(&mut self) {
+        if self.rows.pending().exemplars > 0 {
+            self.rows.default_exemplar_time(self.limits.now_ms);
+        }
+    }
+
     /// Decides on the rows of a series whose wire form is not known, given its decoded labels. False when it is refused.
     #[cold]
     fn resolve(&mut self, labels: &mut [(&str, &str)], wire: Option<u128>) -> bool {
@@ -263,8 +270,6 @@ impl<'r> Request<'r> {
         labels: &mut [(&str, &str)],
         series: impl FnOnce() -> String,
     ) -> Result<()> {
-        // Zero means that the sender gave no time.
-        let ts = if ts != 0 { ts } else { self.rows.latest().unwrap_or(self.limits.now_ms) };
         if !self.in_time(ts) {
             self.rejected.add(Reason::Exemplar, "exemplars", series, format!("time {ts} ms is out of range"));
             return Ok(());
@@ -276,7 +281,7 @@ impl<'r> Request<'r> {
         self.rows.exemplar(ts, value, &self.json)
     }
 
-    /// Appends a metadata entry, unless the request held an equal one.
+    /// Appends a metadata entry, unless it equals the last one, as those of the series of a histogram do.
     fn metadata(&mut self, metric: &str, kind: u64, help: &str, unit: &str) -> Result<()> {
         let refused = if metric.is_empty() {
             Some("metric name is empty".to_owned())
@@ -289,6 +294,12 @@ impl<'r> Request<'r> {
         };
         if let Some(message) = refused {
             self.rejected.add(Reason::Metadata, "metadata", || cut(metric), message);
+            return Ok(());
+        }
+        let equal = |m: &engine::MetricMetadata| {
+            m.metric == metric && m.kind == kind_name(kind) && m.help == help && m.unit == unit
+        };
+        if self.metadata.last().is_some_and(equal) {
             return Ok(());
         }
         if self.metadata.len() >= METADATA_MAX {

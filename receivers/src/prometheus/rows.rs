@@ -178,11 +178,15 @@ impl Rows {
         }
     }
 
-    /// The latest time among the series' samples and histograms.
-    pub fn latest(&self) -> Option<i64> {
+    /// Gives the series' exemplars that came without a time, which is zero, that of its latest sample or histogram, or
+    /// `now_ms` when there is none.
+    pub fn default_exemplar_time(&mut self, now_ms: i64) {
         let samples = &self.samples.ts[self.mark.samples..];
         let histograms = &self.histograms.ts[self.mark.histograms..];
-        samples.iter().chain(histograms).max().copied()
+        let latest = samples.iter().chain(histograms).max().copied().unwrap_or(now_ms);
+        for ts in self.exemplars.ts[self.mark.exemplars..].iter_mut().filter(|ts| **ts == 0) {
+            *ts = latest;
+        }
     }
 
     /// The batches of all tables with rows.

@@ -8,10 +8,10 @@ use catalog::{Registry, TagHasher};
 
 use super::*;
 
-//mod differential;
-//mod messages;
-//mod mutation;
-//mod refusals;
+mod differential;
+mod messages;
+mod mutation;
+mod refusals;
 
 const NOW: i64 = 1_795_239_025_000;
 const LIMITS: Limits = Limits { now_ms: NOW, future_max_ms: 600_000 };
@@ -138,5 +138,5 @@ fn recorded_requests() {
     };
     check("prometheus-2.42-write-1", 500, 0);
     check("prometheus-2.42-write-metadata", 0, 449);
-    check("vmagent-1.79-write-1", 324, 0);
+    check("vmagent-1.79-write-1", 513, 0);
 }

@@ -82,6 +82,7 @@ fn series(request: &mut Request<'_>, message: Cursor<'_>) -> Result<()> {
             key => c.skip(key, 1..=4)?,
         }
     }
+    request.end();
     let mut wire = None;
     if in_one_piece {
         let (known, hash) = request.encoder.wire(DOMAIN, labels);

@@ -180,6 +180,7 @@ fn series<'a>(request: &mut Request<'_>, symbols: &mut Symbols<'a>, message: Cur
             key => c.skip(key, 1..=6)?,
         }
     }
+    request.end();
     if created != 0 && request.rows.pending().histograms > 0 {
         request.rows.default_start(created);
     }
@@ -301,11 +302,7 @@ fn describe(request: &mut Request<'_>, symbols: &mut Symbols<'_>, m: Metadata) -
         request.rejected.add(Reason::Metadata, "metadata", || symbols.series_text(), what.to_owned());
         return Ok(());
     };
-    let family = family(name, m.kind);
-    if request.metadata.last().is_some_and(|last| last.metric == family && last.help == help && last.unit == unit) {
-        return Ok(());
-    }
-    request.metadata(family, m.kind, help, unit)
+    request.metadata(family(name, m.kind), m.kind, help, unit)
 }
 
 /// The metric family of a series: histograms and summaries are several series under one name.
