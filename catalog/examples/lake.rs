@@ -54,6 +54,18 @@ async fn main() -> Result<()> {
         }
         files.commit(&commit, now).await?;
     }
+    // Rows of the second day's exemplars move to a new file, as compaction does, and the old one goes.
+    let id = files.next_id();
+    let again = exemplars(&series(), DAY + 1);
+    let mut file = write_file(&store, &EXEMPLARS, again, id, DAY + 1, 2)?;
+    file.level = 2;
+    let replaced = Commit { add: vec![file], remove: vec![id - 1], ..Commit::default() };
+    files.commit(&replaced, now + 1000).await?;
+    let gone = files.purge(now + 2000).await?;
+    for path in &gone {
+        std::fs::remove_file(store.join(path))?;
+    }
+    files.forget(&gone).await?;
     files.close().await;
     std::fs::write(dir.join("expected.csv"), expected)?;
     Ok(())

@@ -149,3 +149,97 @@ impl<'r> Encoder<'r> {
         self.encoded
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tag::tag_set;
+
+    fn kinds(encoded: &Encoded) -> Vec<String> {
+        let text = |s: &EncodedSet| match s {
+            EncodedSet::Known(o) => format!("known {o}"),
+            EncodedSet::New { series, wires } => format!("new {:?} {}", series.tags, wires.len()),
+            EncodedSet::Alias { ordinal, wires } => format!("alias {ordinal} {}", wires.len()),
+        };
+        encoded.sets.iter().map(text).collect()
+    }
+
+    /// Publishes a request's sets as the committer does.
+    fn publish(registry: &Registry, encoded: &Encoded) -> Vec<Ordinal> {
+        let ordinal = |s: &EncodedSet| match s {
+            EncodedSet::Known(o) => *o,
+            EncodedSet::New { series, wires } => registry.publish(series, wires, 0).unwrap(),
+            EncodedSet::Alias { ordinal, wires } => {
+                registry.publish(&registry.get(*ordinal).unwrap(), wires, 0).unwrap()
+            }
+        };
+        encoded.sets.iter().map(ordinal).collect()
+    }
+
+    #[test]
+    fn sets_are_named_once_and_known_once_published() {
+        let registry = Registry::new(TagHasher::new(3), 100);
+        let up = [("__name__", "up"), ("job", "j")];
+        let mut e = registry.encoder();
+        let (known, wire) = e.wire(1, b"up form 1");
+        assert_eq!(known, None);
+        assert_eq!(e.tags(&mut up.clone(), Some(wire)).unwrap(), 0);
+        assert_eq!(e.wire(1, b"up form 1").0, Some(0));
+        assert_eq!(e.wire(2, b"up form 1").0, None, "another protocol");
+        let (_, second) = e.wire(1, b"up form 2");
+        assert_eq!(e.tags(&mut [up[1], up[0]], Some(second)).unwrap(), 0, "the same set in another form");
+        assert_eq!(e.tags(&mut [("__name__", "down")], None).unwrap(), 1);
+        let encoded = e.finish();
+        assert_eq!(kinds(&encoded), [r#"new {"__name__": "up", "job": "j"} 2"#, r#"new {"__name__": "down"} 0"#]);
+        assert!(registry.is_empty(), "nothing is published by decoding");
+        assert_eq!(publish(&registry, &encoded), [0, 1]);
+
+        let mut e = registry.encoder();
+        assert_eq!(e.tags(&mut [("__name__", "down")], None).unwrap(), 0);
+        assert_eq!(e.wire(1, b"up form 2").0, Some(1));
+        assert_eq!(e.wire(1, b"up form 1").0, Some(1));
+        let (_, third) = e.wire(1, b"up form 3");
+        assert_eq!(e.tags(&mut up.clone(), Some(third)).unwrap(), 1);
+        assert_eq!(e.wire(1, b"up form 3").0, Some(1));
+        let encoded = e.finish();
+        assert_eq!(kinds(&encoded), ["known 1", "alias 0 1"]);
+        assert_eq!(publish(&registry, &encoded), [1, 0]);
+        assert_eq!(registry.encoder().wire(1, b"up form 3").0, Some(0));
+    }
+
+    #[test]
+    fn known_sets_pass_the_limit() {
+        let registry = Registry::new(TagHasher::new(3), 2);
+        let mut e = registry.encoder();
+        e.tags(&mut [("__name__", "a")], None).unwrap();
+        publish(&registry, &e.finish());
+        let mut e = registry.encoder();
+        e.tags(&mut [("__name__", "b")], None).unwrap();
+        let error = e.tags(&mut [("__name__", "c")], None).unwrap_err();
+        assert_eq!(error.kind(), crate::ErrorKind::LimitExceeded);
+        assert!(error.message().contains("limits.series"), "{error}");
+        e.tags(&mut [("__name__", "a")], None).unwrap();
+        e.tags(&mut [("__name__", "b")], None).unwrap();
+        assert_eq!(registry.refused(), 1);
+        assert_eq!(kinds(&e.finish()).len(), 2);
+    }
+
+    #[test]
+    fn bad_labels_are_refused() {
+        let registry = Registry::new(TagHasher::new(3), 2);
+        let mut e = registry.encoder();
+        for pairs in [vec![("", "x")], vec![("a", "1"), ("b", "1"), ("a", "2")]] {
+            assert_eq!(e.tags(&mut pairs.clone(), None).unwrap_err().kind(), crate::ErrorKind::Invalid);
+        }
+        assert!(e.finish().sets.is_empty());
+    }
+
+    #[test]
+    fn a_collision_within_a_request_is_seen() {
+        let registry = Registry::new(TagHasher::new(3), 10);
+        let mut e = registry.encoder();
+        let id = registry.hasher().id(tag_set(&[("a", "b")]).unwrap().as_bytes());
+        e.by_code.insert(id.code.0, (id.check + 1, 0));
+        assert_eq!(e.tags(&mut [("a", "b")], None).unwrap_err().kind(), crate::ErrorKind::Internal);
+    }
+}

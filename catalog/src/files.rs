@@ -57,7 +57,7 @@ pub struct DataFile {
     pub seq_min: u64,
     /// Last flush whose rows are in it.
     pub seq_max: u64,
-    /// CRC-32 of the object.
+    /// CRC-32 of the Parquet metadata and the eight bytes that follow it. The metadata hold the checks of all else.
     pub crc32: u32,
     /// Statistics for outside readers, for the time and the codes; written with the file, not read back into a
     /// [`State`].
@@ -312,11 +312,14 @@ async fn connect(path: &Path) -> sqlx::Result<SqliteConnection> {
         .await
 }
 
-/// Moves the write-ahead log into the database file, since the log keeps its greatest size otherwise. A reader may hold
-/// it; the next commit tries again.
+/// Moves the write-ahead log into the database file, since the log keeps its greatest size otherwise. An outside reader
+/// may hold it: it is not waited for, the next commit tries again.
 async fn trim_log(connection: &mut SqliteConnection) {
-    if let Err(e) = sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)").execute(connection).await {
-        tracing::debug!(error = %e, "file catalog log was not trimmed");
+    let statements = ["PRAGMA busy_timeout = 0", "PRAGMA wal_checkpoint(TRUNCATE)", "PRAGMA busy_timeout = 10000"];
+    for statement in statements {
+        if let Err(e) = sqlx::query(statement).execute(&mut *connection).await {
+            tracing::debug!(error = %e, "file catalog log was not trimmed");
+        }
     }
 }
 

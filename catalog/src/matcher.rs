@@ -111,3 +111,55 @@ pub fn anchored(pattern: &str) -> Result<Regex> {
         .build()
         .map_err(|e| Error::invalid(format!("regular expression {pattern:?} does not compile")).with_source(e))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tag::tag_set;
+
+    #[test]
+    fn values() {
+        use MatchOp::{Eq, Ne, Nre, Re};
+        let check = |op, pattern: &str, value: &str, expected: bool| {
+            let m = Matcher::new("k", op, pattern).unwrap();
+            assert_eq!(m.matches(value), expected, "{op:?} {pattern:?} {value:?}");
+            let tags = tag_set(&[("j", "other"), ("k", value)]).unwrap();
+            assert_eq!(m.matches_set(&tags), expected, "{op:?} {pattern:?} {tags:?}");
+        };
+        check(Eq, "a", "a", true);
+        check(Eq, "a", "ab", false);
+        check(Eq, "", "", true);
+        check(Ne, "a", "a", false);
+        check(Ne, "a", "", true);
+        check(Re, "a|b.*", "a", true);
+        check(Re, "a|b.*", "bcd", true);
+        check(Re, "a|b.*", "xa", false);
+        check(Re, "b", "abc", false);
+        check(Re, ".*", "", true);
+        check(Re, ".+", "", false);
+        check(Re, "a.c", "a\nc", true);
+        check(Re, "(?i)A", "a", true);
+        check(Re, "\u{e9}.", "\u{e9}\u{1f600}", true);
+        check(Nre, "a.*", "b", true);
+        check(Nre, "a.*", "abc", false);
+        check(Nre, "", "", false);
+    }
+
+    #[test]
+    fn bad_patterns() {
+        for pattern in ["(", "a{99999999}", "[", "\\8", &"a".repeat(PATTERN_BYTES_MAX + 1)] {
+            let error = Matcher::new("k", MatchOp::Re, pattern).unwrap_err();
+            assert_eq!(error.kind(), crate::ErrorKind::Invalid, "{error}");
+        }
+        Matcher::new("k", MatchOp::Eq, "(").unwrap();
+    }
+
+    #[test]
+    fn equal_matchers_hash_alike() {
+        let m = |op, value: &str| Matcher::new("k", op, value).unwrap();
+        assert_eq!(m(MatchOp::Re, "a"), m(MatchOp::Re, "a"));
+        assert_ne!(m(MatchOp::Re, "a"), m(MatchOp::Eq, "a"));
+        let set: std::collections::HashSet<_> = [m(MatchOp::Re, "a"), m(MatchOp::Re, "a"), m(MatchOp::Re, "b")].into();
+        assert_eq!(set.len(), 2);
+    }
+}

@@ -175,8 +175,9 @@ impl Registry {
     }
 
     fn shard(&self, hash: u64) -> &Shard {
-        // The low bits choose the bucket inside the map.
-        &self.shards[(hash >> 58) as usize % SHARDS]
+        // The map takes the low bits for the bucket and the top seven to tell entries of a bucket apart, so a shard must
+        // not have either in common.
+        &self.shards[(hash >> 40) as usize % SHARDS]
     }
 
     /// The ordinal of a wire form seen before.
@@ -260,7 +261,8 @@ impl Registry {
         alive
     }
 
-    /// Calls `visit` with every active set whose metric name satisfies `metric`, without copying any label.
+    /// Calls `visit` with every active set whose metric name satisfies `metric`, without copying any label. Locks are
+    /// held meanwhile: neither closure may call the registry.
     pub fn for_each(&self, mut metric: impl FnMut(&str) -> bool, mut visit: impl FnMut(Ordinal, &Arc<Series>)) {
         let metrics = self.metrics.read();
         let slots = self.slots.read();
@@ -320,5 +322,118 @@ impl Registry {
         }
         self.len.fetch_sub(gone.len(), Ordering::Relaxed);
         gone.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tag::tag_set;
+
+    fn registry(limit: usize) -> Registry {
+        Registry::new(TagHasher::new(1), limit)
+    }
+
+    fn series(r: &Registry, pairs: &[(&str, &str)]) -> Arc<Series> {
+        Arc::new(Series::new(r.hasher(), tag_set(pairs).unwrap()))
+    }
+
+    fn of(r: &Registry, metric: &str) -> Vec<Ordinal> {
+        let mut out = Vec::new();
+        r.for_each_of(metric, |o, _| out.push(o));
+        out
+    }
+
+    #[test]
+    fn storage_order_is_of_name_then_target() {
+        let r = registry(10);
+        let code = |pairs: &[(&str, &str)]| r.hasher().id(tag_set(pairs).unwrap().as_bytes()).code;
+        let s = series(&r, &[("__name__", "up"), ("instance", "i"), ("job", "j"), ("x", "y")]);
+        assert_eq!(s.metric, code(&[("__name__", "up")]));
+        assert_eq!(s.target, code(&[("instance", "i"), ("job", "j")]));
+        assert_eq!(s.storage_key(), (s.metric.0, s.target.0, s.id.code.0));
+        assert_eq!(series(&r, &[("x", "y")]).target, code(&[]));
+    }
+
+    #[test]
+    fn published_sets_are_found() {
+        let r = registry(10);
+        let (a, b) = (series(&r, &[("__name__", "a")]), series(&r, &[("__name__", "b"), ("k", "v")]));
+        assert_eq!(r.lookup(a.id).unwrap(), None);
+        assert_eq!(r.publish(&a, &[7], 0).unwrap(), 0);
+        assert_eq!(r.publish(&b, &[8, 9], 0).unwrap(), 1);
+        assert_eq!(r.publish(&a, &[10], 0).unwrap(), 0, "twice is harmless");
+        assert_eq!((r.len(), r.ordinals(), r.is_empty()), (2, 2, false));
+        let wires: Vec<_> = [7, 8, 9, 10, 11].iter().map(|w| r.lookup_wire(*w)).collect();
+        assert_eq!(wires, [Some(0), Some(1), Some(1), Some(0), None]);
+        assert!(Arc::ptr_eq(&r.get(1).unwrap(), &b));
+        assert_eq!(r.get_many(&[1, 5, 0]).iter().map(Option::is_some).collect::<Vec<_>>(), [true, false, true]);
+        assert_eq!((of(&r, "a"), of(&r, "b"), of(&r, "c")), (vec![0], vec![1], vec![]));
+        let mut names = Vec::new();
+        r.for_each(|m| m > "a", |_, s| names.push(s.tags.metric().to_owned()));
+        assert_eq!(names, ["b"]);
+    }
+
+    #[test]
+    fn a_collision_is_seen() {
+        let r = registry(10);
+        let a = series(&r, &[("__name__", "a")]);
+        r.publish(&a, &[], 0).unwrap();
+        let mut other = (*series(&r, &[("__name__", "b")])).clone();
+        other.id.code = a.id.code;
+        assert!(r.lookup(other.id).is_err());
+        assert!(r.publish(&Arc::new(other), &[], 0).is_err());
+        assert_eq!((r.collisions(), r.len()), (2, 1));
+    }
+
+    #[test]
+    fn idle_sets_retire() {
+        let r = registry(10);
+        for (i, name) in ["a", "b", "c"].iter().enumerate() {
+            r.publish(&series(&r, &[("__name__", name)]), &[i as u128], 5).unwrap();
+        }
+        assert!(r.touch([0], 9));
+        assert_eq!(r.retire(5, |_| true), 0, "seen in that minute");
+        assert_eq!(r.retire(9, |o| o != 1), 1);
+        assert_eq!((r.len(), of(&r, "a"), of(&r, "b"), of(&r, "c")), (2, vec![0], vec![1], vec![]));
+        assert_eq!((r.lookup_wire(2), r.get(2).is_none()), (None, true));
+        assert!(!r.touch([0, 2], 10));
+        let c = series(&r, &[("__name__", "c")]);
+        assert_eq!(r.lookup(c.id).unwrap(), None);
+        assert_eq!(r.publish(&c, &[], 11).unwrap(), 3, "a number is never given twice");
+    }
+
+    #[test]
+    fn shards_share_no_bits_with_their_maps() {
+        let r = registry(10);
+        let position = |hash: u64| r.shards.iter().position(|s| std::ptr::eq(s, r.shard(hash)));
+        for bit in (0..32).chain(57..64) {
+            assert_eq!(position(0), position(1 << bit), "bit {bit}");
+        }
+    }
+
+    #[test]
+    fn decoders_and_the_committer_run_at_once() {
+        let r = registry(100_000);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    while r.len() < 2000 {
+                        let mut n = 0;
+                        r.for_each(|_| true, |_, s| n += s.tags.as_bytes().len());
+                        for o in 0..r.ordinals() as Ordinal {
+                            let s = r.get(o).unwrap();
+                            assert_eq!(r.lookup(s.id).unwrap(), Some(o));
+                        }
+                    }
+                });
+            }
+            for i in 0..2000 {
+                let host = i.to_string();
+                let s = series(&r, &[("__name__", ["a", "b", "c"][i % 3]), ("host", &host)]);
+                assert_eq!(r.publish(&s, &[i as u128], 0).unwrap(), i as Ordinal);
+            }
+        });
+        assert_eq!(of(&r, "a").len() + of(&r, "b").len() + of(&r, "c").len(), 2000);
     }
 }

@@ -156,3 +156,28 @@ pub fn by_id(id: u16) -> Option<&'static Arc<TableSchema>> {
 pub fn by_name(name: &str) -> Option<&'static Arc<TableSchema>> {
     all().into_iter().find(|t| t.name == name)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn schemas_hold_together() {
+        for table in all() {
+            assert_eq!(by_id(table.id).map(|t| t.name), Some(table.name), "numbers are unique");
+            assert_eq!(by_name(table.name).map(|t| t.id), Some(table.id), "names are unique");
+            assert!(table.columns.iter().any(|c| c.role == Role::Time), "{}", table.name);
+            if table.keyed {
+                let roles: Vec<_> = table.columns.iter().map(|c| (c.name, c.role)).take(2).collect();
+                assert_eq!(roles, [("series", Role::Tag), ("ts", Role::Time)], "{}", table.name);
+            }
+            for (i, column) in table.columns.iter().enumerate() {
+                assert_eq!(table.column(column.name).map(|c| c.0), Some(i));
+                assert_eq!(table.arrow().field(i).data_type(), &column.data_type);
+                let is_float = column.data_type == DataType::Float64;
+                assert!(column.layout != Layout::DecimalLinear || is_float, "{}.{}", table.name, column.name);
+            }
+        }
+        assert!(by_id(0).is_none() && by_name("nothing").is_none());
+    }
+}

@@ -181,6 +181,10 @@ fn take_bytes<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8]> {
         let (&b, tail) = rest.split_first().ok_or_else(short)?;
         *rest = tail;
         len |= usize::from(b & 0x7f) << shift;
+        if b == 0 && shift > 0 {
+            // The same tags in other bytes would have another code.
+            return Err(Error::corrupt("tag set holds a length that is longer than need be"));
+        }
         if b < 0x80 {
             break;
         }
@@ -247,4 +251,88 @@ pub fn tag_set(pairs: &[(&str, &str)]) -> Result<TagSet> {
     let mut pairs = pairs.to_vec();
     let mut builder = TagSetBuilder::default();
     builder.build(&mut pairs).map(|b| TagSet(Arc::from(b)))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn canonical_forms() {
+        let check = |pairs: &[(&str, &str)], expected: Result<&str, &str>| {
+            let seen = tag_set(pairs).map(|t| format!("{t:?}"));
+            match expected {
+                Ok(text) => assert_eq!(seen.unwrap(), text),
+                Err(text) => assert!(seen.unwrap_err().message().contains(text), "{pairs:?}"),
+            }
+        };
+        check(&[], Ok("{}"));
+        check(&[("b", "2"), ("a", "1")], Ok(r#"{"a": "1", "b": "2"}"#));
+        check(&[("a", ""), ("b", "2")], Ok(r#"{"b": "2"}"#));
+        check(&[("__name__", "up"), ("Z", "1")], Ok(r#"{"Z": "1", "__name__": "up"}"#));
+        check(&[("b", "1"), ("a", "x"), ("b", "2")], Err("\"b\" occurs twice"));
+        check(&[("a", "1"), ("a", "1")], Err("\"a\" occurs twice"));
+        check(&[("", "1")], Err("a label name is empty"));
+        check(&[("", "")], Err("a label name is empty"));
+    }
+
+    #[test]
+    fn stored_bytes_are_checked() {
+        let check = |bytes: &[u8], good: bool| assert_eq!(TagSet::check(bytes).is_ok(), good, "{bytes:?}");
+        check(b"", true);
+        check(b"\x01a\x01b", true);
+        check(b"\x01a\x01b\x01b\x01c", true);
+        check(b"\x01a\x01b\x01a\x01c", false);
+        check(b"\x01b\x01b\x01a\x01c", false);
+        check(b"\x00\x01b", false);
+        check(b"\x01a\x00", false);
+        check(b"\x01a", false);
+        check(b"\x01a\x02b", false);
+        check(b"\x01\xff\x01b", false);
+        check(b"\x81\x00a\x01b", false);
+        check(b"\xff\xff\xff\xff\xff\x01a", false);
+    }
+
+    #[test]
+    fn identity_does_not_change() {
+        // Stored files depend on these numbers.
+        let id = |pairs: &[(&str, &str)]| TagHasher::new(42).id(tag_set(pairs).unwrap().as_bytes());
+        assert_eq!(id(&[]), TagId { code: Code(4_331_629_317_196_124_516), check: 1_639_885_090_772_725_551 });
+        assert_eq!(
+            id(&[("__name__", "up")]),
+            TagId { code: Code(-6_652_688_268_466_862_111), check: 6_310_486_846_387_942_971 }
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn pairs_come_back(map in proptest::collection::btree_map("\\PC{1,5}", "\\PC{0,200}", 0..8), seed: u64) {
+            let mut pairs: Vec<(&str, &str)> = map.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
+            let sorted = tag_set(&pairs).unwrap();
+            pairs.reverse();
+            prop_assert_eq!(&tag_set(&pairs).unwrap(), &sorted);
+            pairs.reverse();
+            for (key, value) in &pairs {
+                prop_assert_eq!(sorted.get(key).unwrap_or(""), *value);
+            }
+            prop_assert_eq!(sorted.get("not there, surely"), None);
+            pairs.retain(|p| !p.1.is_empty());
+            prop_assert_eq!(sorted.iter().collect::<Vec<_>>(), pairs);
+            let stored = TagSet::check(sorted.as_bytes()).unwrap();
+            let hasher = TagHasher::new(seed);
+            prop_assert_eq!(hasher.id(stored.as_bytes()), hasher.id(sorted.as_bytes()));
+        }
+
+        /// Whatever is accepted is the one form of its pairs.
+        #[test]
+        fn any_bytes_are_refused_or_canonical(bytes in proptest::collection::vec(0u8..6, 0..16)) {
+            if let Ok(set) = TagSet::check(&bytes) {
+                let pairs: Vec<_> = set.iter().collect();
+                let built = tag_set(&pairs).unwrap();
+                prop_assert_eq!(built.as_bytes(), &bytes[..]);
+            }
+        }
+    }
 }

@@ -196,6 +196,24 @@ async fn a_changed_view_becomes_a_snapshot() {
 }
 
 #[tokio::test]
+async fn readers_and_commits_do_not_wait_for_each_other() {
+    let f = Fixture::new();
+    let (catalog, _) = f.open().await.unwrap();
+    let mut reader = connect(&f.dir.path().join("catalog.sqlite")).await.unwrap();
+    let mut tx = reader.begin().await.unwrap();
+    const FILES: &str = "SELECT count(*) FROM ducklake_data_file";
+    let files: i64 = sqlx::query_scalar(FILES).fetch_one(&mut *tx).await.unwrap();
+    for i in 1..4 {
+        catalog.commit(&Commit { add: vec![file(i, 1)], ..Commit::default() }, HOUR).await.unwrap();
+    }
+    let again: i64 = sqlx::query_scalar(FILES).fetch_one(&mut *tx).await.unwrap();
+    assert_eq!((files, again), (0, 0), "a reader keeps what it began with");
+    tx.rollback().await.unwrap();
+    let now: i64 = sqlx::query_scalar(FILES).fetch_one(&mut reader).await.unwrap();
+    assert_eq!(now, 3);
+}
+
+#[tokio::test]
 async fn the_database_is_small() {
     let f = Fixture::new();
     let (catalog, _) = f.open().await.unwrap();

@@ -26,7 +26,7 @@ use crate::tag::METRIC_NAME;
 use crate::{Error, Result, Series, TagSet, TagSetBuilder};
 
 /// The unit in which larger parts are read and checked.
-const BLOCK_BYTES: u64 = 64 << 10;
+const BLOCK_BYTES: u64 = 16 << 10;
 
 /// Where a part's metrics are.
 #[derive(Debug)]
