@@ -91,6 +91,14 @@ impl Notes {
         }
     }
 
+    /// Warns of a quantile that none is.
+    fn check_quantile(&self, q: &[f64]) {
+        if let Some(bad) = q.iter().find(|q| !(0.0..=1.0).contains(*q)) {
+            let bad = topk::go_float(*bad);
+            self.warn(format!("PromQL warning: quantile value should be between 0 and 1, got {bad}"));
+        }
+    }
+
     /// The warnings and the infos.
     pub fn take(&self) -> (Vec<String>, Vec<String>) {
         (std::mem::take(&mut self.warnings.lock()), std::mem::take(&mut self.infos.lock()))

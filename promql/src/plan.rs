@@ -32,8 +32,8 @@ pub struct Planned {
     pub value_type: ValueType,
     /// The times that the plan's output is for. Differs from the query's own for a subquery as the result.
     pub grid: Grid,
-    /// What planning has to say.
-    pub infos: Vec<String>,
+    /// What planning has to warn of.
+    pub warnings: Vec<String>,
 }
 
 /// Plans a text.

@@ -139,12 +139,9 @@ pub(super) async fn vectors(work: &Work) -> DfResult<Vec<RecordBatch>> {
         groups[group].one.push(row);
     }
 
-    let fill = |v: Option<Float>| v.map(Float::get);
-    let (fill_many, fill_one) = if swapped {
-        (fill(matching.fill_right), fill(matching.fill_left))
-    } else {
-        (fill(matching.fill_left), fill(matching.fill_right))
-    };
+    // As in Prometheus, with `group_right` too: `fill_left` stands in on the many side, `fill_right` on the other.
+    let fill_many = matching.fill_left.map(Float::get);
+    let fill_one = matching.fill_right.map(Float::get);
     let filled = fill_many.is_some() || fill_one.is_some();
     check_one_side(&groups, matching, swapped, filled, work.steps())?;
 

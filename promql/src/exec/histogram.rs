@@ -26,9 +26,7 @@ pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
     }
     let blocks = work.blocks(buckets_input).await?;
     if *function == HistogramFunction::Quantile {
-        for q in scalars[0].iter().filter(|q| q.is_nan() || **q < 0.0 || **q > 1.0).take(1) {
-            work.notes.warn(format!("PromQL warning: quantile value should be between 0 and 1, got {q}"));
-        }
+        work.notes.check_quantile(&scalars[0]);
     }
 
     // Series of one histogram, by their labels without `le`.

@@ -149,8 +149,8 @@ pub async fn query(engine: &Engine, text: &str, options: &EvalOptions) -> Result
             data(&planned, options, &batches)?
         }
     };
-    let (warnings, mut infos) = notes.take();
-    infos.extend(planned.infos);
+    let (mut warnings, infos) = notes.take();
+    warnings.extend(planned.warnings);
     let stats = Stats {
         samples_scanned: notes.samples.load(Ordering::Relaxed),
         series_selected: notes.series.load(Ordering::Relaxed),

@@ -1,5 +1,6 @@
 //! Selectors and range functions: rows of a scan, or windows over an inner expression, to blocks.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use arrow::array::{Array, AsArray, BinaryBuilder, Float64Builder, Int64Builder, ListBuilder, RecordBatch};
@@ -7,11 +8,11 @@ use arrow::datatypes::{DataType, Field, Float64Type, SchemaRef, TimestampMillise
 use datafusion::error::{DataFusionError, Result as DfResult};
 use engine::kernels::{self, Arguments, RangeFunction, Scratch, Windows};
 use futures::{StreamExt, TryStreamExt, stream};
-use std::sync::Arc;
 
-use super::{Batches, SeriesLabels, Work, internal};
+use super::{Batches, Notes, SeriesLabels, Work, internal};
 use crate::QueryError;
 use crate::block::{BlockBuilder, Name, Row};
+use crate::labels;
 use crate::options::Grid;
 use crate::plan::ops::{Op, Reading};
 
@@ -23,7 +24,18 @@ pub(super) fn execute(work: Work, partition: usize, labels: SeriesLabels) -> DfR
         let sink = match &work.op {
             Op::Select { selector, reading, name } => {
                 let kernel = Kernel::new(selector.windows(&work.grid), work.grid, arguments, *reading)?;
-                Sink::Blocks { kernel, builder: BlockBuilder::new(work.schema.clone()), name: *name }
+                if *reading == Reading::Range(RangeFunction::Quantile)
+                    && let Some(q) = kernel.arguments.first()
+                {
+                    notes.check_quantile(q);
+                }
+                let counters = match reading {
+                    Reading::Range(RangeFunction::Rate | RangeFunction::Increase) => {
+                        Some(Counters { notes: notes.clone(), last: Vec::new() })
+                    }
+                    _ => None,
+                };
+                Sink::Blocks { kernel, builder: BlockBuilder::new(work.schema.clone()), name: *name, counters }
             }
             Op::Samples(selector) => Sink::Runs(Runs::new(work.schema.clone(), selector.windows(&work.grid))),
             other => return Err(internal(&format!("{} does not read series", other.name()))),
@@ -135,8 +147,30 @@ struct Reader {
 }
 
 enum Sink {
-    Blocks { kernel: Kernel, builder: BlockBuilder, name: Name },
+    Blocks { kernel: Kernel, builder: BlockBuilder, name: Name, counters: Option<Counters> },
     Runs(Runs),
+}
+
+/// Looks for metrics that are used as counters and are not named so.
+struct Counters {
+    notes: Arc<Notes>,
+    last: Vec<u8>,
+}
+
+impl Counters {
+    fn check(&mut self, labels: &[u8]) {
+        let name = labels::get(labels, "__name__");
+        if name.as_bytes() == self.last {
+            return;
+        }
+        self.last.clear();
+        self.last.extend_from_slice(name.as_bytes());
+        if !name.is_empty() && !["_total", "_sum", "_count", "_bucket"].iter().any(|suffix| name.ends_with(suffix)) {
+            self.notes.info(format!(
+                "PromQL info: metric might not be a counter, name does not end in _total/_sum/_count/_bucket: {name:?}"
+            ));
+        }
+    }
 }
 
 impl Reader {
@@ -184,10 +218,16 @@ impl Reader {
     fn series(&mut self, index: u32, ts: &[i64], values: &[f64], ready: &mut Vec<RecordBatch>) -> DfResult<()> {
         let labels = self.labels.get(index).ok_or_else(|| internal("a scan's series is not in its set"))?;
         match &mut self.sink {
-            Sink::Blocks { kernel, builder, name } => {
+            Sink::Blocks { kernel, builder, name, counters } => {
+                let rows = builder.len();
                 let (out, valid) = builder.push(|out| name.apply(labels, false, out));
                 kernel.run(ts, values, out, valid);
                 builder.pop_if_empty();
+                if let Some(counters) = counters
+                    && builder.len() > rows
+                {
+                    counters.check(labels);
+                }
                 if builder.is_full() {
                     ready.push(builder.finish()?);
                 }

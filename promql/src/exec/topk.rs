@@ -30,9 +30,7 @@ fn grouped<'a>(blocks: &'a [Block], by: &Grouping) -> (Groups, Vec<Vec<Row<'a>>>
 
 pub(super) async fn quantiles(work: &Work, by: &Grouping) -> DfResult<Vec<RecordBatch>> {
     let q = work.scalar_input(1).await?;
-    for bad in q.iter().filter(|q| q.is_nan() || **q < 0.0 || **q > 1.0).take(1) {
-        work.notes.warn(format!("PromQL warning: quantile value should be between 0 and 1, got {bad}"));
-    }
+    work.notes.check_quantile(&q);
     let blocks = work.blocks(0).await?;
     let (groups, members) = grouped(&blocks, by);
     let mut builder = BlockBuilder::new(work.schema.clone());
@@ -119,9 +117,9 @@ fn check_params(work: &Work, op: AggregateOp, params: &[f64]) -> Result<(), Quer
 }
 
 /// A float as Go's `%v` prints it.
-fn go_float(v: f64) -> String {
-    if v.is_infinite() {
-        return if v > 0.0 { "+Inf".into() } else { "-Inf".into() };
+pub(super) fn go_float(v: f64) -> String {
+    if !v.is_finite() {
+        return plain_float(v);
     }
     let exponent = if v == 0.0 { 0 } else { v.abs().log10().floor() as i32 };
     if (-4..21).contains(&exponent) {

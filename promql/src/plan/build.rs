@@ -35,7 +35,7 @@ struct Builder<'a> {
     options: &'a EvalOptions,
     /// The query's own evaluation times, which `@ start()` and `@ end()` mean.
     outer: Grid,
-    infos: Vec<String>,
+    warnings: Vec<String>,
 }
 
 /// Deepest nesting of expressions that is planned; each level is a stack frame of this builder and of each walk over
@@ -47,7 +47,7 @@ pub(super) fn plan(expr: &Expr, options: &EvalOptions) -> Result<Planned> {
         return Err(QueryError::bad_data(format!("expression is nested too deeply: at most {DEPTH_MAX} levels")));
     }
     let outer = options.grid();
-    let mut builder = Builder { options, outer, infos: Vec::new() };
+    let mut builder = Builder { options, outer, warnings: Vec::new() };
     let expr = strip(expr);
     let value_type = match expr.value_type() {
         AstType::Scalar => ValueType::Scalar,
@@ -84,7 +84,7 @@ pub(super) fn plan(expr: &Expr, options: &EvalOptions) -> Result<Planned> {
         }
         plan => plan,
     };
-    Ok(Planned { plan, text, value_type, grid, infos: builder.infos })
+    Ok(Planned { plan, text, value_type, grid, warnings: builder.warnings })
 }
 
 fn depth(expr: &Expr, at: usize) -> usize {
@@ -438,6 +438,13 @@ impl Builder<'_> {
     fn call(&mut self, c: &Call, grid: Grid) -> Result<Built> {
         let name = c.func.name;
         let args: Vec<&Expr> = c.args.args.iter().map(|a| &**a).collect();
+        if name.starts_with("sort") && !self.options.instant {
+            let text =
+                "PromQL warning: sort is ineffective for range queries since results are always ordered by labels";
+            if !self.warnings.iter().any(|w| w == text) {
+                self.warnings.push(text.to_owned());
+            }
+        }
         if c.func.experimental && !self.options.features.experimental_functions {
             return Err(QueryError::bad_data(format!("parse error: function \"{name}\" is not enabled")));
         }
