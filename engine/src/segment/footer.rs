@@ -12,6 +12,7 @@ const FORMAT: &str = "thalweg.format";
 const FILE: &str = "thalweg.file";
 const GROUPS: &str = "thalweg.row_groups";
 const PAGES: &str = "thalweg.page_crc32";
+const INDEX: &str = "thalweg.page_index";
 const CHECK: &str = "thalweg.check";
 
 /// What a segment is.
@@ -93,8 +94,13 @@ pub(super) fn entries(
         KeyValue::new(GROUPS.to_owned(), serde_json::to_string(groups).map_err(json)?),
         KeyValue::new(PAGES.to_owned(), sums),
     ];
-    out.push(KeyValue::new(CHECK.to_owned(), check(&out)));
     Ok(out)
+}
+
+/// Adds the check of the page index, which begins at byte `start`, and then the check of all entries.
+pub(super) fn add_page_index(entries: &mut Vec<KeyValue>, start: usize, index: &[u8]) {
+    entries.push(KeyValue::new(INDEX.to_owned(), format!("{start} {:08x}", crc32fast::hash(index))));
+    entries.push(KeyValue::new(CHECK.to_owned(), check(entries)));
 }
 
 fn check(entries: &[KeyValue]) -> String {
@@ -133,38 +139,56 @@ fn chunk_range(meta: &ParquetMetaData, group: usize, leaf: usize) -> Result<(u64
     }
 }
 
+/// The entries, checked.
+struct Entries<'a>(&'a [KeyValue]);
+
+impl<'a> Entries<'a> {
+    fn of(meta: &'a ParquetMetaData) -> Result<Self> {
+        let entries = Self(meta.file_metadata().key_value_metadata().map(Vec::as_slice).unwrap_or_default());
+        let ours: Vec<KeyValue> = entries.0.iter().filter(|e| e.key.starts_with("thalweg.")).cloned().collect();
+        if check(&ours) != entries.get(CHECK)? {
+            return Err(Error::corrupt("segment footer fails its check"));
+        }
+        let format: u32 = entries.get(FORMAT)?.parse().map_err(|_| Error::corrupt("segment format is not a number"))?;
+        if format != FORMAT_VERSION {
+            return Err(Error::invalid(format!(
+                "segment has format {format}, which this version does not know; it reads {FORMAT_VERSION}"
+            )));
+        }
+        Ok(entries)
+    }
+
+    fn get(&self, key: &str) -> Result<&'a str> {
+        let entry = self.0.iter().find(|e| e.key == key).and_then(|e| e.value.as_deref());
+        entry.ok_or_else(|| Error::corrupt(format!("segment footer lacks {key}")))
+    }
+}
+
+/// Where the page index begins, and its CRC-32.
+///
+/// # Errors
+/// As [`parse`].
+pub(super) fn page_index(meta: &ParquetMetaData) -> Result<(u64, u32)> {
+    let bad = || Error::corrupt("segment footer has a damaged place of the page index");
+    let (start, sum) = Entries::of(meta)?.get(INDEX)?.split_once(' ').ok_or_else(bad)?;
+    Ok((start.parse().map_err(|_| bad())?, u32::from_str_radix(sum, 16).map_err(|_| bad())?))
+}
+
 /// Parses and checks the entries of a footer.
 ///
 /// # Errors
 /// `Corrupt` when they are not what was written; `Invalid` when a newer version wrote them.
 pub(super) fn parse(meta: &ParquetMetaData) -> Result<Manifest> {
-    let entries = meta.file_metadata().key_value_metadata().map(Vec::as_slice).unwrap_or_default();
-    let get = |key: &str| {
-        entries
-            .iter()
-            .find(|e| e.key == key)
-            .and_then(|e| e.value.as_deref())
-            .ok_or_else(|| Error::corrupt(format!("segment footer lacks {key}")))
-    };
-    let ours: Vec<KeyValue> = entries.iter().filter(|e| e.key.starts_with("thalweg.")).cloned().collect();
-    if check(&ours) != get(CHECK)? {
-        return Err(Error::corrupt("segment footer fails its check"));
-    }
-    let format: u32 = get(FORMAT)?.parse().map_err(|_| Error::corrupt("segment format is not a number"))?;
-    if format != FORMAT_VERSION {
-        return Err(Error::invalid(format!(
-            "segment has format {format}, which this version does not know; it reads {FORMAT_VERSION}"
-        )));
-    }
+    let entries = Entries::of(meta)?;
     let json = |e: serde_json::Error| Error::corrupt("segment footer does not parse").with_source(e);
-    let description: Description = serde_json::from_str(get(FILE)?).map_err(json)?;
-    let groups: Vec<Group> = serde_json::from_str(get(GROUPS)?).map_err(json)?;
+    let description: Description = serde_json::from_str(entries.get(FILE)?).map_err(json)?;
+    let groups: Vec<Group> = serde_json::from_str(entries.get(GROUPS)?).map_err(json)?;
     let same = groups.len() == meta.num_row_groups()
         && groups.iter().zip(meta.row_groups()).all(|(g, m)| i64::from(g.rows) == m.num_rows());
     if !same {
         return Err(Error::corrupt("segment footer disagrees with itself on its row groups"));
     }
-    let mut text = get(PAGES)?;
+    let mut text = entries.get(PAGES)?;
     let mut sums = Vec::with_capacity(groups.len());
     for group in 0..groups.len() {
         let mut chunks = Vec::new();

@@ -111,22 +111,40 @@ impl Segments {
         Ok(bytes)
     }
 
+    async fn fetch_one(&self, file: &DataFile, range: Range<u64>) -> Result<Bytes> {
+        let bytes = self.fetch(file, std::slice::from_ref(&range)).await?.pop();
+        bytes.ok_or_else(|| Error::internal("object store answered nothing"))
+    }
+
     async fn footer(&self, table: &TableSchema, file: &DataFile) -> Result<Arc<Footer>> {
         if let Some(footer) = self.footers.get(&file.id) {
             return Ok(footer);
         }
-        let mut tail = (file.footer_bytes + 8 + TAIL_BYTES).min(file.bytes);
-        let meta = loop {
-            let bytes = self.fetch(file, std::slice::from_ref(&(file.bytes - tail..file.bytes))).await?;
-            let mut reader = ParquetMetaDataReader::new()
-                .with_column_index_policy(PageIndexPolicy::Skip)
-                .with_offset_index_policy(PageIndexPolicy::Required);
-            match reader.try_parse_sized(&bytes[0], file.bytes) {
-                Ok(()) => break reader.finish()?,
-                Err(ParquetError::NeedMoreData(n)) if n as u64 > tail && n as u64 <= file.bytes => tail = n as u64,
-                Err(e) => return Err(e.into()),
-            }
-        };
+        // Nothing is parsed before it is checked: the library panics on some damaged metadata.
+        let tail = (file.footer_bytes + 8 + TAIL_BYTES).min(file.bytes);
+        let mut bytes = self.fetch_one(file, file.bytes - tail..file.bytes).await?;
+        let footer_at = bytes.len().checked_sub(file.footer_bytes as usize + 8);
+        let footer_at = footer_at.ok_or_else(|| Error::corrupt("object is shorter than its footer"))?;
+        if crc32fast::hash(&bytes[footer_at..]) != file.crc32 {
+            return Err(Error::corrupt("segment footer is not the one in the file catalog"));
+        }
+        let mut reader = ParquetMetaDataReader::new().with_page_index_policy(PageIndexPolicy::Skip);
+        reader.try_parse_sized(&bytes, file.bytes)?;
+        let meta = reader.finish()?;
+        let (index_at, sum) = footer::page_index(&meta)?;
+        if index_at < file.bytes - bytes.len() as u64 {
+            bytes = self.fetch_one(file, index_at..file.bytes).await?;
+        }
+        let index_end = bytes.len() - (file.footer_bytes as usize + 8);
+        let index = (index_at + bytes.len() as u64).checked_sub(file.bytes).map(|at| at as usize..index_end);
+        if index.and_then(|at| bytes.get(at)).is_none_or(|index| crc32fast::hash(index) != sum) {
+            return Err(Error::corrupt("page index fails its check"));
+        }
+        let mut reader = ParquetMetaDataReader::new_with_metadata(meta)
+            .with_column_index_policy(PageIndexPolicy::Skip)
+            .with_offset_index_policy(PageIndexPolicy::Required);
+        reader.read_page_indexes_sized(&bytes, file.bytes)?;
+        let meta = reader.finish()?;
         let manifest = footer::parse(&meta)?;
         if (manifest.description.id, manifest.description.table_id) != (file.id, file.table_id) {
             return Err(Error::corrupt(format!("object is file {} of another place", manifest.description.id)));
@@ -236,7 +254,7 @@ impl Segments {
         let reader = self.open(file, footer, group, &physical, None).await?;
         let mut builder = IndexBuilder { stride: physical.len().saturating_sub(4) / 4, ..IndexBuilder::default() };
         for batch in reader {
-            builder.add(&in_order(batch?, footer, &physical)?)?;
+            builder.add(&in_order(batch.map_err(undecodable)?, footer, &physical)?)?;
         }
         let index = Arc::new(builder.finish());
         if index.runs.last().map_or(0, |r| r.row + r.rows) != footer.manifest.groups[group].rows {
@@ -260,6 +278,10 @@ impl Segments {
         };
         work.await.map_err(|e| in_file(e, file))
     }
+}
+
+fn undecodable(e: arrow::error::ArrowError) -> Error {
+    Error::corrupt("page does not decode").with_source(e)
 }
 
 fn in_file(e: Error, file: &DataFile) -> Error {
@@ -477,7 +499,7 @@ impl Cursor {
         loop {
             if let Some(reading) = &mut self.reading {
                 while let Some(batch) = reading.reader.next() {
-                    let rows = reading.rows(&self.request, &self.schema, batch?)?;
+                    let rows = reading.rows(&self.request, &self.schema, batch.map_err(undecodable)?)?;
                     if rows.num_rows() > 0 {
                         return Ok(Some(rows));
                     }

@@ -14,7 +14,7 @@ use catalog::{Error, Part, Result, TableSchema};
 use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_writer::ArrowWriterOptions;
 use parquet::basic::{Compression, Encoding, ZstdLevel};
-use parquet::file::metadata::{FileMetaData, ParquetMetaData, ParquetMetaDataBuilder, ParquetMetaDataWriter};
+use parquet::file::metadata::{FileMetaData, KeyValue, ParquetMetaData, ParquetMetaDataBuilder, ParquetMetaDataWriter};
 use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use parquet::file::writer::TrackedWrite;
 use parquet::schema::types::ColumnPath;
@@ -160,7 +160,7 @@ impl Writer {
     pub fn finish(mut self) -> Result<Written> {
         if self.group.rows > 0 {
             self.writer.flush()?;
-            self.groups.push(self.group);
+            self.groups.push(std::mem::replace(&mut self.group, Group::empty()));
         }
         if self.groups.is_empty() {
             return Err(Error::internal("a segment without rows can't be written"));
@@ -177,34 +177,21 @@ impl Writer {
             .unwrap_or(0)
             .min(out.len());
         out.truncate(data_end);
-        let entries = footer::entries(&self.description, &self.groups, &meta, &out)?;
-        // The page checks can only be known once the pages are written, so the footer is written a second time.
-        let old = meta.file_metadata();
-        let file = FileMetaData::new(
-            old.version(),
-            old.num_rows(),
-            old.created_by().map(str::to_owned),
-            Some(entries),
-            old.schema_descr_ptr(),
-            old.column_orders().cloned(),
-        );
-        let offsets = meta.offset_index().cloned();
-        let meta = ParquetMetaDataBuilder::new(file)
-            .set_row_groups(meta.row_groups().to_vec())
-            .set_offset_index(offsets)
-            .build();
-        let mut bytes = Vec::with_capacity(out.len() + (64 << 10));
-        let mut tracked = TrackedWrite::new(&mut bytes);
-        std::io::Write::write_all(&mut tracked, &out)?;
-        drop(out);
-        ParquetMetaDataWriter::new_with_tracked(tracked, &meta).finish()?;
-        let length = |b: &[u8]| b.try_into().map(u32::from_le_bytes).unwrap_or(0);
-        let footer_bytes = bytes.len().checked_sub(8).map_or(0, |at| length(&bytes[at..at + 4]));
+        let mut entries = footer::entries(&self.description, &self.groups, &meta, &out)?;
+        // The checks can only be known once the pages are written, so the metadata is written again, twice: the page
+        // index does not depend on the entries, but its own check is one of them.
+        let draft = metadata(&meta, entries.clone(), out.len())?;
+        let index = draft.len().saturating_sub(footer_length(&draft) + 8);
+        footer::add_page_index(&mut entries, out.len(), &draft[..index]);
+        let tail = metadata(&meta, entries, out.len())?;
+        let footer_bytes = footer_length(&tail);
+        out.extend_from_slice(&tail);
+        let bytes = out;
         let file = self.data_file(&meta, &bytes, footer_bytes);
         Ok(Written { file, bytes: Bytes::from(bytes) })
     }
 
-    fn data_file(&self, meta: &ParquetMetaData, bytes: &[u8], footer_bytes: u32) -> DataFile {
+    fn data_file(&self, meta: &ParquetMetaData, bytes: &[u8], footer_bytes: usize) -> DataFile {
         let fold =
             |f: fn(&Group) -> i64, pick: fn(i64, i64) -> i64| self.groups.iter().map(f).reduce(pick).unwrap_or(0);
         let (ts_min, ts_max) = (fold(|g| g.ts_min, i64::min), fold(|g| g.ts_max, i64::max));
@@ -243,16 +230,64 @@ impl Writer {
             level: self.description.level,
             rows,
             bytes: bytes.len() as u64,
-            footer_bytes: u64::from(footer_bytes),
+            footer_bytes: footer_bytes as u64,
             ts_min,
             ts_max,
             metric_min,
             metric_max,
             seq_min: self.description.seq_min,
             seq_max: self.description.seq_max,
-            crc32: crc32fast::hash(bytes),
+            crc32: crc32fast::hash(&bytes[bytes.len().saturating_sub(footer_bytes + 8)..]),
             columns,
         }
+    }
+}
+
+/// The page index and footer of a file with these entries, which begin at byte `start`.
+fn metadata(meta: &ParquetMetaData, entries: Vec<KeyValue>, start: usize) -> Result<Vec<u8>> {
+    let old = meta.file_metadata();
+    let file = FileMetaData::new(
+        old.version(),
+        old.num_rows(),
+        old.created_by().map(str::to_owned),
+        Some(entries),
+        old.schema_descr_ptr(),
+        old.column_orders().cloned(),
+    );
+    let meta = ParquetMetaDataBuilder::new(file)
+        .set_row_groups(meta.row_groups().to_vec())
+        .set_offset_index(meta.offset_index().cloned())
+        .build();
+    let mut tail = Tail { skip: start, out: Vec::new() };
+    let mut tracked = TrackedWrite::new(&mut tail);
+    // The writer takes offsets from what went through it before.
+    std::io::copy(&mut std::io::Read::take(std::io::repeat(0), start as u64), &mut tracked)?;
+    ParquetMetaDataWriter::new_with_tracked(tracked, &meta).finish()?;
+    Ok(tail.out)
+}
+
+/// The length of the footer in the eight bytes at the end of a file.
+fn footer_length(file: &[u8]) -> usize {
+    let at = file.len().saturating_sub(8);
+    file[at..].first_chunk::<4>().map_or(0, |b| u32::from_le_bytes(*b) as usize)
+}
+
+/// Keeps what is written after `skip` bytes.
+struct Tail {
+    skip: usize,
+    out: Vec<u8>,
+}
+
+impl std::io::Write for Tail {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let skipped = self.skip.min(bytes.len());
+        self.skip -= skipped;
+        self.out.extend_from_slice(&bytes[skipped..]);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
     }
 }
 
