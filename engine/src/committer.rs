@@ -7,6 +7,7 @@
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use arrow::array::AsArray;
@@ -196,6 +197,9 @@ fn commit(inner: &Inner, jobs: Vec<Job>) {
     inner.metrics.wal_sync.observe(begun.elapsed().as_secs_f64());
     match result {
         Ok(bytes) => {
+            if bytes > 0 && inner.log_failing.swap(false, Ordering::Relaxed) {
+                tracing::info!("log can be written again");
+            }
             inner.metrics.wal_written.inc_by(bytes);
             inner.metrics.wal_size.set(log.bytes() as i64);
             let answers: Vec<_> = staged.into_iter().map(|s| (apply(inner, &version, &s, now_ms), s.job)).collect();
@@ -207,7 +211,9 @@ fn commit(inner: &Inner, jobs: Vec<Job>) {
         Err(e) => {
             drop(log);
             inner.metrics.wal_failures.inc();
-            tracing::error!(error = %e, requests = staged.len(), "log can't be written; requests are refused");
+            if !inner.log_failing.swap(true, Ordering::Relaxed) {
+                tracing::error!(error = %e, "log can't be written; requests are refused until it can");
+            }
             for s in staged {
                 answer(s.job, Err(Error::unavailable(e.to_string())));
             }

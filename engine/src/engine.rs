@@ -1,10 +1,12 @@
 //! The engine's handle: opening, writing, selecting, executing, stopping.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use catalog::database::{self, MetadataLog};
 use catalog::files::FileCatalog;
 use catalog::{Clock, Error, Registry, Result, Series, TagHasher, TagParts};
 use datafusion::execution::{SendableRecordBatchStream, SessionState};
@@ -44,6 +46,10 @@ pub struct Engine {
     running: Arc<Running>,
 }
 
+/// Stack of a thread of the CPU runtime: plans are walked by recursion, and one level of an expression takes up to 20 KiB
+/// in a build without optimisation. Only what is used takes memory.
+const CPU_STACK_BYTES: usize = 16 << 20;
+
 /// What runs while any handle lives.
 #[derive(Debug)]
 struct Running {
@@ -76,6 +82,10 @@ pub(crate) struct Inner {
     /// The log. Whoever holds it sees every record either applied to memtables or not yet written.
     pub log: Mutex<Wal>,
     pub metadata: Mutex<Metadata>,
+    /// Metric metadata in the bucket.
+    pub metadata_log: tokio::sync::Mutex<MetadataLog>,
+    /// Whether the last group could not be written: said once when it begins and once when it ends.
+    pub log_failing: AtomicBool,
     /// Held while memtables are written to files.
     pub flushing: tokio::sync::Mutex<()>,
     pub session: SessionState,
@@ -105,16 +115,27 @@ impl Engine {
         std::fs::create_dir_all(&settings.data_dir)
             .map_err(|e| Error::from(e).context(format_args!("create data folder {}", settings.data_dir.display())))?;
         let now_ms = components.clock.now_ms();
-        let seed = getrandom_seed()?;
-        let data_path = format!("{}/{}/", settings.store_location.trim_end_matches('/'), settings.database);
-        let (files, state) =
-            FileCatalog::open(&settings.data_dir.join("catalog.sqlite"), &data_path, seed, now_ms).await?;
+        // The bucket says which database this is; the file catalog must be of the same one.
+        let store = &components.store;
+        let described = database::open(store, &settings.database, random_seed()?).await?;
+        let metadata_log = MetadataLog::open(store, &settings.database).await?;
+        let slash = if settings.store_location.ends_with('/') { "" } else { "/" };
+        let data_path = format!("{}{slash}{}/", settings.store_location, settings.database);
+        let catalog_path = settings.data_dir.join("catalog.sqlite");
+        let (files, state) = FileCatalog::open(&catalog_path, &data_path, described.seed, now_ms).await?;
+        if state.seed != described.seed {
+            return Err(Error::corrupt(format!(
+                "file catalog {} belongs to another database than the object store {data_path}",
+                catalog_path.display()
+            )));
+        }
         let registry = Arc::new(Registry::new(TagHasher::new(state.seed), settings.series_limit));
         let session = session::state(&settings, extensions)
             .map_err(|e| Error::internal("query session can't be made").with_source(e))?;
         let cpu = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(settings.cpu_threads.max(1))
             .thread_name("thalweg-cpu")
+            .thread_stack_size(CPU_STACK_BYTES)
             .enable_all()
             .build()?;
         let cache = settings.memory_limit / 16;
@@ -129,6 +150,8 @@ impl Engine {
             queue: Queue::default(),
             log: Mutex::new(Wal::open(&settings.data_dir.join("wal"), vec![])),
             metadata: Mutex::new(Metadata::new(&state.metadata)),
+            metadata_log: tokio::sync::Mutex::new(metadata_log),
+            log_failing: AtomicBool::new(false),
             flushing: tokio::sync::Mutex::new(()),
             session,
             cpu: cpu.handle().clone(),
@@ -209,10 +232,18 @@ impl Engine {
         self.inner().metadata.lock().get(metric)
     }
 
+    /// What sessions begin with: the configuration, the runtime with its memory limit, the functions of all languages.
+    pub fn session_template(&self) -> &SessionState {
+        &self.inner().session
+    }
+
     /// A fresh session with the extensions of all languages. State set on it (variables, prepared statements) is its
     /// own.
     pub fn session(&self) -> SessionContext {
-        SessionContext::new_with_state(self.inner().session.clone())
+        let mut state = self.inner().session.clone();
+        // Tables are registered in a list that clones share.
+        state.register_catalog_list(session::catalogs(state.config()));
+        SessionContext::new_with_state(state)
     }
 
     /// Optimises, plans and runs a logical plan on the CPU runtime. Dropping the stream stops the work.
@@ -303,7 +334,8 @@ impl Drop for Running {
     }
 }
 
-fn getrandom_seed() -> Result<u64> {
+/// The seed of a new database; used once in its life.
+fn random_seed() -> Result<u64> {
     let mut seed = [0; 8];
     getrandom::fill(&mut seed).map_err(|e| Error::internal("no random seed").with_source(e.to_string()))?;
     Ok(u64::from_le_bytes(seed))

@@ -12,7 +12,10 @@ use arrow::error::ArrowError;
 use arrow::record_batch::RecordBatch;
 use async_trait::async_trait;
 use catalog::{Error, ErrorKind};
-use datafusion::catalog::Session;
+use datafusion::catalog::{
+    CatalogProvider, CatalogProviderList, MemoryCatalogProvider, MemoryCatalogProviderList, MemorySchemaProvider,
+    Session,
+};
 use datafusion::error::{DataFusionError, Result as DfResult};
 use datafusion::execution::context::QueryPlanner;
 use datafusion::execution::disk_manager::{DiskManagerBuilder, DiskManagerMode};
@@ -124,6 +127,17 @@ pub(crate) fn state(settings: &Settings, extensions: Extensions) -> DfResult<Ses
         builder = builder.with_optimizer_rule(rule);
     }
     Ok(builder.build())
+}
+
+/// An empty catalog list with the default catalog and schema.
+pub(crate) fn catalogs(config: &SessionConfig) -> Arc<dyn CatalogProviderList> {
+    let defaults = &config.options().catalog;
+    let catalog = MemoryCatalogProvider::new();
+    // Registering in memory does not fail.
+    let _ = catalog.register_schema(&defaults.default_schema, Arc::new(MemorySchemaProvider::new()));
+    let catalogs = MemoryCatalogProviderList::new();
+    catalogs.register_catalog(defaults.default_catalog.clone(), Arc::new(catalog));
+    Arc::new(catalogs)
 }
 
 fn spill(data_dir: &Path) -> DiskManagerBuilder {

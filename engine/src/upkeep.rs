@@ -90,6 +90,7 @@ impl Inner {
         if rows.is_empty() {
             return Ok(());
         }
+        self.metadata_log.lock().await.append(&self.components.store, &rows).await?;
         let commit = Commit { metadata: rows, ..Commit::default() };
         self.files.commit(&commit, self.now_ms()).await?;
         self.metadata.lock().saved(&commit.metadata, position);

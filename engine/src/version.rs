@@ -57,11 +57,6 @@ impl Version {
         Self { tables, parts: Arc::new(state.parts.iter().cloned().map(Arc::new).collect()) }
     }
 
-    /// Position of a table in [`Version::tables`].
-    pub fn index_of(&self, table_id: u16) -> Option<usize> {
-        self.tables.iter().position(|t| t.schema.id == table_id)
-    }
-
     /// A table; `None` for a number that no schema has.
     pub fn table(&self, table_id: u16) -> Option<&TableVersion> {
         self.tables.iter().find(|t| t.schema.id == table_id)

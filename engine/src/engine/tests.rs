@@ -18,16 +18,21 @@ fn settings(dir: &Path) -> Settings {
     Settings { data_dir: dir.to_owned(), memory_limit: 256 << 20, ..Settings::default() }
 }
 
-fn components() -> Components {
+/// What lives beside the data folder: a bucket, of which a crash takes nothing.
+fn bucket() -> Arc<dyn ObjectStore> {
+    Arc::new(InMemory::new())
+}
+
+fn components(store: &Arc<dyn ObjectStore>) -> Components {
     Components {
-        store: Arc::new(InMemory::new()),
+        store: store.clone(),
         clock: Arc::new(ManualClock::new(NOW)),
         telemetry: Arc::new(Telemetry::default()),
     }
 }
 
-async fn open(dir: &Path) -> Engine {
-    Engine::open(settings(dir), components(), Extensions::default()).await.unwrap()
+async fn open(dir: &Path, store: &Arc<dyn ObjectStore>) -> Engine {
+    Engine::open(settings(dir), components(store), Extensions::default()).await.unwrap()
 }
 
 /// A request with one row per (series name, ts, value).
@@ -79,7 +84,7 @@ fn copy(from: &Path, to: &Path) {
         if entry.file_type().unwrap().is_dir() {
             copy(&entry.path(), &target)
         } else {
-            drop(std::fs::copy(entry.path(), target).unwrap())
+            std::fs::copy(entry.path(), target).unwrap();
         }
     }
 }
@@ -87,7 +92,8 @@ fn copy(from: &Path, to: &Path) {
 #[tokio::test]
 async fn what_is_acknowledged_is_there_after_a_crash() {
     let dir = tempfile::tempdir().unwrap();
-    let engine = open(dir.path()).await;
+    let store = bucket();
+    let engine = open(dir.path(), &store).await;
     let stale = f64::from_bits(0x7ff0_0000_0000_0002);
     let mut all = vec![];
     for k in 0..40i64 {
@@ -97,13 +103,13 @@ async fn what_is_acknowledged_is_there_after_a_crash() {
         if k % 13 == 0 {
             let crashed = tempfile::tempdir().unwrap();
             copy(dir.path(), crashed.path());
-            let again = open(crashed.path()).await;
+            let again = open(crashed.path(), &store).await;
             assert_eq!(rows(&again), model(&all), "after {k}");
             again.write(request(&again, &[("a", 1, 1.0), ("new", 1, 2.0)])).await.unwrap();
             let twice = tempfile::tempdir().unwrap();
             copy(crashed.path(), twice.path());
             let expected = [&all[..], &[("a", 1, 1.0), ("new", 1, 2.0)]].concat();
-            assert_eq!(rows(&open(twice.path()).await), model(&expected), "twice after {k}");
+            assert_eq!(rows(&open(twice.path(), &store).await), model(&expected), "twice after {k}");
         }
     }
     assert_eq!(rows(&engine), model(&all));
@@ -112,7 +118,8 @@ async fn what_is_acknowledged_is_there_after_a_crash() {
 #[tokio::test]
 async fn metadata_survive_and_say_the_newest() {
     let dir = tempfile::tempdir().unwrap();
-    let engine = open(dir.path()).await;
+    let store = bucket();
+    let engine = open(dir.path(), &store).await;
     let of = |metric: &str, help: &str| MetricMetadata {
         metric: metric.to_owned(),
         kind: "counter".to_owned(),
@@ -126,19 +133,20 @@ async fn metadata_survive_and_say_the_newest() {
     assert_eq!(engine.metadata(None), expected);
     let crashed = tempfile::tempdir().unwrap();
     copy(dir.path(), crashed.path());
-    let engine = open(crashed.path()).await;
+    let engine = open(crashed.path(), &store).await;
     assert_eq!(engine.metadata(None), expected);
     engine.shutdown(Duration::from_secs(10)).await.unwrap();
     // Now from the file catalog: the log is empty.
     assert_eq!(wal::segments(&crashed.path().join("wal")).unwrap(), vec![]);
     drop(engine);
-    assert_eq!(open(crashed.path()).await.metadata(Some("m")), [of("m", "2")]);
+    assert_eq!(open(crashed.path(), &store).await.metadata(Some("m")), [of("m", "2")]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn freezing_under_writes_hides_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let engine = open(dir.path()).await;
+    let store = bucket();
+    let engine = open(dir.path(), &store).await;
     let writers: Vec<_> = ["a", "b", "c"]
         .into_iter()
         .map(|name| {
@@ -163,13 +171,13 @@ async fn freezing_under_writes_hides_nothing() {
     assert_eq!(rows(&engine).len(), 180);
     let crashed = tempfile::tempdir().unwrap();
     copy(dir.path(), crashed.path());
-    assert_eq!(rows(&open(crashed.path()).await), rows(&engine));
+    assert_eq!(rows(&open(crashed.path(), &store).await), rows(&engine));
 }
 
 #[tokio::test]
 async fn a_bad_request_or_a_full_queue_is_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let engine = open(dir.path()).await;
+    let engine = open(dir.path(), &bucket()).await;
     let mut write = request(&engine, &[("a", 1, 1.0)]);
     write.tags.sets.clear();
     assert_eq!(engine.write(write).await.unwrap_err().kind(), catalog::ErrorKind::Internal);
@@ -189,7 +197,7 @@ async fn a_bad_request_or_a_full_queue_is_refused() {
 async fn idle_sets_leave_only_when_no_memtable_holds_them() {
     let dir = tempfile::tempdir().unwrap();
     let clock = Arc::new(ManualClock::new(NOW));
-    let components = Components { clock: clock.clone(), ..components() };
+    let components = Components { clock: clock.clone(), ..components(&bucket()) };
     let engine = Engine::open(settings(dir.path()), components, Extensions::default()).await.unwrap();
     engine.write(request(&engine, &[("held", 1, 1.0)])).await.unwrap();
     let idle =
@@ -208,7 +216,7 @@ async fn idle_sets_leave_only_when_no_memtable_holds_them() {
 async fn queries_run_within_their_deadline_and_stop_when_dropped() {
     use futures::TryStreamExt;
     let dir = tempfile::tempdir().unwrap();
-    let engine = open(dir.path()).await;
+    let engine = open(dir.path(), &bucket()).await;
     let session = engine.session();
     let limits = QueryLimits { timeout: Duration::from_secs(60) };
     let plan = session.state().create_logical_plan("select 1 + 1 as two, now() is not null").await.unwrap();
@@ -231,4 +239,39 @@ async fn queries_run_within_their_deadline_and_stop_when_dropped() {
     assert_eq!(engine.compute(|| 7).await, 7);
     let error = session.state().create_logical_plan("select nothing").await.unwrap_err();
     assert_eq!(crate::error_of(error).kind(), catalog::ErrorKind::Invalid);
+}
+
+#[tokio::test]
+async fn a_catalog_of_another_database_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    drop(open(dir.path(), &bucket()).await);
+    let refused = Engine::open(settings(dir.path()), components(&bucket()), Extensions::default()).await.unwrap_err();
+    assert_eq!(refused.kind(), catalog::ErrorKind::Corrupt);
+}
+
+#[tokio::test]
+async fn sessions_have_tables_of_their_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open(dir.path(), &bucket()).await;
+    let (one, other) = (engine.session(), engine.session());
+    one.sql("create view v as select 1").await.unwrap();
+    assert!(one.sql("select * from v").await.is_ok());
+    assert!(other.sql("select * from v").await.is_err());
+}
+
+#[tokio::test]
+async fn a_flush_empties_memory_and_log() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open(dir.path(), &bucket()).await;
+    for k in 0..3i64 {
+        engine.write(request(&engine, &[("a", NOW + k, 1.0), ("b", NOW - k * 86_400_000, 2.0)])).await.unwrap();
+    }
+    engine.flush().await.unwrap();
+    assert!(rows(&engine).is_empty());
+    assert_eq!(wal::segments(&dir.path().join("wal")).unwrap(), vec![]);
+    assert_eq!(engine.inner().version().table(SAMPLES.id).unwrap().files.len(), 3);
+    engine.write(request(&engine, &[("a", NOW, 5.0)])).await.unwrap();
+    assert_eq!(rows(&engine), model(&[("a", NOW, 5.0)]));
+    engine.shutdown(Duration::from_secs(10)).await.unwrap();
+    assert_eq!(wal::segments(&dir.path().join("wal")).unwrap(), vec![]);
 }

@@ -9,6 +9,7 @@ use proptest::prelude::*;
 use super::*;
 
 type Rows = Vec<(u32, i64, f64)>;
+type ToBatch = fn(&[(u32, i64, f64)]) -> RecordBatch;
 
 fn samples(rows: &[(u32, i64, f64)]) -> RecordBatch {
     RecordBatch::try_new(SAMPLES.arrow().clone(), base_columns(rows)).unwrap()
@@ -37,7 +38,7 @@ fn rows_of(batch: &RecordBatch) -> Vec<(u32, i64, u64)> {
 
 /// Appends `requests` to both forms and compares every read with the last row of each key.
 fn check(requests: &[Rows], ordinals: &[Ordinal], ranges: &[(i64, i64)]) {
-    let forms: [(Memtable, fn(&[(u32, i64, f64)]) -> RecordBatch); 2] =
+    let forms: [(Memtable, ToBatch); 2] =
         [(Memtable::new(SAMPLES.clone()), samples), (Memtable::new(EXEMPLARS.clone()), exemplars)];
     for (memtable, batch) in forms {
         let mut model = BTreeMap::new();
@@ -90,7 +91,7 @@ fn times_far_apart() {
 #[test]
 fn an_empty_memtable_has_nothing() {
     let memtable = Memtable::new(SAMPLES.clone());
-    assert_eq!((memtable.rows(), memtable.ts_range(), memtable.ordinals()), (0, None, vec![]));
+    assert_eq!((memtable.rows(), memtable.ordinals()), (0, vec![]));
     assert_eq!(memtable.read(&[(0, 1)], 0, 1, &[2]).unwrap().num_rows(), 0);
     assert!(!memtable.overlaps(i64::MIN, i64::MAX));
 }

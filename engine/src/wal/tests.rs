@@ -41,9 +41,11 @@ fn base(rows: &[(u32, i64, f64)]) -> Vec<ArrayRef> {
 
 /// Names and values of a record's rows.
 type Rows = Vec<(String, f64)>;
+/// What a record at a position holds.
+type Written = (u64, Rows);
 
 /// Reads a log back into the rows of each record, by position, with what went wrong.
-fn read(dir: &Path) -> Result<(Vec<(u64, Rows)>, Vec<String>)> {
+fn read(dir: &Path) -> Result<(Vec<Written>, Vec<String>)> {
     let registry = registry();
     let (mut records, mut wrong) = (vec![], vec![]);
     for (first, path) in segments(dir)? {
@@ -72,7 +74,7 @@ fn read(dir: &Path) -> Result<(Vec<(u64, Rows)>, Vec<String>)> {
 }
 
 /// A log of six records; returns what they hold and where they begin.
-fn write(dir: &Path) -> Vec<(u64, Rows)> {
+fn write(dir: &Path) -> Vec<Written> {
     let registry = registry();
     let mut wal = Wal::open(dir, vec![]);
     let (a, b, c) = (named(&registry, "a"), named(&registry, "b"), named(&registry, "c"));
