@@ -109,6 +109,11 @@ impl Memtable {
         }
     }
 
+    /// Least and greatest time of all rows; `None` when empty.
+    pub fn ts_range(&self) -> Option<(i64, i64)> {
+        self.range.get()
+    }
+
     /// Whether rows between two times, inclusive, may be there.
     pub fn overlaps(&self, start_ms: i64, end_ms: i64) -> bool {
         self.range.get().is_some_and(|(min, max)| min <= end_ms && max >= start_ms)
