@@ -275,3 +275,72 @@ async fn a_flush_empties_memory_and_log() {
     engine.shutdown(Duration::from_secs(10)).await.unwrap();
     assert_eq!(wal::segments(&dir.path().join("wal")).unwrap(), vec![]);
 }
+
+/// How many rows of each series a query sees, and how many distinct (series, time).
+async fn query(engine: &Engine) -> (BTreeMap<String, usize>, usize) {
+    use datafusion::physical_plan::{ExecutionPlan, execute_stream};
+    use futures::TryStreamExt;
+    let selection = Selection { table: SAMPLES.clone(), matchers: vec![], start_ms: i64::MIN, end_ms: i64::MAX };
+    let set = engine.select(&selection).await.unwrap();
+    let scan: Arc<dyn ExecutionPlan> = Arc::new(crate::SeriesScanExec::new(set.clone(), vec![1, 2]));
+    let stream = execute_stream(scan, engine.session().task_ctx()).unwrap();
+    let batches: Vec<RecordBatch> = stream.try_collect().await.unwrap();
+    let (mut counts, mut keys) = (BTreeMap::new(), std::collections::HashSet::new());
+    for batch in batches {
+        let series = batch.column(0).as_primitive::<UInt32Type>();
+        let ts = batch.column(1).as_primitive::<TimestampMillisecondType>();
+        for i in 0..batch.num_rows() {
+            let name = set.series[series.value(i) as usize].tags.metric();
+            *counts.entry(name.to_owned()).or_default() += 1;
+            keys.insert((series.value(i), ts.value(i)));
+        }
+    }
+    (counts, keys.len())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn queries_see_each_row_once_through_flushes_and_compactions() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = bucket();
+    let engine = open(dir.path(), &store).await;
+    let stop = CancellationToken::new();
+    let mover = tokio::spawn({
+        let (engine, stop) = (engine.clone(), stop.clone());
+        async move {
+            let mut rounds = 0;
+            while !stop.is_cancelled() || rounds == 0 {
+                engine.flush().await.unwrap();
+                if rounds % 3 == 2 {
+                    engine.compact().await.unwrap();
+                }
+                rounds += 1;
+            }
+        }
+    });
+    let writers: Vec<_> = ["a", "b", "c"]
+        .into_iter()
+        .map(|name| {
+            let engine = engine.clone();
+            tokio::spawn(async move {
+                for k in 0..30usize {
+                    // Two days, so that a flush makes several files.
+                    let ts = NOW + (k as i64 % 2) * 86_400_000 + k as i64;
+                    engine.write(request(&engine, &[(name, ts, k as f64)])).await.unwrap();
+                    let (counts, distinct) = query(&engine).await;
+                    assert_eq!(counts.get(name), Some(&(k + 1)), "{name} after its write {k}");
+                    assert_eq!(counts.values().sum::<usize>(), distinct);
+                }
+            })
+        })
+        .collect();
+    for writer in writers {
+        writer.await.unwrap();
+    }
+    stop.cancel();
+    mover.await.unwrap();
+    let expected: BTreeMap<String, usize> = ["a", "b", "c"].map(|n| (n.to_owned(), 30)).into();
+    assert_eq!(query(&engine).await.0, expected);
+    let crashed = tempfile::tempdir().unwrap();
+    copy(dir.path(), crashed.path());
+    assert_eq!(query(&open(crashed.path(), &store).await).await.0, expected);
+}
