@@ -9,6 +9,8 @@ use anyhow::{Context, Result, bail};
 use axum::Router;
 use catalog::SystemClock;
 use engine::{Components, Engine, Settings, Telemetry};
+use promql::api::ApiOptions;
+use receivers::body::Bodies;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
@@ -66,16 +68,24 @@ async fn serve(config: &Config) -> Result<()> {
     let stopping = CancellationToken::new();
     let gate = Gate::new(stopping.clone(), Arc::clone(&telemetry));
     let mut tasks = JoinSet::new();
-    tasks.spawn(http::serve(listeners.http, gate.clone().router(), stopping.clone()));
+    let (router, token) = (gate.clone().router(), stopping.clone());
+    tasks.spawn(async move {
+        http::serve(listeners.http, router, token).await;
+        Ok(())
+    });
 
     let engine = tokio::select! {
         engine = open(config, telemetry) => engine?,
         () = stop.signal() => return Ok(()),
     };
+    if let Some(listener) = listeners.postgres {
+        let (engine, token) = (engine.clone(), stopping.clone());
+        tasks.spawn(async move { Ok(sql::pg::serve(listener, engine, token).await?) });
+    }
     if let Some(listener) = listeners.grpc {
         tasks.spawn(grpc(listener, stopping.clone()));
     }
-    gate.open(routes(&engine));
+    gate.open(routes(&engine)?);
     tracing::info!("ready");
 
     let failed = tokio::select! {
@@ -100,16 +110,23 @@ async fn serve(config: &Config) -> Result<()> {
 }
 
 /// All paths of the HTTP listener that need the database.
-fn routes(engine: &Engine) -> Router {
-    Router::new().merge(admin::routes(engine.clone()))
+fn routes(engine: &Engine) -> Result<Router> {
+    // Bodies in flight are memory that no query can have.
+    let bodies = Bodies::new(engine.settings().memory_limit / 8);
+    Ok(Router::new()
+        .merge(receivers::prometheus::routes(engine.clone(), bodies))
+        .merge(promql::api::routes(engine.clone(), ApiOptions::default()))
+        .merge(sql::http::routes(engine)?)
+        .merge(admin::routes(engine.clone())))
 }
 
 async fn open(config: &Config, telemetry: Arc<Telemetry>) -> Result<Engine> {
     let url = config.object_store_url();
     let store = catalog::object::open(&url).with_context(|| format!("cannot open the object store {url}"))?;
     let components = Components { store, clock: Arc::new(SystemClock), telemetry };
-    let extensions = promql::extensions();
-    Engine::open(settings(config), components, extensions).await.context("cannot open the database")
+    let extensions = promql::extensions().and(sql::extensions());
+    let settings = Settings { store_location: catalog::object::location(&url)?, ..settings(config) };
+    Engine::open(settings, components, extensions).await.context("cannot open the database")
 }
 
 /// The engine's settings. Sizes that follow from the memory limit are not settings of their own.
@@ -194,16 +211,12 @@ async fn bind(name: &str, listen: &Listen) -> Result<Option<TcpListener>> {
 }
 
 /// The gRPC listener: the health service, until receivers join it.
-async fn grpc(listener: TcpListener, stopping: CancellationToken) {
+async fn grpc(listener: TcpListener, stopping: CancellationToken) -> Result<()> {
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
     let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
-    let served = tonic::transport::Server::builder()
-        .add_service(health)
-        .serve_with_incoming_shutdown(incoming, stopping.cancelled());
-    if let Err(error) = served.await {
-        tracing::error!(%error, "the gRPC listener failed");
-    }
+    let server = tonic::transport::Server::builder().add_service(health);
+    server.serve_with_incoming_shutdown(incoming, stopping.cancelled()).await.context("the gRPC listener failed")
 }
 
 /// SIGTERM and SIGINT.
