@@ -230,7 +230,7 @@ type Encoded = (Vec<Ordinal>, Vec<MetricMetadata>, u64);
 
 /// Publishes a request's tag sets and encodes its record; `None` when there is nothing to store.
 fn stage(inner: &Inner, log: &mut Wal, write: &Write, minute: u32) -> Result<Option<Encoded>> {
-    let metadata = inner.metadata.lock().news(&write.metadata);
+    let metadata = inner.metadata.lock().news(&write.metadata, || inner.metrics.limit("metadata_metrics"));
     if write.rows() == 0 && metadata.is_empty() {
         return Ok(None);
     }

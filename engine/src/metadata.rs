@@ -17,8 +17,8 @@ pub(crate) struct Metadata {
     logged: BTreeSet<String>,
     /// Position of the first log record that holds one of them.
     first_position: Option<u64>,
-    /// Metrics left out at the limit.
-    refused: u64,
+    /// Whether metrics have been left out at the limit.
+    full: bool,
 }
 
 impl Metadata {
@@ -36,20 +36,20 @@ impl Metadata {
         out
     }
 
-    /// Those that say something new.
-    pub(crate) fn news(&mut self, metadata: &[MetricMetadata]) -> Vec<MetricMetadata> {
+    /// Those that say something new; `refused` is called for each that is left out at the limit.
+    pub(crate) fn news(&mut self, metadata: &[MetricMetadata], mut refused: impl FnMut()) -> Vec<MetricMetadata> {
         let mut out: Vec<MetricMetadata> = vec![];
         for m in metadata {
             match self.by_metric.get(&m.metric) {
                 Some(known) if known == m => {}
                 None if self.by_metric.len() >= METRICS_MAX => {
-                    if self.refused == 0 {
+                    if !std::mem::replace(&mut self.full, true) {
                         tracing::warn!(
                             limit = METRICS_MAX,
                             "limit of metrics with metadata reached; more are left out"
                         );
                     }
-                    self.refused += 1;
+                    refused();
                 }
                 _ => out.push(m.clone()),
             }
@@ -113,9 +113,9 @@ mod tests {
     #[test]
     fn the_newest_wins_and_pins_the_log_until_saved() {
         let mut metadata = Metadata::default();
-        assert_eq!(metadata.news(&[help("a", "1")]), [help("a", "1")]);
+        assert_eq!(metadata.news(&[help("a", "1")], || {}), [help("a", "1")]);
         metadata.apply(&[help("a", "1"), help("b", "1")], 10);
-        assert!(metadata.news(&[help("a", "1")]).is_empty());
+        assert!(metadata.news(&[help("a", "1")], || {}).is_empty());
         let rows = metadata.unsaved();
         metadata.apply(&[help("a", "2")], 20);
         metadata.saved(&rows, 15);

@@ -260,7 +260,11 @@ pub(crate) enum Item {
 /// # Errors
 /// Reading the folder failed, or a segment can't be told from its name.
 pub(crate) fn segments(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
-    fs::create_dir_all(dir)?;
+    if !dir.exists() {
+        fs::create_dir_all(dir)?;
+        // Syncing the folder itself does not make its own name durable.
+        dir.parent().map_or(Ok(()), sync_dir)?;
+    }
     let mut out = vec![];
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();

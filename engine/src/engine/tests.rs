@@ -344,3 +344,72 @@ async fn queries_see_each_row_once_through_flushes_and_compactions() {
     copy(dir.path(), crashed.path());
     assert_eq!(query(&open(crashed.path(), &store).await).await.0, expected);
 }
+
+/// Opens with changed settings and a clock of one's own.
+async fn open_with(dir: &Path, change: impl FnOnce(&mut Settings)) -> (Engine, Arc<ManualClock>) {
+    let clock = Arc::new(ManualClock::new(NOW));
+    let components = Components { clock: clock.clone(), ..components(&bucket()) };
+    let mut settings = settings(dir);
+    change(&mut settings);
+    (Engine::open(settings, components, Extensions::default()).await.unwrap(), clock)
+}
+
+#[tokio::test]
+async fn memtables_are_frozen_when_due() {
+    let frozen = |engine: &Engine| engine.inner().freeze_due();
+    let dir = tempfile::tempdir().unwrap();
+    let (engine, clock) = open_with(dir.path(), |s| s.flush_interval = Duration::from_secs(60)).await;
+    assert!(!frozen(&engine));
+    engine.write(request(&engine, &[("a", NOW, 1.0)])).await.unwrap();
+    // Stopped, so that only this test flushes.
+    engine.inner().stopping.cancel();
+    clock.set(NOW + 59_999);
+    assert!(!frozen(&engine));
+    clock.set(NOW + 60_000);
+    assert!(frozen(&engine));
+
+    let dir = tempfile::tempdir().unwrap();
+    let (engine, _) = open_with(dir.path(), |s| s.flush_bytes = 1).await;
+    engine.inner().stopping.cancel();
+    engine.write(request(&engine, &[("a", NOW, 1.0)])).await.unwrap();
+    assert!(frozen(&engine));
+
+    let dir = tempfile::tempdir().unwrap();
+    let (engine, _) = open_with(dir.path(), |s| s.wal_bytes_max = 1).await;
+    engine.inner().stopping.cancel();
+    engine.write(request(&engine, &[("a", NOW, 1.0)])).await.unwrap();
+    assert!(frozen(&engine));
+
+    let dir = tempfile::tempdir().unwrap();
+    let (engine, _) = open_with(dir.path(), |s| s.memory_limit = 64 << 10).await;
+    engine.inner().stopping.cancel();
+    for k in 0..600 {
+        let wide: Vec<String> = (0..1000).map(|i| format!("m{i}")).collect();
+        let rows: Vec<_> = wide.iter().map(|n| (n.as_str(), NOW + k, k as f64)).collect();
+        if let Err(e) = engine.write(request(&engine, &rows)).await {
+            assert_eq!(e.kind(), catalog::ErrorKind::Unavailable);
+            assert!(frozen(&engine));
+            return;
+        }
+    }
+    panic!("memory is not bounded");
+}
+
+#[tokio::test]
+async fn replay_flushes_when_memory_is_short() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = bucket();
+    let engine = open(dir.path(), &store).await;
+    let mut all = vec![];
+    for k in 0..50i64 {
+        let rows = [("a", NOW + k, 1.0), ("b", NOW + k, 2.0)];
+        engine.write(request(&engine, &rows)).await.unwrap();
+        all.extend(rows);
+    }
+    let crashed = tempfile::tempdir().unwrap();
+    copy(dir.path(), crashed.path());
+    let settings = Settings { flush_bytes: 1, ..settings(crashed.path()) };
+    let again = Engine::open(settings, components(&store), Extensions::default()).await.unwrap();
+    assert!(!again.inner().version().table(SAMPLES.id).unwrap().files.is_empty());
+    assert_eq!(query(&again).await.1, all.len());
+}
