@@ -1,7 +1,8 @@
 //! Writes frozen memtables to files: one for each UTC day that has rows, the tag sets that the day's parts do not have
 //! yet, one commit of the file catalog, one new version.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::hash::BuildHasherDefault;
 use std::ops::Range;
 use std::sync::Arc;
@@ -17,13 +18,16 @@ use crate::engine::Inner;
 use crate::memtable::Memtable;
 use crate::scan::gather::gather;
 use crate::scan::merge::MemoryCursor;
-use crate::segment::{Description, Key, Writer, day_of};
+use crate::segment::{Description, Key, Writer, day_of, day_start_ms};
 
 /// A set of codes.
 type Codes = HashSet<i64, BuildHasherDefault<PassThrough>>;
 
 /// Days whose written tag sets are remembered.
 const DAYS_REMEMBERED: usize = 4;
+
+/// Files that are written at the same time: each has buffers of its own.
+const DAYS_AT_ONCE: usize = 32;
 
 /// What flush and compaction remember of days between runs.
 #[derive(Debug, Default)]
@@ -49,19 +53,21 @@ pub(crate) async fn write(inner: &Arc<Inner>, table: &Arc<TableSchema>, memtable
     let mut new_codes: Vec<(i32, Vec<i64>)> = Vec::new();
     if memtable.rows() > 0 {
         let seq = inner.files.next_seq();
-        let (series, ordinals) = in_storage_order(inner, memtable)?;
-        let days = write_rows(inner, table, memtable, seq, &series, &ordinals).await?;
-        for Day { day, writer, series: has_rows } in days {
-            commit.add.push(store(inner, table, writer).await?);
-            let missing = missing_sets(inner, day, has_rows.iter().map(|i| &series[*i as usize])).await?;
-            if missing.is_empty() {
-                continue;
+        let rows = Frozen::new(inner, table, memtable)?;
+        for window in rows.windows().await? {
+            for Day { day, writer, series } in rows.write(inner, seq, window).await? {
+                commit.add.push(store(inner, table, writer).await?);
+                let has_rows = series.iter().map(|i| &rows.series[*i as usize]);
+                let missing = missing_sets(inner, day, has_rows).await?;
+                if missing.is_empty() {
+                    continue;
+                }
+                new_codes.push((day, missing.iter().map(|s| s.id.code.0).collect()));
+                let header = PartHeader { id: inner.files.next_id(), day, seq, supersedes: vec![] };
+                let encoded = tag_parts::encode(&header, &missing)?;
+                inner.segments.put(&encoded.part.path, encoded.bytes).await?;
+                commit.add_parts.push(encoded.part);
             }
-            new_codes.push((day, missing.iter().map(|s| s.id.code.0).collect()));
-            let header = PartHeader { id: inner.files.next_id(), day, seq, supersedes: vec![] };
-            let encoded = tag_parts::encode(&header, &missing)?;
-            inner.segments.put(&encoded.part.path, encoded.bytes).await?;
-            commit.add_parts.push(encoded.part);
         }
         inner.files.commit(&commit, inner.now_ms()).await?;
     }
@@ -111,20 +117,6 @@ pub(crate) async fn store(inner: &Inner, table: &TableSchema, writer: Writer) ->
     Ok(written.file)
 }
 
-/// The series with rows in a memtable, with their ordinals.
-fn in_storage_order(inner: &Inner, memtable: &Memtable) -> Result<(Vec<Arc<Series>>, Vec<Ordinal>)> {
-    let ordinals = memtable.ordinals();
-    let series = inner.registry.get_many(&ordinals);
-    let mut both: Vec<(Key, Ordinal, Arc<Series>)> = Vec::with_capacity(series.len());
-    for (ordinal, series) in ordinals.into_iter().zip(series) {
-        // A set with rows in memory is never retired.
-        let series = series.ok_or_else(|| Error::internal(format!("tag set of ordinal {ordinal} is gone")))?;
-        both.push((Key::from(series.as_ref()), ordinal, series));
-    }
-    both.sort_unstable_by_key(|b| b.0);
-    Ok(both.into_iter().map(|(_, ordinal, series)| (series, ordinal)).unzip())
-}
-
 /// The rows of one day on their way to a file.
 struct Day {
     day: i32,
@@ -133,49 +125,91 @@ struct Day {
     series: Vec<u32>,
 }
 
-async fn write_rows(
-    inner: &Inner,
-    table: &Arc<TableSchema>,
-    memtable: &Arc<Memtable>,
-    seq: u64,
-    series: &[Arc<Series>],
-    ordinals: &[Ordinal],
-) -> Result<Vec<Day>> {
-    let keys: Vec<Key> = series.iter().map(|s| Key::from(s.as_ref())).collect();
-    let wanted = (0..).zip(ordinals.iter().copied()).collect();
-    let columns: Vec<usize> = (1..table.columns.len()).collect();
-    let mut cursor = MemoryCursor::new(memtable.clone(), wanted, (i64::MIN, i64::MAX), columns);
-    let mut days: BTreeMap<i32, Day> = BTreeMap::new();
-    while let Some(rows) = cursor.next()? {
-        for (day, rows) in by_day(&rows)? {
-            let entry = match days.entry(day) {
-                std::collections::btree_map::Entry::Occupied(e) => e.into_mut(),
-                std::collections::btree_map::Entry::Vacant(e) => {
-                    let description = Description {
-                        id: inner.files.next_id(),
-                        table: table.name.to_owned(),
-                        table_id: table.id,
-                        schema_version: table.version,
-                        day,
-                        level: 0,
-                        seq_min: seq,
-                        seq_max: seq,
-                        supersedes: vec![],
-                    };
-                    e.insert(Day { day, writer: Writer::new(table, description)?, series: vec![] })
-                }
-            };
-            for run in rows.column(0).as_primitive::<UInt32Type>().values().chunk_by(|a, b| a == b) {
-                if entry.series.last() != Some(&run[0]) {
-                    entry.series.push(run[0]);
-                }
-            }
-            entry.writer.write(&keys, &rows)?;
+/// A memtable that is being written, with its series in storage order.
+struct Frozen<'a> {
+    table: &'a Arc<TableSchema>,
+    memtable: &'a Arc<Memtable>,
+    series: Vec<Arc<Series>>,
+    ordinals: Vec<Ordinal>,
+    keys: Vec<Key>,
+}
+
+impl<'a> Frozen<'a> {
+    fn new(inner: &Inner, table: &'a Arc<TableSchema>, memtable: &'a Arc<Memtable>) -> Result<Self> {
+        let ordinals = memtable.ordinals();
+        let series = inner.registry.get_many(&ordinals);
+        let mut all: Vec<(Key, Ordinal, Arc<Series>)> = Vec::with_capacity(series.len());
+        for (ordinal, series) in ordinals.into_iter().zip(series) {
+            // A set with rows in memory is never retired.
+            let series = series.ok_or_else(|| Error::internal(format!("tag set of ordinal {ordinal} is gone")))?;
+            all.push((Key::from(series.as_ref()), ordinal, series));
         }
-        // Queries share these threads.
-        tokio::task::yield_now().await;
+        all.sort_unstable_by_key(|b| b.0);
+        let keys = all.iter().map(|a| a.0).collect();
+        let (series, ordinals) = all.into_iter().map(|(_, ordinal, series)| (series, ordinal)).unzip();
+        Ok(Self { table, memtable, series, ordinals, keys })
     }
-    Ok(days.into_values().collect())
+
+    fn cursor(&self, window: (i64, i64), columns: Vec<usize>) -> MemoryCursor {
+        let wanted = (0..).zip(self.ordinals.iter().copied()).collect();
+        MemoryCursor::new(self.memtable.clone(), wanted, window, columns)
+    }
+
+    /// Times, first and last, that cover all rows with at most [`DAYS_AT_ONCE`] days with rows in each.
+    async fn windows(&self) -> Result<Vec<(i64, i64)>> {
+        let Some((min, max)) = self.memtable.ts_range() else { return Ok(vec![]) };
+        if i64::from(day_of(max)) - i64::from(day_of(min)) < DAYS_AT_ONCE as i64 {
+            return Ok(vec![(i64::MIN, i64::MAX)]);
+        }
+        let mut days = BTreeSet::new();
+        let mut cursor = self.cursor((i64::MIN, i64::MAX), vec![1]);
+        while let Some(rows) = cursor.next()? {
+            let ts = rows.column(1).as_primitive::<TimestampMillisecondType>().values();
+            days.extend(ts.chunk_by(|a, b| day_of(*a) == day_of(*b)).map(|run| day_of(run[0])));
+            tokio::task::yield_now().await;
+        }
+        let days: Vec<i32> = days.into_iter().collect();
+        let starts = days.chunks(DAYS_AT_ONCE).skip(1).map(|chunk| day_start_ms(chunk[0]));
+        let starts: Vec<i64> = std::iter::once(i64::MIN).chain(starts).collect();
+        let ends = starts[1..].iter().map(|start| start - 1).chain([i64::MAX]);
+        Ok(starts.iter().copied().zip(ends).collect())
+    }
+
+    /// Writes the rows of a window of time, by day.
+    async fn write(&self, inner: &Inner, seq: u64, window: (i64, i64)) -> Result<Vec<Day>> {
+        let mut cursor = self.cursor(window, (1..self.table.columns.len()).collect());
+        let mut days: BTreeMap<i32, Day> = BTreeMap::new();
+        while let Some(rows) = cursor.next()? {
+            for (day, rows) in by_day(&rows)? {
+                let entry = match days.entry(day) {
+                    Entry::Occupied(e) => e.into_mut(),
+                    Entry::Vacant(e) => {
+                        let description = Description {
+                            id: inner.files.next_id(),
+                            table: self.table.name.to_owned(),
+                            table_id: self.table.id,
+                            schema_version: self.table.version,
+                            day,
+                            level: 0,
+                            seq_min: seq,
+                            seq_max: seq,
+                            supersedes: vec![],
+                        };
+                        e.insert(Day { day, writer: Writer::new(self.table, description)?, series: vec![] })
+                    }
+                };
+                for run in rows.column(0).as_primitive::<UInt32Type>().values().chunk_by(|a, b| a == b) {
+                    if entry.series.last() != Some(&run[0]) {
+                        entry.series.push(run[0]);
+                    }
+                }
+                entry.writer.write(&self.keys, &rows)?;
+            }
+            // Queries share these threads.
+            tokio::task::yield_now().await;
+        }
+        Ok(days.into_values().collect())
+    }
 }
 
 /// Cuts rows sorted by (series, ts) by UTC day, keeping their order.

@@ -216,13 +216,14 @@ fn parts_in_range(version: &Version, table: &TableVersion, start_ms: i64, end_ms
     version.parts.iter().filter(|p| days.contains(&p.day) && (first..=last).contains(&p.day)).cloned().collect()
 }
 
-/// The metric name that a matcher asks for; an empty one means sets without a name and is no lookup.
+/// The metric name that the only matcher of names asks for; an empty one means sets without a name and is no lookup.
 fn exact_name(matchers: &[Matcher]) -> Option<&str> {
-    let exact = matchers.iter().find(|m| m.name() == METRIC_NAME && m.op() == MatchOp::Eq)?;
-    (!exact.value().is_empty()).then(|| exact.value())
+    let mut names = matchers.iter().filter(|m| m.name() == METRIC_NAME);
+    let name = names.next().filter(|m| m.op() == MatchOp::Eq && !m.value().is_empty())?;
+    names.next().is_none().then(|| name.value())
 }
 
-/// Matchers in the order of their cost, with what regular expressions said of values seen before.
+/// Matchers but those of the metric's name, in the order of their cost, with what regular expressions said of values seen before.
 struct Filter<'a> {
     cheap: Vec<&'a Matcher>,
     dear: Vec<(&'a Matcher, HashMap<String, bool, foldhash::fast::RandomState>)>,
@@ -233,8 +234,10 @@ const REMEMBERED_MAX: usize = 64 << 10;
 
 impl<'a> Filter<'a> {
     fn new(matchers: &'a [Matcher]) -> Self {
-        let (cheap, dear): (Vec<_>, Vec<_>) =
-            matchers.iter().partition(|m| matches!(m.op(), MatchOp::Eq | MatchOp::Ne));
+        let (cheap, dear): (Vec<_>, Vec<_>) = matchers
+            .iter()
+            .filter(|m| m.name() != METRIC_NAME)
+            .partition(|m| matches!(m.op(), MatchOp::Eq | MatchOp::Ne));
         Self { cheap, dear: dear.into_iter().map(|m| (m, HashMap::default())).collect() }
     }
 

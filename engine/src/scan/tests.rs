@@ -77,7 +77,13 @@ impl Fixture {
         self.engine.write(Write { tags: encoder.finish(), batches, metadata: vec![] }).await.unwrap();
     }
 
-    async fn select(&self, table: &Arc<TableSchema>, matchers: Vec<Matcher>, start_ms: i64, end_ms: i64) -> Arc<SeriesSet> {
+    async fn select(
+        &self,
+        table: &Arc<TableSchema>,
+        matchers: Vec<Matcher>,
+        start_ms: i64,
+        end_ms: i64,
+    ) -> Arc<SeriesSet> {
         let selection = Selection { table: table.clone(), matchers, start_ms, end_ms };
         self.engine.select(&selection).await.unwrap()
     }
@@ -88,7 +94,9 @@ impl Fixture {
     }
 
     async fn check(&self, model: &BTreeMap<(usize, i64), u64>) {
-        let text = |s: usize| format!("{:?}", [("__name__", format!("m{}", s % 3)), ("job", format!("j{}", s % 2)), ("n", s.to_string())]);
+        let text = |s: usize| {
+            format!("{:?}", [("__name__", format!("m{}", s % 3)), ("job", format!("j{}", s % 2)), ("n", s.to_string())])
+        };
         let expected = |keep: &dyn Fn(usize, i64) -> bool| -> Rows {
             model.iter().filter(|((s, t), _)| keep(*s, *t)).map(|((s, t), v)| ((text(*s), *t), *v)).collect()
         };
@@ -108,8 +116,7 @@ impl Fixture {
             expected(&|s, t| s % 3 != 1 && !(0..=4).contains(&s) && t >= NOON)
         );
         let mut visited = Vec::new();
-        let selection =
-            Selection { table: SAMPLES.clone(), matchers: vec![], start_ms: all.0, end_ms: all.1 };
+        let selection = Selection { table: SAMPLES.clone(), matchers: vec![], start_ms: all.0, end_ms: all.1 };
         let visit = |s: &Arc<catalog::Series>| {
             visited.push(s.tags.get("n").unwrap().parse::<usize>().unwrap());
             true
@@ -179,7 +186,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(ProptestConfig::with_cases(16))]
     #[test]
     fn rows_are_the_same_everywhere(steps in steps()) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -208,6 +215,31 @@ proptest! {
 }
 
 #[test]
+fn backfill_over_years_is_cut_by_day() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let fixture = Fixture::new().await;
+        let mut model = BTreeMap::new();
+        // 70 days with rows, some far apart, two of them at the ends of time.
+        let mut times: Vec<i64> = (0..68).map(|i| NOON - i * i * 24 * HOUR).collect();
+        times.extend([0, NOON + 86_400_000]);
+        for (i, t) in times.iter().enumerate() {
+            let rows: Vec<Row> = (0..3).map(|s| (s + i % 4, t + s as i64 * 1000, (i as f64).to_bits())).collect();
+            fixture.write(&rows).await;
+            model.extend(rows.iter().map(|(s, t, v)| ((*s, *t), *v)));
+        }
+        fixture.check(&model).await;
+        fixture.engine.flush().await.unwrap();
+        fixture.check(&model).await;
+        fixture.write(&[(0, 5, 7), (3, NOON - 24 * HOUR, 9)]).await;
+        model.extend([((0, 5), 7), ((3, NOON - 24 * HOUR), 9)]);
+        fixture.engine.flush().await.unwrap();
+        fixture.engine.compact().await.unwrap();
+        fixture.check(&model).await;
+    });
+}
+
+#[test]
 fn a_set_can_be_restricted_and_explained() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
@@ -216,13 +248,17 @@ fn a_set_can_be_restricted_and_explained() {
         fixture.write(&rows[..200]).await;
         fixture.engine.flush().await.unwrap();
         fixture.write(&rows[200..]).await;
-        let set = fixture.select(&SAMPLES, vec![Matcher::new("job", MatchOp::Eq, "j0").unwrap()], NOON, NOON + 299).await;
+        let set =
+            fixture.select(&SAMPLES, vec![Matcher::new("job", MatchOp::Eq, "j0").unwrap()], NOON, NOON + 299).await;
         assert_eq!((set.series.len(), set.codes().len()), (3, 3));
         let one = Arc::new(set.restrict(|s| s.tags.get("n") == Some("2")));
         assert_eq!(scan(&fixture.engine, one.clone()).await.len(), 50);
         let exec = SeriesScanExec::new(one.clone(), vec![2]);
         let text = datafusion::physical_plan::displayable(&exec).one_line().to_string();
-        assert!(text.starts_with("SeriesScanExec: table=samples, codes=1 of 12, memtables=1, files=1, time=["), "{text}");
+        assert!(
+            text.starts_with("SeriesScanExec: table=samples, codes=1 of 12, memtables=1, files=1, time=["),
+            "{text}"
+        );
         // Without the time column, which the merge needs all the same.
         let batches: Vec<RecordBatch> =
             exec.execute(0, fixture.engine.session().task_ctx()).unwrap().try_collect().await.unwrap();

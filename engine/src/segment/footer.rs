@@ -88,13 +88,12 @@ pub(super) fn entries(
         }
     }
     let json = |e: serde_json::Error| Error::internal("segment footer can't be written").with_source(e);
-    let mut out = vec![
+    Ok(vec![
         KeyValue::new(FORMAT.to_owned(), FORMAT_VERSION.to_string()),
         KeyValue::new(FILE.to_owned(), serde_json::to_string(description).map_err(json)?),
         KeyValue::new(GROUPS.to_owned(), serde_json::to_string(groups).map_err(json)?),
         KeyValue::new(PAGES.to_owned(), sums),
-    ];
-    Ok(out)
+    ])
 }
 
 /// Adds the check of the page index, which begins at byte `start`, and then the check of all entries.
