@@ -176,6 +176,13 @@ impl NodeExec {
     }
 }
 
+/// Runs something that recurses over an expression, on more stack when little is left.
+pub(crate) fn deep<T>(f: impl FnOnce() -> T) -> T {
+    const LEFT: usize = 256 << 10;
+    const MORE: usize = 2 << 20;
+    stacker::maybe_grow(LEFT, MORE, f)
+}
+
 /// Whether an operation looks at one series at a time.
 fn streams(op: &Op) -> bool {
     matches!(
@@ -230,7 +237,22 @@ impl ExecutionPlan for NodeExec {
             notes: notes(&context),
             context,
         };
-        let batches = match &self.op {
+        let batches = deep(|| self.batches(work, partition))?;
+        let metrics = BaselineMetrics::new(&self.metrics, partition);
+        let mut counted = batches.inspect_ok(move |b| metrics.record_output(b.num_rows()));
+        // Every level of a plan is a dozen stack frames of its parent's poll.
+        let polled = stream::poll_fn(move |context| deep(|| counted.poll_next_unpin(context)));
+        Ok(Box::pin(RecordBatchStreamAdapter::new(self.schema.clone(), polled)))
+    }
+
+    fn metrics(&self) -> Option<MetricsSet> {
+        Some(self.metrics.clone_inner())
+    }
+}
+
+impl NodeExec {
+    fn batches(&self, work: Work, partition: usize) -> DfResult<Batches> {
+        Ok(match &self.op {
             Op::Select { .. } | Op::Samples(_) => {
                 let labels = self.labels.clone().ok_or_else(|| internal("a selector without labels of its series"))?;
                 select::execute(work, partition, labels)?
@@ -241,14 +263,7 @@ impl ExecutionPlan for NodeExec {
             Op::VectorScalar { .. } => binary::vector_scalar(work, partition)?,
             Op::Repeat => map::repeat(work, partition)?,
             _ => work.whole(),
-        };
-        let metrics = BaselineMetrics::new(&self.metrics, partition);
-        let counted = batches.inspect_ok(move |b| metrics.record_output(b.num_rows()));
-        Ok(Box::pin(RecordBatchStreamAdapter::new(self.schema.clone(), counted)))
-    }
-
-    fn metrics(&self) -> Option<MetricsSet> {
-        Some(self.metrics.clone_inner())
+        })
     }
 }
 

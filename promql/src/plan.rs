@@ -15,6 +15,7 @@ use std::sync::Arc;
 use datafusion::common::{DFSchema, DFSchemaRef};
 use datafusion::error::Result as DfResult;
 use datafusion::logical_expr::{Expr, Extension, LogicalPlan, UserDefinedLogicalNodeCore};
+use promql_parser::parser;
 
 use crate::options::{EvalOptions, Grid};
 use crate::result::ValueType;
@@ -41,8 +42,55 @@ pub struct Planned {
 /// # Errors
 /// `BadData` when it is not PromQL.
 pub fn plan(text: &str, options: &EvalOptions) -> Result<Planned> {
-    let expr = promql_parser::parser::parse(text).map_err(|e| QueryError::bad_data(format!("parse error: {e}")))?;
-    build::plan(&expr, options)
+    build::plan(&parse(text)?, options)
+}
+
+/// Parses a text.
+///
+/// # Errors
+/// `BadData` when it is not PromQL or too long to be walked by recursion.
+pub(crate) fn parse(text: &str) -> Result<parser::Expr> {
+    if complexity(text) > COMPLEXITY_MAX {
+        return Err(QueryError::bad_data(format!(
+            "parse error: expression has more than {COMPLEXITY_MAX} operators or levels of parentheses"
+        )));
+    }
+    parser::parse(text).map_err(|e| QueryError::bad_data(format!("parse error: {e}")))
+}
+
+/// Most operators and parentheses of a text that is parsed. The parser and the destructor of its tree recurse, so a long
+/// enough text would overflow the stack before anything could be looked at.
+const COMPLEXITY_MAX: usize = 1000;
+
+/// How many things in a text can make its syntax tree deeper: operators and opened parentheses outside of strings,
+/// matchers and comments.
+fn complexity(text: &str) -> usize {
+    let mut count = 0;
+    let mut in_matchers = false;
+    let mut rest = text.bytes();
+    while let Some(b) = rest.next() {
+        match b {
+            b'\'' | b'"' | b'`' => {
+                while let Some(c) = rest.next() {
+                    if c == b'\\' && b != b'`' {
+                        rest.next();
+                    } else if c == b {
+                        break;
+                    }
+                }
+            }
+            b'#' => drop(rest.by_ref().find(|c| *c == b'\n')),
+            b'{' => in_matchers = true,
+            b'}' => in_matchers = false,
+            b'(' | b'[' | b'+' | b'-' | b'*' | b'/' | b'%' | b'^' | b'<' | b'>' | b'=' | b'!' if !in_matchers => {
+                count += 1
+            }
+            _ => {}
+        }
+    }
+    // Operators that are words stand between blanks or parentheses.
+    let words = text.split(|c: char| !c.is_ascii_alphanumeric());
+    count + words.filter(|w| ["and", "or", "unless", "atan2"].iter().any(|o| w.eq_ignore_ascii_case(o))).count()
 }
 
 /// One operation of PromQL in a logical plan.

@@ -19,7 +19,7 @@ use engine::{Engine, QueryLimits, Selection, SeriesScanExec};
 use futures::future::BoxFuture;
 use futures::{FutureExt, TryStreamExt};
 
-use super::{NodeExec, Notes, internal};
+use super::{NodeExec, Notes, deep, internal};
 use crate::options::Grid;
 use crate::plan::ops::{Op, Selector};
 use crate::plan::{Node, Planned};
@@ -61,7 +61,7 @@ impl QueryPlanner for Planner {
 }
 
 fn tree<'a>(plan: &'a LogicalPlan, session: &'a dyn Session) -> BoxFuture<'a, DfResult<Arc<dyn ExecutionPlan>>> {
-    async move {
+    let mut planned = async move {
         let LogicalPlan::Extension(extension) = plan else { return Err(internal("a node of another language")) };
         let node = extension.node.as_any().downcast_ref::<Node>();
         let node = node.ok_or_else(|| internal("a node of another language"))?;
@@ -71,7 +71,8 @@ fn tree<'a>(plan: &'a LogicalPlan, session: &'a dyn Session) -> BoxFuture<'a, Df
         }
         physical(node, inputs, session).await
     }
-    .boxed()
+    .boxed();
+    futures::future::poll_fn(move |context| deep(|| planned.poll_unpin(context))).boxed()
 }
 
 /// The physical form of a node; a selector's series are chosen here.

@@ -285,6 +285,16 @@ fn aggregations() {
 }
 
 #[test]
+fn deep_expressions_fit_the_stack() {
+    check(
+        &format!("{}info{{job=\"a\"}}{}", "abs(".repeat(450), ")".repeat(450)),
+        0,
+        &[("{job=\"a\", zone=\"x\"}", 1.0)],
+    );
+    check(&format!("1{}", " + 1".repeat(450)), 0, &[("{}", 451.0)]);
+}
+
+#[test]
 fn operators() {
     check("1 + 2 * 3 ^ 2", 0, &[("{}", 19.0)]);
     check("1 > bool 2", 0, &[("{}", 0.0)]);

@@ -19,6 +19,7 @@ use super::ops::{
 };
 use super::{Node, Planned};
 use crate::block::Name;
+use crate::exec::deep;
 use crate::labels::{self, Grouping};
 use crate::options::{EvalOptions, Grid};
 use crate::result::ValueType;
@@ -38,9 +39,8 @@ struct Builder<'a> {
     warnings: Vec<String>,
 }
 
-/// Deepest nesting of expressions that is planned; each level is a stack frame of this builder and of each walk over
-/// the plan.
-const DEPTH_MAX: usize = 120;
+/// Deepest nesting of expressions that is planned: every level is planned and polled within the one above.
+const DEPTH_MAX: usize = 500;
 
 pub(super) fn plan(expr: &Expr, options: &EvalOptions) -> Result<Planned> {
     if depth(expr, 0) > DEPTH_MAX {
@@ -181,7 +181,7 @@ impl Builder<'_> {
             let once = self.expr_at(expr, Grid::instant(grid.start_ms))?;
             return Ok(Built { plan: self.node(Op::Repeat, grid, vec![once.plan])?, distinct: once.distinct });
         }
-        self.expr_at(expr, grid)
+        deep(|| self.expr_at(expr, grid))
     }
 
     fn expr_at(&mut self, expr: &Expr, grid: Grid) -> Result<Built> {

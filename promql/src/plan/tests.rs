@@ -56,5 +56,11 @@ fn errors_say_what_is_wrong() {
     check_error("sum(", "parse error");
     check_error("mad_over_time(m[5m])", "function \"mad_over_time\" is not enabled");
     check_error("{a=\"b\" or c=\"d\"}", "unexpected \"or\"");
-    check_error(&format!("{}1{}", "(".repeat(300), ")".repeat(300)), "nested too deeply");
+    check_error(&format!("{}1{}", "(".repeat(600), ")".repeat(600)), "nested too deeply");
+    check_error(&format!("{}1{}", "(".repeat(100_000), ")".repeat(100_000)), "more than 1000 operators");
+    check_error(&format!("{}1", "-".repeat(100_000)), "more than 1000 operators");
+    check_error(&format!("1{}", " or 1".repeat(100_000)), "more than 1000 operators");
+    check_error(&format!("1{}", "+1".repeat(900)), "nested too deeply");
+    let long = format!("m{{a=~\"{}\"}} # {}", "a-b|(c)".repeat(2000), "-".repeat(2000));
+    assert!(plan(&long, &EvalOptions::instant(0)).is_ok());
 }
