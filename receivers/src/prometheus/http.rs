@@ -20,6 +20,9 @@ use prometheus_client::metrics::family::Family;
 use super::{Counts, Decoded, Limits, Reason, Rejected, decode_v1, decode_v2};
 use crate::body::{Bodies, Encoding};
 
+#[cfg(test)]
+mod tests;
+
 const SAMPLES_WRITTEN: HeaderName = HeaderName::from_static("x-prometheus-remote-write-samples-written");
 const HISTOGRAMS_WRITTEN: HeaderName = HeaderName::from_static("x-prometheus-remote-write-histograms-written");
 const EXEMPLARS_WRITTEN: HeaderName = HeaderName::from_static("x-prometheus-remote-write-exemplars-written");

@@ -9,7 +9,7 @@ use catalog::{Registry, TagHasher};
 use super::*;
 
 mod differential;
-mod messages;
+pub(crate) mod messages;
 mod mutation;
 mod refusals;
 

@@ -34,7 +34,7 @@ impl Expected {
         let mut samples = Vec::new();
         let mut histograms = Vec::new();
         let mut exemplars = Vec::new();
-        let in_time = |ts: i64| ts >= TS_MIN && ts <= NOW + LIMITS.future_max_ms;
+        let in_time = |ts: i64| (TS_MIN..=NOW + LIMITS.future_max_ms).contains(&ts);
         let set: BTreeMap<_, _> = labels.iter().filter(|l| !l.1.is_empty()).cloned().collect();
         let mut latest = None;
         for s in &body.samples {
