@@ -418,6 +418,10 @@ fn requests_that_hold_too_much() {
     check(decode_v1, one_series(&[0x22, 0], 100_001), "more than 100000 histograms");
     check(decode_v1, one_series(&[0x1a, 0], 100_001), "more than 100000 exemplars");
     check(decode_v1, [0x0a, 0].repeat(250_001), "more than 250000 series");
-    check(decode_v1, [0x1a, 3, 0x12, 1, b'm'].repeat(50_001), "more than 50000 metadata entries");
+    check(
+        decode_v1,
+        [0x1a, 3, 0x12, 1, b'm', 0x1a, 3, 0x12, 1, b'n'].repeat(25_001),
+        "more than 50000 metadata entries",
+    );
     check(decode_v2, [0x22, 0].repeat(1_000_001), "more than 1000000 symbols");
 }
