@@ -78,7 +78,9 @@ pub fn routes(engine: Engine, options: ApiOptions) -> Router {
     let started_ms = engine.now_ms();
     let api = Arc::new(Api { engine, options, metrics, slots, started_ms });
     let values = |State(api): State<Arc<Api>>, Path(name): Path<String>, form: Form| async move {
-        answer(&api, "label_values", series::label_values(&api, &name, &form)).await
+        let work = api.clone();
+        let work = async move { series::label_values(&work, &name, &form).await };
+        answer(&api, "label_values", work).await
     };
     let endpoints = [
         ("query", both("query", |api, form| async move { query::instant(&api, &form).await })),
@@ -152,9 +154,18 @@ where
     }
 }
 
-async fn answer(api: &Api, name: &'static str, work: impl Future<Output = Result<Reply>>) -> Result<Reply, Failure> {
+/// Does the work of a request. All of it is on the CPU runtime: going over label sets and writing JSON take long enough
+/// to hold up other connections.
+async fn answer(
+    api: &Api,
+    name: &'static str,
+    work: impl Future<Output = Result<Reply>> + Send + 'static,
+) -> Result<Reply, Failure> {
     let underway = api.metrics.begin(name);
-    let result = work.await;
+    let result = api.engine.run(work).await;
     underway.end(result.as_ref().map_or_else(|e| error_type(e.kind).0, |_| "success"));
     result.map_err(Failure)
 }
+
+#[cfg(test)]
+mod tests;

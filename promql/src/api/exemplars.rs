@@ -12,13 +12,14 @@ use catalog::{Code, Series};
 use datafusion::physical_plan::execute_stream;
 use engine::{Selection, SeriesScanExec};
 use futures::TryStreamExt;
-use promql_parser::parser::{self, Expr, VectorSelector};
+use promql_parser::parser::{Expr, VectorSelector};
 use promql_parser::util::{ExprVisitor, walk_expr};
 
 use super::params::{Form, matchers};
 use super::reply::Reply;
 use super::{Api, json};
 use crate::error::{QueryError, Result};
+use crate::plan;
 
 /// Most exemplars in one answer.
 const EXEMPLARS_MAX: usize = 1_000_000;
@@ -47,7 +48,7 @@ pub(super) async fn query(api: &Api, form: &Form) -> Result<Reply> {
     if end_ms < start_ms {
         return Err(QueryError::bad_data("end timestamp must not be before start timestamp"));
     }
-    let expr = parser::parse(form.get("query")).map_err(QueryError::bad_data)?;
+    let expr = plan::parse(form.get("query"))?;
     let selectors = selectors(&expr);
     if selectors.is_empty() {
         return Ok(Reply::NoContent);
@@ -153,7 +154,7 @@ mod tests {
     #[test]
     fn selectors_of_an_expression() {
         let check = |query: &str, expected: &[&str]| {
-            let expr = parser::parse(query).expect(query);
+            let expr = plan::parse(query).expect(query);
             let names: Vec<_> = selectors(&expr).into_iter().map(|s| s.name.unwrap_or_default()).collect();
             assert_eq!(names, expected, "{query}");
         };

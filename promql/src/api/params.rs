@@ -15,6 +15,7 @@ use promql_parser::parser::{Expr, VectorSelector};
 
 use super::reply::Failure;
 use crate::error::{QueryError, Result};
+use crate::plan;
 
 /// Longest form body, in bytes: what Go's server accepts.
 const BODY_BYTES_MAX: usize = 10 << 20;
@@ -28,6 +29,9 @@ const TIME_SECONDS_MAX: f64 = (TIME_MAX / 1000) as f64;
 /// How clients written in Go spell the two bounds, which RFC 3339 has no years for.
 const TIME_MIN_TEXT: &str = "-292273086-05-16T16:47:06Z";
 const TIME_MAX_TEXT: &str = "292277025-08-18T07:12:54.999999999Z";
+
+/// The error for a selector that every series satisfies.
+const MATCHES_EVERYTHING: &str = "match[] must contain at least one non-empty matcher";
 
 /// All parameters of a request, body first.
 #[derive(Debug, Default)]
@@ -141,7 +145,7 @@ impl Form {
     pub(super) fn selectors(&self) -> Result<Vec<Vec<Matcher>>> {
         let sets: Vec<Vec<Matcher>> = self.all("match[]").map(parse_selector).collect::<Result<_>>()?;
         if sets.iter().any(|set| set.iter().all(|m| m.matches(""))) {
-            return Err(QueryError::bad_data("match[] must contain at least one non-empty matcher"));
+            return Err(QueryError::bad_data(MATCHES_EVERYTHING));
         }
         Ok(sets)
     }
@@ -229,8 +233,12 @@ pub(super) fn parse_integer(text: &str) -> Result<i64, String> {
 }
 
 /// The matchers of a selector such as `up{job="x"}`.
-fn parse_selector(text: &str) -> Result<Vec<Matcher>> {
-    match promql_parser::parser::parse(text).map_err(QueryError::bad_data)? {
+fn parse_selector(selector: &str) -> Result<Vec<Matcher>> {
+    let expr = plan::parse(selector).map_err(|e| match e.message.ends_with("at least one non-empty matcher") {
+        true => QueryError::bad_data(MATCHES_EVERYTHING),
+        false => e,
+    })?;
+    match expr {
         Expr::VectorSelector(selector) if selector.offset.is_none() && selector.at.is_none() => matchers(&selector),
         other => Err(QueryError::bad_data(format!("expected a metric selector, got {:?}", other.to_string()))),
     }

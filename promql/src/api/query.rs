@@ -2,20 +2,16 @@
 
 use std::time::{Duration, Instant};
 
-use promql_parser::parser;
-
 use super::params::{Form, invalid};
 use super::reply::{Reply, TRUNCATED};
 use super::{Api, json};
 use crate::error::{QueryError, QueryErrorKind, Result};
 use crate::options::EvalOptions;
+use crate::plan;
 use crate::result::{Data, QueryResult, ValueType};
 
 /// Most points of one series that a range query may ask for, the first not counted.
 const POINTS_MAX: i128 = 11_000;
-
-/// Answers of more values than this are written on the CPU runtime; fewer cost less than going there.
-const VALUES_INLINE: usize = 512;
 
 /// `query`: evaluates an expression at one time.
 pub(super) async fn instant(api: &Api, form: &Form) -> Result<Reply> {
@@ -64,6 +60,9 @@ async fn evaluate(
     let queued = asked_at.elapsed();
     // The deadline counts from the request, so that waiting and planning are part of it.
     options.timeout = options.timeout.saturating_sub(queued);
+    if options.timeout.is_zero() {
+        return Err(timed_out("query queue"));
+    }
     let result = tokio::time::timeout(options.timeout, crate::query(&api.engine, form.get("query"), &options))
         .await
         .unwrap_or_else(|_| Err(timed_out("expression evaluation")));
@@ -83,12 +82,8 @@ async fn evaluate(
         ));
     }
     let stats = (stats != Asked::No).then_some(timings);
-    let small = result.len() * result.grid.steps() <= VALUES_INLINE;
-    let write = move || {
-        let data = |out: &mut Vec<u8>| write_data(out, &result, stats.as_ref());
-        Reply::annotated(data, &result.warnings, &result.infos)
-    };
-    Ok(if small { write() } else { api.engine.compute(write).await })
+    let data = |out: &mut Vec<u8>| write_data(out, &result, stats.as_ref());
+    Ok(Reply::annotated(data, &result.warnings, &result.infos))
 }
 
 /// What the parameter `stats` asks for. Per-step statistics are a feature that Prometheus has off by default, so `all`
@@ -273,6 +268,9 @@ fn write_stats(out: &mut Vec<u8>, timings: &Timings, result: &QueryResult) {
 
 /// `format_query`: the expression, laid out.
 pub(super) async fn format(form: &Form) -> Result<Reply> {
-    let expr = parser::parse(form.get("query")).map_err(|e| invalid("query", e))?;
+    let expr = plan::parse(form.get("query")).map_err(|e| invalid("query", e))?;
     Ok(Reply::data(|out| json::text(out, &expr.prettify())))
 }
+
+#[cfg(test)]
+mod tests;

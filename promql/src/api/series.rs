@@ -4,11 +4,11 @@
 //! allocation and, where neighbours are alike, no hash.
 
 use std::collections::HashSet;
-use std::hash::BuildHasher;
+use std::hash::{BuildHasher, BuildHasherDefault};
 use std::sync::Arc;
 
-use catalog::tables::SAMPLES;
-use catalog::tag::TagIter;
+use catalog::registry::PassThrough;
+use catalog::tables::{HISTOGRAMS, SAMPLES};
 use catalog::{Code, Matcher, Series};
 use engine::Selection;
 use hashbrown::HashTable;
@@ -17,6 +17,7 @@ use super::params::{Form, unescape_label_name};
 use super::reply::Reply;
 use super::{Api, json};
 use crate::error::{QueryError, Result};
+use crate::labels::{Pair, Pairs};
 
 /// `series`: the label sets of all series that any `match[]` selects, sorted.
 pub(super) async fn series(api: &Api, form: &Form) -> Result<Reply> {
@@ -26,24 +27,17 @@ pub(super) async fn series(api: &Api, form: &Form) -> Result<Reply> {
     let limit = form.limit()?;
     let range = form.range()?;
     let selectors = form.selectors().map_err(|e| super::params::invalid("match[]", e))?;
-    let mut seen: HashSet<Code> = HashSet::new();
+    let mut seen: HashSet<Code, BuildHasherDefault<PassThrough>> = HashSet::default();
     let mut found: Vec<Arc<Series>> = Vec::new();
-    let several = selectors.len() > 1;
-    for matchers in selectors {
-        let visit = |s: &Arc<Series>| {
-            if !several || seen.insert(s.id.code) {
-                found.push(s.clone());
-            }
-            true
-        };
-        api.engine.visit(&selection(matchers, range), visit).await?;
-    }
-    let reply = move || {
-        found.sort_unstable_by(|a, b| a.tags.iter().cmp(b.tags.iter()));
-        let truncated = truncate(&mut found, limit);
-        Reply::cut(truncated, |out| json::list(out, &found, |out, s| json::labels(out, s.tags.as_bytes())))
-    };
-    Ok(api.engine.compute(reply).await)
+    visit(api, selectors, range, |series| {
+        if seen.insert(series.id.code) {
+            found.push(series.clone());
+        }
+    })
+    .await?;
+    found.sort_unstable_by(|a, b| a.tags.iter().cmp(b.tags.iter()));
+    let truncated = truncate(&mut found, limit);
+    Ok(Reply::cut(truncated, |out| json::list(out, &found, |out, s| json::labels(out, s.tags.as_bytes()))))
 }
 
 /// `labels`: the names of all labels of the series that any `match[]` selects, or of all, sorted.
@@ -52,20 +46,17 @@ pub(super) async fn label_names(api: &Api, form: &Form) -> Result<Reply> {
     let range = form.range()?;
     let mut names = Texts::default();
     // Neighbours mostly have the same names in the same places.
-    let mut previous: Vec<(u32, u32)> = Vec::new();
-    for matchers in any(form)? {
-        let visit = |s: &Arc<Series>| {
-            for (at, (name, _)) in TagIter::new(s.tags.as_bytes()).enumerate() {
-                match previous.get_mut(at) {
-                    Some(span) if names.at(*span) == name => {}
-                    Some(span) => *span = names.insert(name),
-                    None => previous.push(names.insert(name)),
-                }
+    let mut previous: Vec<(usize, usize)> = Vec::new();
+    visit(api, any(form)?, range, |series| {
+        for (at, Pair { name, .. }) in Pairs::new(series.tags.as_bytes()).enumerate() {
+            match previous.get_mut(at) {
+                Some(span) if names.at(*span) == name => {}
+                Some(span) => *span = names.insert(name),
+                None => previous.push(names.insert(name)),
             }
-            true
-        };
-        api.engine.visit(&selection(matchers, range), visit).await?;
-    }
+        }
+    })
+    .await?;
     Ok(names.reply(limit))
 }
 
@@ -79,19 +70,16 @@ pub(super) async fn label_values(api: &Api, name: &str, form: &Form) -> Result<R
     let range = form.range()?;
     let mut values = Texts::default();
     let mut previous = None;
-    for matchers in any(form)? {
-        let visit = |s: &Arc<Series>| {
-            // Names are sorted: the first that is not less decides.
-            let found = TagIter::new(s.tags.as_bytes()).find(|(n, _)| *n >= name.as_str());
-            if let Some((_, value)) = found.filter(|(n, _)| *n == name)
-                && previous.is_none_or(|span| values.at(span) != value)
-            {
-                previous = Some(values.insert(value));
-            }
-            true
-        };
-        api.engine.visit(&selection(matchers, range), visit).await?;
-    }
+    visit(api, any(form)?, range, |series| {
+        // Names are sorted: the first that is not less decides.
+        let found = Pairs::new(series.tags.as_bytes()).find(|p| p.name >= name.as_bytes());
+        if let Some(Pair { value, .. }) = found.filter(|p| p.name == name.as_bytes())
+            && previous.is_none_or(|span| values.at(span) != value)
+        {
+            previous = Some(values.insert(value));
+        }
+    })
+    .await?;
     Ok(values.reply(limit))
 }
 
@@ -101,8 +89,26 @@ fn any(form: &Form) -> Result<Vec<Vec<Matcher>>> {
     Ok(if selectors.is_empty() { vec![Vec::new()] } else { selectors })
 }
 
-fn selection(matchers: Vec<Matcher>, (start_ms, end_ms): (i64, i64)) -> Selection {
-    Selection { table: SAMPLES.clone(), matchers, start_ms, end_ms }
+/// Shows all series that any of the selectors selects; one may come more than once.
+async fn visit(
+    api: &Api,
+    selectors: Vec<Vec<Matcher>>,
+    (start_ms, end_ms): (i64, i64),
+    mut each: impl FnMut(&Arc<Series>) + Send,
+) -> Result<()> {
+    for matchers in selectors {
+        // A series with native histograms only has no row in the other table; a table without rows costs nothing.
+        for table in [&SAMPLES, &HISTOGRAMS] {
+            let selection = Selection { table: Arc::clone(table), matchers: matchers.clone(), start_ms, end_ms };
+            api.engine
+                .visit(&selection, |series| {
+                    each(series);
+                    true
+                })
+                .await?;
+        }
+    }
+    Ok(())
 }
 
 fn truncate<T>(items: &mut Vec<T>, limit: Option<usize>) -> bool {
@@ -116,36 +122,39 @@ fn truncate<T>(items: &mut Vec<T>, limit: Option<usize>) -> bool {
 /// Distinct texts, one after another in one buffer.
 #[derive(Default)]
 struct Texts {
-    bytes: String,
-    spans: HashTable<(u32, u32)>,
+    bytes: Vec<u8>,
+    spans: HashTable<(usize, usize)>,
     hasher: foldhash::fast::FixedState,
 }
 
 impl Texts {
-    fn at(&self, (from, to): (u32, u32)) -> &str {
-        &self.bytes[from as usize..to as usize]
+    fn at(&self, span: (usize, usize)) -> &[u8] {
+        slice(&self.bytes, span)
     }
 
     /// Where the text is, after adding it if it is new.
-    fn insert(&mut self, text: &str) -> (u32, u32) {
+    fn insert(&mut self, text: &[u8]) -> (usize, usize) {
         let Self { bytes, spans, hasher } = self;
-        let at = |span: &(u32, u32)| &bytes[span.0 as usize..span.1 as usize];
         let hash = hasher.hash_one(text);
-        if let Some(span) = spans.find(hash, |span| at(span) == text) {
+        if let Some(span) = spans.find(hash, |span| slice(bytes, *span) == text) {
             return *span;
         }
-        let span = (bytes.len() as u32, (bytes.len() + text.len()) as u32);
-        spans.insert_unique(hash, span, |span| hasher.hash_one(at(span)));
-        bytes.push_str(text);
+        let span = (bytes.len(), bytes.len() + text.len());
+        spans.insert_unique(hash, span, |span| hasher.hash_one(slice(bytes, *span)));
+        bytes.extend_from_slice(text);
         span
     }
 
     fn reply(&self, limit: Option<usize>) -> Reply {
-        let mut sorted: Vec<&str> = self.spans.iter().map(|span| self.at(*span)).collect();
+        let mut sorted: Vec<&[u8]> = self.spans.iter().map(|span| self.at(*span)).collect();
         sorted.sort_unstable();
         let truncated = truncate(&mut sorted, limit);
-        Reply::cut(truncated, |out| json::texts(out, sorted.iter().copied()))
+        Reply::cut(truncated, |out| json::list(out, sorted.iter(), |out, text| json::utf8(out, text)))
     }
+}
+
+fn slice(bytes: &[u8], (from, to): (usize, usize)) -> &[u8] {
+    &bytes[from..to]
 }
 
 #[cfg(test)]
@@ -157,10 +166,10 @@ mod tests {
         let mut texts = Texts::default();
         for i in 0..1000 {
             let text = format!("v{}", i * 7 % 100);
-            let span = texts.insert(&text);
-            assert_eq!(texts.at(span), text);
+            let span = texts.insert(text.as_bytes());
+            assert_eq!(texts.at(span), text.as_bytes());
         }
-        texts.insert("");
+        texts.insert(b"");
         assert_eq!(texts.spans.len(), 101);
         let Reply::Json(body) = texts.reply(Some(3)) else { unreachable!("a JSON reply") };
         assert_eq!(

@@ -114,8 +114,7 @@ pub(super) async fn tsdb(api: &Api, form: &Form) -> Result<Reply> {
     if limit > STATISTICS_MAX {
         return Err(QueryError::bad_data(format!("limit must not exceed {STATISTICS_MAX}")));
     }
-    let registry: Arc<Registry> = api.engine.registry().clone();
-    Ok(api.engine.compute(move || statistics(&registry, limit as usize)).await)
+    Ok(statistics(api.engine.registry(), limit as usize))
 }
 
 fn statistics(registry: &Registry, limit: usize) -> Reply {

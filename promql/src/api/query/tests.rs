@@ -1,0 +1,93 @@
+//! Tests of how results are written.
+
+use std::sync::Arc;
+
+use arrow::array::{ArrayRef, BinaryArray, BooleanArray, FixedSizeListArray, Float64Array};
+use arrow::datatypes::{DataType, Field, Schema};
+use arrow::record_batch::RecordBatch;
+use catalog::tag::tag_set;
+
+use super::*;
+use crate::options::Grid;
+use crate::result::{Block, Run, Stats};
+
+fn labels(pairs: &[(&str, &str)]) -> Vec<u8> {
+    tag_set(pairs).expect("valid labels").as_bytes().to_vec()
+}
+
+/// A block of series; `None` is a step without a value.
+fn block(series: &[(Vec<u8>, Vec<Option<f64>>)]) -> Block {
+    let steps = series[0].1.len() as i32;
+    let values: Float64Array = series.iter().flat_map(|s| s.1.iter().copied()).collect();
+    let item = Arc::new(Field::new("item", DataType::Float64, true));
+    let columns: Vec<ArrayRef> = vec![
+        Arc::new(BinaryArray::from_iter_values(series.iter().map(|s| s.0.as_slice()))),
+        Arc::new(FixedSizeListArray::new(item, steps, Arc::new(values), None)),
+        Arc::new(BooleanArray::from(vec![false; series.len()])),
+    ];
+    let fields: Vec<Field> = columns.iter().map(|c| Field::new("x", c.data_type().clone(), false)).collect();
+    let batch = RecordBatch::try_new(Arc::new(Schema::new(fields)), columns).expect("a valid batch");
+    Block::try_new(&batch).expect("a block")
+}
+
+fn result(value_type: ValueType, grid: Grid, series: &[(Vec<u8>, Vec<Option<f64>>)]) -> QueryResult {
+    let blocks = if series.is_empty() { vec![] } else { vec![block(series)] };
+    let data = Data::Blocks { blocks, order: (0..series.len() as u32).map(|row| (0, row)).collect() };
+    QueryResult { value_type, grid, data, warnings: vec![], infos: vec![], stats: Stats::default() }
+}
+
+fn check(result: &QueryResult, expected: &str) {
+    let mut out = Vec::new();
+    write_data(&mut out, result, None);
+    let text = String::from_utf8(out).expect("UTF-8");
+    assert_eq!(text, expected);
+    serde_json::from_str::<serde_json::Value>(&text).expect("valid JSON");
+}
+
+#[test]
+fn results_are_written_by_type() {
+    let at = Grid::instant(1_435_781_451_781);
+    let up = labels(&[("__name__", "up"), ("job", "a\"b")]);
+    check(
+        &result(ValueType::Vector, at, &[(up.clone(), vec![Some(1.0)]), (labels(&[]), vec![Some(f64::NAN)])]),
+        r#"{"resultType":"vector","result":[{"metric":{"__name__":"up","job":"a\"b"},"value":[1435781451.781,"1"]},{"metric":{},"value":[1435781451.781,"NaN"]}]}"#,
+    );
+    check(&result(ValueType::Vector, at, &[]), r#"{"resultType":"vector","result":[]}"#);
+    check(&result(ValueType::Matrix, at, &[]), r#"{"resultType":"matrix","result":[]}"#);
+    check(
+        &result(ValueType::Scalar, at, &[(vec![], vec![Some(0.5)])]),
+        r#"{"resultType":"scalar","result":[1435781451.781,"0.5"]}"#,
+    );
+    let text = Data::Text("a\nb".into());
+    check(
+        &QueryResult { data: text, ..result(ValueType::String, at, &[]) },
+        r#"{"resultType":"string","result":[1435781451.781,"a\nb"]}"#,
+    );
+    let grid = Grid { start_ms: -500, end_ms: 1500, step_ms: 500 };
+    let series = [
+        (up.clone(), vec![Some(1.5), Some(1.5), None, Some(-0.0), Some(f64::INFINITY)]),
+        (labels(&[]), vec![None, None, None, None, Some(2.0)]),
+    ];
+    check(
+        &result(ValueType::Matrix, grid, &series),
+        r#"{"resultType":"matrix","result":[{"metric":{"__name__":"up","job":"a\"b"},"values":[[-0.500,"1.5"],[0,"1.5"],[1,"-0"],[1.500,"+Inf"]]},{"metric":{},"values":[[1.500,"2"]]}]}"#,
+    );
+    let runs = Data::Runs(vec![Run { labels: up, times: vec![17, 1_001], values: vec![1.0, 1e-7] }]);
+    check(
+        &QueryResult { data: runs, ..result(ValueType::Matrix, at, &[]) },
+        r#"{"resultType":"matrix","result":[{"metric":{"__name__":"up","job":"a\"b"},"values":[[0.017,"1"],[1.001,"1e-07"]]}]}"#,
+    );
+}
+
+#[test]
+fn statistics_follow_the_result() {
+    let mut out = Vec::new();
+    let mut result = result(ValueType::Vector, Grid::instant(0), &[]);
+    result.stats.samples_scanned = 7;
+    let timings = Timings { queued: Duration::from_millis(1), total: Duration::from_millis(3) };
+    write_data(&mut out, &result, Some(&timings));
+    assert_eq!(
+        String::from_utf8(out).expect("UTF-8"),
+        r#"{"resultType":"vector","result":[],"stats":{"timings":{"evalTotalTime":0.002,"resultSortTime":0,"queryPreparationTime":0,"innerEvalTime":0.002,"execQueueTime":0.001,"execTotalTime":0.003},"samples":{"totalQueryableSamples":7,"samplesRead":7,"peakSamples":7}}}"#
+    );
+}

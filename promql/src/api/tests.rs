@@ -1,0 +1,411 @@
+//! The API from outside: requests against a database in a temporary folder.
+
+use std::sync::Arc;
+
+use arrow::array::{ArrayRef, Float64Array, StringArray, TimestampMillisecondArray, UInt32Array};
+use arrow::record_batch::RecordBatch;
+use axum::body::{Body, to_bytes};
+use axum::http::{Request, StatusCode, header};
+use axum::response::Response;
+use catalog::tables::{EXEMPLARS, SAMPLES};
+use catalog::{ManualClock, TableSchema, TagRef};
+use engine::{Batch, Components, MetricMetadata, Settings, Telemetry, Write};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tower::ServiceExt;
+
+use super::*;
+
+/// The clock of all tests, milliseconds since the epoch: 2026-01-02T03:04:05Z.
+const NOW: i64 = 1_767_323_045_000;
+
+struct Server {
+    router: Router,
+    engine: Engine,
+    _folder: TempDir,
+}
+
+/// A server whose database holds `up` and `requests` of two instances, once a minute for an hour until [`NOW`].
+async fn serve() -> Server {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let url = url::Url::from_directory_path(folder.path().join("store")).expect("an absolute path").to_string();
+    let settings = Settings {
+        data_dir: folder.path().join("data"),
+        store_location: catalog::object::location(&url).expect("a location"),
+        memory_limit: 256 << 20,
+        cpu_threads: 2,
+        ..Settings::default()
+    };
+    let components = Components {
+        store: catalog::object::open(&url).expect("a store"),
+        clock: Arc::new(ManualClock::new(NOW)),
+        telemetry: Arc::new(Telemetry::default()),
+    };
+    let engine = Engine::open(settings, components, crate::extensions()).await.expect("a database");
+    fill(&engine).await;
+    Server { router: routes(engine.clone(), ApiOptions::default()), engine, _folder: folder }
+}
+
+async fn fill(engine: &Engine) {
+    let registry = engine.registry().clone();
+    let mut encoder = registry.encoder();
+    let mut set = |pairs: &[(&str, &str)]| encoder.tags(&mut pairs.to_vec(), None).expect("valid labels");
+    let mut samples: Vec<(TagRef, i64, f64)> = Vec::new();
+    let mut exemplars: Vec<(TagRef, i64, f64, &str)> = Vec::new();
+    for (instance, slope) in [("a:1", 60.0), ("b:1", 120.5)] {
+        let up = set(&[("__name__", "up"), ("instance", instance), ("job", "node")]);
+        let requests =
+            set(&[("__name__", "requests"), ("http.route", "/x"), ("instance", instance), ("job", "api\"1\"")]);
+        for minute in 0..=60 {
+            let ts = NOW - (60 - minute) * 60_000;
+            samples.push((up, ts, 1.0));
+            samples.push((requests, ts, minute as f64 * slope));
+        }
+        exemplars.push((requests, NOW - 5_500, 0.25, r#"{"trace_id":"abc"}"#));
+        exemplars.push((requests, NOW - 65_500, 0.5, "{}"));
+    }
+    let tags = encoder.finish();
+    let times = |ts: Vec<i64>| Arc::new(TimestampMillisecondArray::from(ts).with_timezone("UTC"));
+    let samples = batch(
+        &SAMPLES,
+        vec![
+            Arc::new(samples.iter().map(|s| s.0).collect::<UInt32Array>()),
+            times(samples.iter().map(|s| s.1).collect()),
+            Arc::new(samples.iter().map(|s| s.2).collect::<Float64Array>()),
+        ],
+    );
+    let exemplars = batch(
+        &EXEMPLARS,
+        vec![
+            Arc::new(exemplars.iter().map(|e| e.0).collect::<UInt32Array>()),
+            times(exemplars.iter().map(|e| e.1).collect()),
+            Arc::new(exemplars.iter().map(|e| e.2).collect::<Float64Array>()),
+            Arc::new(StringArray::from_iter_values(exemplars.iter().map(|e| e.3))),
+        ],
+    );
+    let metadata = vec![MetricMetadata {
+        metric: "requests".into(),
+        kind: "counter".into(),
+        help: "Requests \"served\"".into(),
+        unit: String::new(),
+    }];
+    engine.write(Write { tags, batches: vec![samples, exemplars], metadata }).await.expect("stored");
+}
+
+fn batch(table: &Arc<TableSchema>, columns: Vec<ArrayRef>) -> Batch {
+    let rows = RecordBatch::try_new(table.arrow().clone(), columns).expect("rows of the table");
+    Batch { table: table.clone(), rows }
+}
+
+impl Server {
+    async fn send(&self, request: Request<Body>) -> Response {
+        self.router.clone().oneshot(request).await.expect("routers do not fail")
+    }
+
+    async fn get(&self, path: &str) -> (StatusCode, Value) {
+        // Characters that tests are easier to read with.
+        let path = path.replace('"', "%22").replace('{', "%7B").replace('}', "%7D").replace(' ', "%20");
+        let request = Request::get(format!("/api/v1/{path}")).body(Body::empty()).expect("a request");
+        let response = self.send(request).await;
+        (response.status(), body(response).await)
+    }
+
+    async fn post(&self, path: &str, content_type: &str, form: &str) -> (StatusCode, Value) {
+        let request = Request::post(format!("/api/v1/{path}"))
+            .header(header::CONTENT_TYPE, content_type)
+            .body(Body::from(form.to_owned()))
+            .expect("a request");
+        let response = self.send(request).await;
+        (response.status(), body(response).await)
+    }
+
+    /// The data of a successful answer.
+    async fn data(&self, path: &str) -> Value {
+        let (status, mut body) = self.get(path).await;
+        assert_eq!((status, &body["status"]), (StatusCode::OK, &json!("success")), "{path}: {body}");
+        assert_eq!(body.as_object().map(|o| o.len()), Some(2), "{path} has annotations: {body}");
+        body["data"].take()
+    }
+}
+
+async fn body(response: Response) -> Value {
+    let json = response.headers().get(header::CONTENT_TYPE).is_some_and(|t| t == "application/json");
+    let bytes = to_bytes(response.into_body(), usize::MAX).await.expect("a body");
+    if json { serde_json::from_slice(&bytes).expect("JSON") } else { Value::Null }
+}
+
+#[tokio::test]
+async fn labels_and_series() {
+    let server = serve().await;
+    let check = async |path: &str, expected: Value| assert_eq!(server.data(path).await, expected, "{path}");
+    let instances = json!(["a:1", "b:1"]);
+    check("labels", json!(["__name__", "http.route", "instance", "job"])).await;
+    check("labels?match[]=up", json!(["__name__", "instance", "job"])).await;
+    check("labels?match[]=up&match[]=requests", json!(["__name__", "http.route", "instance", "job"])).await;
+    check("labels?match[]=nothing", json!([])).await;
+    check("label/__name__/values", json!(["requests", "up"])).await;
+    check("label/job/values", json!(["api\"1\"", "node"])).await;
+    check("label/instance/values?match[]=up", instances.clone()).await;
+    check("label/instance/values?match%5B%5D=%7Binstance%3D~%22a.%2A%22%7D", json!(["a:1"])).await;
+    check("label/absent/values", json!([])).await;
+    check("label/http.route/values", json!(["/x"])).await;
+    check("label/U__http_2e_route/values", json!(["/x"])).await;
+    check("label/instance/values?start=0&end=1767323045.5", instances.clone()).await;
+    check("label/instance/values?start=0&end=1", json!([])).await;
+    check("label/instance/values?start=1831235425.075814&end=1831235426", json!([])).await;
+    check(
+        "series?match[]=up&match[]={instance=\"a:1\"}",
+        json!([
+            {"__name__": "requests", "http.route": "/x", "instance": "a:1", "job": "api\"1\""},
+            {"__name__": "up", "instance": "a:1", "job": "node"},
+            {"__name__": "up", "instance": "b:1", "job": "node"},
+        ]),
+    )
+    .await;
+    for path in ["labels?limit=1", "label/instance/values?limit=1", "series?match[]=up&limit=1"] {
+        let (status, body) = server.get(path).await;
+        assert_eq!(status, StatusCode::OK);
+        assert_eq!(body["data"].as_array().map(Vec::len), Some(1), "{path}");
+        assert_eq!(body["warnings"], json!(["results truncated due to limit"]), "{path}");
+    }
+    check("labels?limit=4", json!(["__name__", "http.route", "instance", "job"])).await;
+    check("labels?limit=0", json!(["__name__", "http.route", "instance", "job"])).await;
+    let form = "application/x-www-form-urlencoded";
+    let (_, body) = server.post("series", form, "match%5B%5D=up&start=0&end=2e9&limit=9").await;
+    assert_eq!(body["data"].as_array().map(Vec::len), Some(2), "{body}");
+    let (_, body) = server.post("labels", form, "match%5B%5D=up").await;
+    assert_eq!(body["data"], json!(["__name__", "instance", "job"]));
+
+    server.engine.flush().await.expect("flushed");
+    check("labels", json!(["__name__", "http.route", "instance", "job"])).await;
+    check("label/instance/values?match[]=up", instances).await;
+}
+
+#[tokio::test]
+async fn what_is_not_a_query() {
+    let server = serve().await;
+    let check = async |path: &str, expected: Value| assert_eq!(server.data(path).await, expected, "{path}");
+    let requests = json!({"requests": [{"type": "counter", "help": "Requests \"served\"", "unit": ""}]});
+    check("metadata", requests.clone()).await;
+    check("metadata?metric=requests&limit=1&limit_per_metric=1", requests).await;
+    check("metadata?metric=up", json!({})).await;
+    check("metadata?limit=0", json!({})).await;
+    check("rules", json!({"groups": []})).await;
+    check("alerts", json!({"alerts": []})).await;
+    let found = json!([
+        {"labels": {}, "value": "0.5", "timestamp": 1767322979.5},
+        {"labels": {"trace_id": "abc"}, "value": "0.25", "timestamp": 1767323039.5},
+    ]);
+    let labels = |i: &str| json!({"__name__": "requests", "http.route": "/x", "instance": i, "job": "api\"1\""});
+    check(
+        "query_exemplars?query=rate(requests[5m])%2Brequests",
+        json!([
+            {"seriesLabels": labels("a:1"), "exemplars": found},
+            {"seriesLabels": labels("b:1"), "exemplars": found},
+        ]),
+    )
+    .await;
+    check(
+        "query_exemplars?query=requests{instance=\"b:1\"}&start=1767322979&end=1767322980",
+        json!([{"seriesLabels": labels("b:1"), "exemplars": [found[0]]}]),
+    )
+    .await;
+    check("query_exemplars?query=up", json!([])).await;
+    assert_eq!(server.get("query_exemplars?query=1").await, (StatusCode::NO_CONTENT, Value::Null));
+    let info = server.data("status/buildinfo").await;
+    assert!(info["version"].as_str().is_some_and(|v| v.starts_with("3.")), "{info}");
+    assert_eq!(info.as_object().map(|o| o.len()), Some(6));
+    let tsdb = server.data("status/tsdb?limit=1").await;
+    assert_eq!(tsdb["headStats"]["numSeries"], 4);
+    assert_eq!(tsdb["headStats"]["numLabelPairs"], 7);
+    assert_eq!(tsdb["seriesCountByMetricName"], json!([{"name": "requests", "value": 2}]));
+    assert_eq!(tsdb["labelValueCountByLabelName"], json!([{"name": "__name__", "value": 2}]));
+    assert_eq!(tsdb["memoryInBytesByLabelName"], json!([{"name": "__name__", "value": 20}]));
+    assert_eq!(tsdb["seriesCountByLabelValuePair"], json!([{"name": "__name__=requests", "value": 2}]));
+    assert_eq!(server.data("status/runtimeinfo").await["timeSeriesCount"], 4);
+    assert_eq!(server.data("status/flags").await["query.lookback-delta"], "300s");
+    check("format_query?query=up%2Bup", json!("up + up")).await;
+}
+
+#[tokio::test]
+async fn wrong_requests() {
+    let server = serve().await;
+    let check = async |path: &str, expected: &str| {
+        let (status, body) = server.get(path).await;
+        assert_eq!(status, StatusCode::BAD_REQUEST, "{path}: {body}");
+        assert_eq!(body, json!({"status": "error", "errorType": "bad_data", "error": expected}), "{path}");
+    };
+    let time = |p: &str| format!("invalid parameter {p:?}: cannot parse \"x\" to a valid timestamp");
+    let optional = |p: &str| {
+        format!("invalid parameter {p:?}: invalid time value for '{p}': cannot parse \"x\" to a valid timestamp")
+    };
+    check("query?query=up&time=x", &optional("time")).await;
+    check("query?query=up&timeout=x", "invalid parameter \"timeout\": cannot parse \"x\" to a valid duration").await;
+    check("query?query=up&limit=-1", "invalid parameter \"limit\": limit must be non-negative").await;
+    check(
+        "query?query=up&lookback_delta=x",
+        "error parsing lookback delta duration: cannot parse \"x\" to a valid duration",
+    )
+    .await;
+    check("query_range?query=up&start=x&end=1&step=1", &time("start")).await;
+    check("query_range?query=up&start=1&end=x&step=1", &time("end")).await;
+    check(
+        "query_range?query=up&start=1&end=2&step=x",
+        "invalid parameter \"step\": cannot parse \"x\" to a valid duration",
+    )
+    .await;
+    let after = "invalid parameter \"end\": end timestamp must not be before start time";
+    check("query_range?query=up&start=2&end=1&step=1", after).await;
+    let step = "invalid parameter \"step\": zero or negative query resolution step widths are not accepted. Try a positive integer";
+    check("query_range?query=up&start=1&end=2&step=0", step).await;
+    check("query_range?query=up&start=1&end=2&step=-5", step).await;
+    let points =
+        "exceeded maximum resolution of 11,000 points per timeseries. Try decreasing the query resolution (?step=XX)";
+    check("query_range?query=up&start=0&end=11001&step=1", points).await;
+    check("query_range?query=up&start=-9e15&end=9e15&step=1", points).await;
+    check("series", "no match[] parameter provided").await;
+    let empty = "match[] must contain at least one non-empty matcher";
+    check("series?match[]={}", &format!("invalid parameter \"match[]\": {empty}")).await;
+    check("labels?match[]={job=~\".*\"}", empty).await;
+    check("labels?start=x", &optional("start")).await;
+    check("label/job/values?end=x", &optional("end")).await;
+    check("label/U__/values", "invalid label name: \"\"").await;
+    check("query_exemplars?query=up&start=2&end=1", "end timestamp must not be before start timestamp").await;
+    check("metadata?limit=x", "limit must be a number").await;
+    check("status/tsdb?limit=0", "limit must be a positive number").await;
+    check("status/tsdb?limit=10001", "limit must not exceed 10000").await;
+
+    let (status, _) = server.post("metadata", "text/plain", "").await;
+    assert_eq!(status, StatusCode::METHOD_NOT_ALLOWED);
+    let (status, _) = server.get("nothing").await;
+    assert_eq!(status, StatusCode::NOT_FOUND);
+    let huge = "x".repeat((10 << 20) + 1);
+    let (status, _) = server.post("query", "application/x-www-form-urlencoded", &huge).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST);
+}
+
+#[tokio::test]
+async fn answers_are_compressed_and_shared_when_asked() {
+    let server = serve().await;
+    let request = |path: &str, encoding: &str| {
+        Request::get(format!("/api/v1/{path}"))
+            .header(header::ACCEPT_ENCODING, encoding)
+            .header(header::ORIGIN, "http://dashboards.example")
+            .body(Body::empty())
+            .expect("a request")
+    };
+    let long = "query_range?query=requests&start=1767319445&end=1767323045&step=30";
+    let encoding = |r: &Response| r.headers().get(header::CONTENT_ENCODING).cloned();
+    let response = server.send(request(long, "gzip, deflate")).await;
+    assert_eq!(encoding(&response).expect("compressed"), "gzip");
+    assert_eq!(response.headers()[header::ACCESS_CONTROL_ALLOW_ORIGIN], "*");
+    let bytes = to_bytes(response.into_body(), usize::MAX).await.expect("a body");
+    assert_eq!(bytes[..2], [0x1f, 0x8b]);
+    assert_eq!(encoding(&server.send(request(long, "identity")).await), None);
+    assert_eq!(encoding(&server.send(request("query?query=1", "gzip")).await), None, "short answers stay as they are");
+    let preflight = Request::options("/api/v1/query")
+        .header(header::ORIGIN, "http://dashboards.example")
+        .header(header::ACCESS_CONTROL_REQUEST_METHOD, "POST")
+        .body(Body::empty())
+        .expect("a request");
+    let response = server.send(preflight).await;
+    assert!(response.status().is_success());
+    assert_eq!(response.headers()[header::ACCESS_CONTROL_ALLOW_METHODS], "GET,POST,OPTIONS");
+}
+
+#[tokio::test]
+async fn queries() {
+    let server = serve().await;
+    let check = async |path: &str, expected: Value| assert_eq!(server.data(path).await, expected, "{path}");
+    let up = |instance: &str| json!({"__name__": "up", "instance": instance, "job": "node"});
+    check(
+        "query?query=up{instance=\"a:1\"}",
+        json!({"resultType": "vector", "result": [{"metric": up("a:1"), "value": [1767323045, "1"]}]}),
+    )
+    .await;
+    check("query?query=1%2B1", json!({"resultType": "scalar", "result": [1767323045, "2"]})).await;
+    check("query?query=\"a\"&time=7.25", json!({"resultType": "string", "result": [7.25, "a"]})).await;
+    check("query?query=up&time=7", json!({"resultType": "vector", "result": []})).await;
+    check(
+        "query?query=up{instance=\"a:1\"}[2m]&time=2026-01-02T03:04:05Z",
+        json!({"resultType": "matrix", "result": [
+            {"metric": up("a:1"), "values": [[1767322985, "1"], [1767323045, "1"]]},
+        ]}),
+    )
+    .await;
+    check(
+        "query_range?query=requests{instance=\"b:1\"}&start=1767319445&end=1767319565&step=1m",
+        json!({"resultType": "matrix", "result": [{
+            "metric": {"__name__": "requests", "http.route": "/x", "instance": "b:1", "job": "api\"1\""},
+            "values": [[1767319445, "0"], [1767319505, "120.5"], [1767319565, "241"]],
+        }]}),
+    )
+    .await;
+    // Half a minute after the last sample it is seen with the default lookback, not with one of 10 s.
+    check(
+        "query?query=count(up)&time=1767323075",
+        json!({"resultType": "vector", "result": [{"metric": {}, "value": [1767323075, "2"]}]}),
+    )
+    .await;
+    check("query?query=count(up)&time=1767323075&lookback_delta=10s", json!({"resultType": "vector", "result": []}))
+        .await;
+
+    let (status, body) = server.get("query?query=up&limit=1&stats=true").await;
+    assert_eq!(status, StatusCode::OK);
+    assert_eq!(body["data"]["result"].as_array().map(Vec::len), Some(1));
+    assert_eq!(body["warnings"], json!(["results truncated due to limit"]));
+    assert!(body["data"]["stats"]["timings"]["evalTotalTime"].is_number(), "{body}");
+    assert!(body["data"]["stats"]["samples"]["totalQueryableSamples"].is_number(), "{body}");
+    let (_, body) = server.get("query?query=1&stats=yes").await;
+    assert!(body["warnings"][0].as_str().is_some_and(|w| w.contains("is deprecated")), "{body}");
+
+    // As promtool and vmalert send them.
+    let form = "application/x-www-form-urlencoded";
+    let (status, body) = server.post("query", form, "query=count%28up%29&time=1767323045.5").await;
+    assert_eq!((status, &body["data"]["result"][0]["value"]), (StatusCode::OK, &json!([1767323045.5, "2"])), "{body}");
+    let path = "query?query=sum+by+%28job%29+%28up%29&step=300s&time=1767323045";
+    let (status, body) = server.post(path, "application/json", "").await;
+    assert_eq!(status, StatusCode::OK);
+    assert_eq!(body["data"]["result"], json!([{"metric": {"job": "node"}, "value": [1767323045, "2"]}]));
+
+    for query in ["", "up%2B", "rate(up)", "nosuch(up)"] {
+        let (status, body) = server.get(&format!("query?query={query}")).await;
+        assert_eq!((status, &body["errorType"]), (StatusCode::BAD_REQUEST, &json!("bad_data")), "{query}: {body}");
+        let error = body["error"].as_str().unwrap_or("");
+        assert!(error.starts_with("invalid parameter \"query\": "), "{error}");
+    }
+    let (status, body) = server.get("query?query=up%20%2B%20on(job)%20up").await;
+    assert_eq!((status, &body["errorType"]), (StatusCode::UNPROCESSABLE_ENTITY, &json!("execution")), "{body}");
+    let (status, body) = server.get("query?query=up&timeout=0s").await;
+    assert_eq!((status, &body["errorType"]), (StatusCode::SERVICE_UNAVAILABLE, &json!("timeout")), "{body}");
+
+    let metrics = server.engine.telemetry().encode();
+    assert!(metrics.contains(r#"thalweg_promql_requests_total{endpoint="query",outcome="timeout"} 1"#), "{metrics}");
+}
+
+/// Whatever a text's nesting, it is answered or refused: neither ends the process.
+#[tokio::test]
+async fn nested_queries() {
+    let server = serve().await;
+    for (before, after) in [("(", ")"), ("-", ""), ("1+", ""), ("abs(", ")"), ("1^", ""), ("sum(", ")"), ("up or ", "")]
+    {
+        for levels in [30, 200, 900, 100_000] {
+            let query = format!("{}up{}", before.repeat(levels), after.repeat(levels)).replace('+', "%2B");
+            let form = "application/x-www-form-urlencoded";
+            let (status, body) = server.post("query", form, &format!("query={query}")).await;
+            if levels == 30 {
+                assert_eq!(status, StatusCode::OK, "{before} {body}");
+            } else if levels == 100_000 {
+                assert_eq!(
+                    (status, &body["errorType"]),
+                    (StatusCode::BAD_REQUEST, &json!("bad_data")),
+                    "{before} {body}"
+                );
+            }
+            for path in ["format_query", "query_exemplars"] {
+                let (status, _) = server.post(path, form, &format!("query={query}")).await;
+                assert_eq!(status.is_success(), levels < 1000, "{path} {before} {levels}");
+            }
+        }
+    }
+}
