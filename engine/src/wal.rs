@@ -107,7 +107,7 @@ impl Wal {
         if let Err(e) = result {
             // The writer may count on what this record would have said: say it again. Records of this group stay.
             self.pending.truncate(before);
-            self.writer.restart();
+            self.writer.repeat();
             return Err(e);
         }
         Ok(position)

@@ -40,7 +40,9 @@ const UNDEFINED: Ordinal = Ordinal::MAX;
 /// Encodes records of one segment.
 #[derive(Default)]
 pub(super) struct Writer {
-    defined: Vec<bool>,
+    references: References,
+    /// References of the tag sets of the request at hand.
+    request: Vec<u32>,
     chain: Chain,
     since_reset: usize,
     plain: Vec<u8>,
@@ -50,7 +52,36 @@ pub(super) struct Writer {
 
 impl std::fmt::Debug for Writer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Writer({} ordinals)", self.defined.len())
+        write!(f, "Writer({} references)", self.references.next)
+    }
+}
+
+/// From ordinals to the references of one segment, which are dense and never used again in it. Ordinals grow for as
+/// long as the process lives, so only pages with tag sets that are written exist.
+#[derive(Default)]
+struct References {
+    /// A reference plus one, or 0.
+    pages: Vec<Option<Box<[u32; PAGE]>>>,
+    next: u32,
+}
+
+const PAGE: usize = 1024;
+
+impl References {
+    /// The reference of an ordinal, and whether it is new.
+    fn of(&mut self, ordinal: Ordinal) -> (u32, bool) {
+        let (page, at) = (ordinal as usize / PAGE, ordinal as usize % PAGE);
+        if page >= self.pages.len() {
+            self.pages.resize(page + 1, None);
+        }
+        let slot = &mut self.pages[page].get_or_insert_with(|| Box::new([0; PAGE]))[at];
+        if *slot > 0 {
+            return (*slot - 1, false);
+        }
+        let reference = self.next;
+        self.next += 1;
+        *slot = self.next;
+        (reference, true)
     }
 }
 
@@ -58,14 +89,20 @@ impl std::fmt::Debug for Writer {
 const RESET_BYTES: usize = 4 << 20;
 
 impl Writer {
-    /// Forgets what was said so far: the next record says it again.
+    /// Begins a segment.
     pub(super) fn restart(&mut self) {
-        self.defined.clear();
+        self.references = References::default();
+        self.since_reset = RESET_BYTES;
+    }
+
+    /// Counts on nothing that was said before, within the segment.
+    pub(super) fn repeat(&mut self) {
+        self.references.pages.clear();
         self.since_reset = RESET_BYTES;
     }
 
     /// Appends a framed record to `out`, which will be written at `position`. Tag columns of `batches` are indexes
-    /// into `ordinals`; `series` gives the tag set of an ordinal. After an error the segment must be left.
+    /// into `ordinals`; `series` gives the tag set of an ordinal. After an error call [`Writer::repeat`].
     pub(super) fn encode(
         &mut self,
         position: u64,
@@ -79,9 +116,9 @@ impl Writer {
         self.tag_sets(ordinals, series)?;
         for batch in batches {
             if is_samples(&batch.table) {
-                self.samples(ordinals, batch)?;
+                self.samples(batch)?;
             } else {
-                self.batch(ordinals, batch)?;
+                self.batch(batch)?;
             }
         }
         if !metadata.is_empty() {
@@ -110,15 +147,14 @@ impl Writer {
 
     fn tag_sets(&mut self, ordinals: &[Ordinal], series: impl Fn(Ordinal) -> Option<Arc<Series>>) -> Result<()> {
         self.section.clear();
+        self.request.clear();
         for ordinal in ordinals {
-            let at = *ordinal as usize;
-            if at >= self.defined.len() {
-                self.defined.resize(at + 1, false);
-            }
-            if !std::mem::replace(&mut self.defined[at], true) {
+            let (reference, new) = self.references.of(*ordinal);
+            self.request.push(reference);
+            if new {
                 let series = series(*ordinal)
                     .ok_or_else(|| Error::internal(format!("tag set {ordinal} vanished while it was written")))?;
-                put_varint(u64::from(*ordinal), &mut self.section);
+                put_varint(u64::from(reference), &mut self.section);
                 put_varint(series.tags.as_bytes().len() as u64, &mut self.section);
                 self.section.extend_from_slice(series.tags.as_bytes());
             }
@@ -129,7 +165,7 @@ impl Writer {
         Ok(())
     }
 
-    fn samples(&mut self, ordinals: &[Ordinal], batch: &Batch) -> Result<()> {
+    fn samples(&mut self, batch: &Batch) -> Result<()> {
         let reset = self.since_reset >= RESET_BYTES;
         if reset {
             self.chain.reset();
@@ -142,13 +178,13 @@ impl Writer {
         let values = columns[2].as_primitive_opt::<Float64Type>().ok_or_else(mismatch)?;
         self.section.clear();
         self.section.extend_from_slice(&batch.table.id.to_le_bytes());
-        self.chain.encode(ordinals, refs.values(), ts.values(), values.values(), reset, &mut self.section);
+        self.chain.encode(&self.request, refs.values(), ts.values(), values.values(), reset, &mut self.section);
         self.end_section(SAMPLES);
         Ok(())
     }
 
-    fn batch(&mut self, ordinals: &[Ordinal], batch: &Batch) -> Result<()> {
-        let rows = with_ordinals(&batch.table, ordinals, &batch.rows)?;
+    fn batch(&mut self, batch: &Batch) -> Result<()> {
+        let rows = with_ordinals(&batch.table, &self.request, &batch.rows)?;
         self.section.clear();
         self.section.extend_from_slice(&batch.table.id.to_le_bytes());
         self.section.extend_from_slice(&batch.table.version.to_le_bytes());
@@ -295,8 +331,8 @@ impl Reader {
         while !bytes.is_empty() {
             let at = bytes.varint_u32()? as usize;
             let tags = TagSet::check(bytes.prefixed()?)?;
-            if at > ORDINAL_MAX {
-                return Err(Error::corrupt(format!("log record defines tag set {at}; at most {ORDINAL_MAX} exist")));
+            if at > REFERENCE_MAX {
+                return Err(Error::corrupt(format!("log record defines tag set {at}; at most {REFERENCE_MAX} exist")));
             }
             if at >= self.ordinals.len() {
                 self.ordinals.resize(at + 1, UNDEFINED);
@@ -344,7 +380,7 @@ impl Reader {
 }
 
 /// Bounds what a damaged record can make us allocate.
-const ORDINAL_MAX: usize = 1 << 28;
+const REFERENCE_MAX: usize = 1 << 28;
 
 fn table(bytes: &mut Bytes<'_>) -> Result<&'static Arc<TableSchema>> {
     let id = bytes.u16()?;

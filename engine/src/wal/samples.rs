@@ -17,7 +17,7 @@
 //! Since a lost record would silently change the values after it, `sum` is over the decoded values, and every few
 //! megabytes a record says `reset`: from here all series lean on 0.0 again.
 
-use catalog::{Error, Ordinal, Result};
+use catalog::{Error, Result};
 
 use super::bytes::{Bytes, put_varint, unzigzag, zigzag};
 use crate::memtable::{POW10, whole_number};
@@ -43,13 +43,13 @@ pub(super) struct Columns {
 
 impl Chain {
     pub(super) fn reset(&mut self) {
-        self.last.fill(0);
+        self.last.clear();
     }
 
-    /// Appends samples; `refs` are indexes into `ordinals`, and the ordinal is what is written.
+    /// Appends samples; `refs` are indexes into `references`, and the segment's reference is what is written.
     pub(super) fn encode(
         &mut self,
-        ordinals: &[Ordinal],
+        references: &[u32],
         refs: &[u32],
         ts: &[i64],
         values: &[f64],
@@ -62,16 +62,16 @@ impl Chain {
         out.push(u8::from(reset));
         let mut last = 0i64;
         for r in refs {
-            let ordinal = i64::from(ordinals[*r as usize]);
-            put_varint(zigzag(ordinal - last), out);
-            last = ordinal;
+            let reference = i64::from(references[*r as usize]);
+            put_varint(zigzag(reference - last), out);
+            last = reference;
         }
         let mut last = 0i64;
         for t in ts {
             put_varint(zigzag(t.wrapping_sub(last)), out);
             last = *t;
         }
-        if let Some(max) = ordinals.iter().max().filter(|m| **m as usize >= self.last.len()) {
+        if let Some(max) = references.iter().max().filter(|m| **m as usize >= self.last.len()) {
             self.last.resize(*max as usize + 1, 0);
         }
         self.controls.clear();
@@ -80,7 +80,7 @@ impl Chain {
         self.payloads.resize(values.len() * 8 + 8, 0);
         let (mut at, mut sum) = (0, 0);
         for (r, v) in refs.iter().zip(values) {
-            let last = &mut self.last[ordinals[*r as usize] as usize];
+            let last = &mut self.last[references[*r as usize] as usize];
             let bits = v.to_bits();
             let (control, word, len) = difference(bits, *last);
             *last = bits;

@@ -220,3 +220,40 @@ fn a_newer_format_is_refused_by_name() {
     let e = read(dir.path()).unwrap_err();
     assert!(e.message().contains("format version 9"), "{e}");
 }
+
+#[test]
+fn a_record_that_is_refused_leaves_the_rest_readable() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = registry();
+    let mut wal = Wal::open(dir.path(), vec![]);
+    let (a, b) = (named(&registry, "a"), named(&registry, "b"));
+    let put = |wal: &mut Wal, ordinal: Ordinal, v: f64| {
+        wal.encode(&[ordinal], |o| registry.get(o), &[samples(&[(0, v as i64, v)])], &[])
+    };
+    put(&mut wal, a, 1.0).unwrap();
+    // An ordinal without a tag set, in the middle of a group.
+    put(&mut wal, 77, 2.0).unwrap_err();
+    put(&mut wal, b, 3.0).unwrap();
+    put(&mut wal, a, 4.0).unwrap();
+    wal.commit().unwrap();
+    let (records, wrong) = read(dir.path()).unwrap();
+    let rows: Vec<_> = records.into_iter().flat_map(|r| r.1).collect();
+    let expected = [("a", 1.0), ("b", 3.0), ("a", 4.0)].map(|(n, v)| (n.to_owned(), v));
+    assert_eq!((rows, wrong), (expected.to_vec(), vec![]));
+}
+
+proptest::proptest! {
+    #[test]
+    fn any_payload_is_decoded_or_refused(
+        kind in proptest::sample::select(vec![1u8, 2, 4]),
+        section in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..100),
+    ) {
+        let registry = registry();
+        let mut payload = vec![1, kind, section.len() as u8];
+        payload.extend_from_slice(&section);
+        let mut reader = Reader::default();
+        let _ = reader.decode(&payload, &mut |tags| publish(&registry, tags));
+        payload[0] = 2;
+        let _ = reader.decode(&payload, &mut |tags| publish(&registry, tags));
+    }
+}
