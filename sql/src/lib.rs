@@ -27,3 +27,6 @@ pub use session::{Frontend, Session, plan};
 pub fn extensions() -> engine::Extensions {
     engine::Extensions { optimizer_rules: vec![std::sync::Arc::new(tags::TagColumns)], ..Default::default() }
 }
+
+#[cfg(test)]
+mod tests;

@@ -159,10 +159,6 @@ impl ExecutionPlan for TagScanExec {
         vec![&self.input]
     }
 
-    fn maintains_input_order(&self) -> Vec<bool> {
-        vec![true]
-    }
-
     fn benefits_from_input_partitioning(&self) -> Vec<bool> {
         // A scan cuts itself into as many partitions as pay.
         vec![false]

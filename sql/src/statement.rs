@@ -437,7 +437,7 @@ mod tests {
         check("UPDATE t SET a = 1", "25006");
         check("DELETE FROM t", "25006");
         check("CREATE TABLE t (a int)", "25006");
-        check("CREATE EXTERNAL TABLE t STORED AS PARQUET LOCATION '/etc'", "42601");
+        check("CREATE EXTERNAL TABLE t STORED AS PARQUET LOCATION '/etc'", "25006");
         check("DROP TABLE t", "25006");
         check("TRUNCATE t", "25006");
         check("EXPLAIN DELETE FROM t", "25006");

@@ -233,6 +233,7 @@ pub fn map_array<'a>(sets: impl Iterator<Item = Option<&'a Arc<Series>>>) -> Res
 
 #[cfg(test)]
 mod tests {
+    use arrow::array::Array;
     use catalog::TagHasher;
     use catalog::tag::tag_set;
 

@@ -250,6 +250,7 @@ impl Statement {
             Expr::AggregateFunction(AggregateFunction { func, mut params }) => {
                 let ordinals: Option<Vec<(Expr, Kind)>> = params.args.iter().map(|a| self.ordinal(a, scope)).collect();
                 let mut kind = None;
+                let mut text_sorts = false;
                 params.args = match (func.name(), ordinals) {
                     // What is counted may as well be the ordinal.
                     ("count" | "approx_distinct", Some(args)) => args.into_iter().map(|(e, _)| e).collect(),
@@ -258,10 +259,19 @@ impl Statement {
                         kind = args.first().map(|(_, k)| *k);
                         args.into_iter().map(|(e, _)| e).collect()
                     }
-                    _ => params.args.into_iter().map(|a| self.plain(a, scope)).collect::<Result<_>>()?,
+                    _ => {
+                        // Keys of an aggregate of distinct arguments must be among these.
+                        text_sorts = params.distinct;
+                        params.args.into_iter().map(|a| self.plain(a, scope)).collect::<Result<_>>()?
+                    }
                 };
                 params.filter = params.filter.map(|f| self.plain(*f, scope).map(Box::new)).transpose()?;
-                params.order_by = self.sort_keys(params.order_by, scope)?;
+                params.order_by = if text_sorts {
+                    let text = |k: SortExpr| Ok(SortExpr { expr: self.plain(k.expr, scope)?, ..k });
+                    params.order_by.into_iter().map(text).collect::<Result<_>>()?
+                } else {
+                    self.sort_keys(params.order_by, scope)?
+                };
                 Ok((Expr::AggregateFunction(AggregateFunction { func, params }), kind))
             }
             other => Ok((self.plain(other, scope)?, None)),

@@ -1,0 +1,327 @@
+//! Statements against an engine with a few series: answers, and the plans that give them.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use arrow::array::{ArrayRef, Float64Array, TimestampMillisecondArray, UInt32Array};
+use arrow::record_batch::RecordBatch;
+use catalog::ManualClock;
+use catalog::tables::{SAMPLES, time_type};
+use engine::{Batch, Components, Engine, MetricMetadata, Settings, Telemetry, Write};
+use futures::TryStreamExt;
+
+use crate::error::Result;
+use crate::format::Column;
+use crate::session::{Frontend, Session};
+
+/// 2026-11-21 07:00:00 UTC.
+const START: i64 = 1_795_244_400_000;
+
+pub struct Fixture {
+    _dir: tempfile::TempDir,
+    pub engine: Engine,
+    pub session: Session,
+}
+
+async fn open(dir: &Path) -> Engine {
+    let settings = Settings { data_dir: dir.to_owned(), memory_limit: 256 << 20, ..Settings::default() };
+    let components = Components {
+        store: Arc::new(object_store::memory::InMemory::new()),
+        clock: Arc::new(ManualClock::new(START + 3_600_000)),
+        telemetry: Arc::new(Telemetry::default()),
+    };
+    Engine::open(settings, components, crate::extensions()).await.unwrap()
+}
+
+/// `labels` as `k=v,k=v`, then (seconds after the start, value).
+async fn write(engine: &Engine, labels: &str, samples: &[(i64, f64)]) {
+    let mut pairs: Vec<(&str, &str)> = labels.split(',').map(|p| p.split_once('=').unwrap()).collect();
+    let mut encoder = engine.registry().encoder();
+    let tag = encoder.tags(&mut pairs, None).unwrap();
+    let ts = TimestampMillisecondArray::from_iter_values(samples.iter().map(|s| START + s.0 * 1000));
+    let columns: Vec<ArrayRef> = vec![
+        Arc::new(UInt32Array::from(vec![tag; samples.len()])),
+        Arc::new(ts.with_data_type(time_type())),
+        Arc::new(Float64Array::from_iter_values(samples.iter().map(|s| s.1))),
+    ];
+    let rows = RecordBatch::try_new(SAMPLES.arrow().clone(), columns).unwrap();
+    let metadata =
+        vec![MetricMetadata { metric: "up".into(), kind: "gauge".into(), help: "Up.".into(), unit: String::new() }];
+    let write = Write {
+        tags: encoder.finish(),
+        batches: vec![Batch { table: SAMPLES.clone(), rows }],
+        metadata,
+        ..Default::default()
+    };
+    engine.write(write).await.unwrap();
+}
+
+impl Fixture {
+    pub async fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = open(dir.path()).await;
+        write(&engine, "__name__=up,job=api,host=h1", &[(0, 1.0), (60, 1.0), (120, 0.0)]).await;
+        write(&engine, "__name__=up,job=api,host=h2", &[(0, 1.0), (60, 0.0)]).await;
+        write(&engine, "__name__=up,job=db,host=h3", &[(0, 1.0)]).await;
+        write(&engine, "__name__=http_requests,job=api,host=h1,code=200,ts=x", &[(0, 10.0), (60, 20.0)]).await;
+        write(&engine, "__name__=http_requests,job=api,host=h1,code=500", &[(0, 1.0), (60, 3.0)]).await;
+        write(&engine, "__name__=http_requests,job=api,host=h2,code=200", &[(0, 7.5)]).await;
+        let session = Frontend::new(&engine).unwrap().session("tester");
+        Self { _dir: dir, engine, session }
+    }
+
+    pub async fn run(&self, text: &str) -> Result<String> {
+        let batches: Vec<RecordBatch> =
+            self.session.run(crate::plan(text, &self.session).await?).await?.try_collect().await?;
+        let mut out = String::new();
+        for batch in batches {
+            let columns: Vec<Column> = batch.columns().iter().map(|c| Column::new(c, "UTC").unwrap()).collect();
+            for row in 0..batch.num_rows() {
+                let mut line = Vec::new();
+                for column in &columns {
+                    let mut cell = String::new();
+                    match column.is_null(row) {
+                        true => cell.push('-'),
+                        false => column.text(row, &mut cell)?,
+                    }
+                    line.push(cell);
+                }
+                out.push_str(&line.join("|"));
+                out.push('\n');
+            }
+        }
+        Ok(out)
+    }
+
+    async fn check(&self, text: &str, expected: &[&str]) {
+        let got = self.run(text).await.unwrap_or_else(|e| panic!("{text}: {} {e}", e.code));
+        assert_eq!(got.lines().collect::<Vec<_>>(), expected, "{text}");
+    }
+
+    /// The physical plan, without what depends on the machine.
+    async fn plan_of(&self, text: &str) -> String {
+        let explained = self.run(&format!("EXPLAIN {text}")).await.unwrap();
+        explained.split_once("physical_plan|").unwrap().1.to_owned()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_are_right_with_tags_as_ordinals() {
+    let f = Fixture::new().await;
+    f.check("SELECT count(*) FROM samples", &["11"]).await;
+    f.check(
+        "SELECT ts, metric, value, tags FROM samples WHERE metric = 'up' AND tags['host'] = 'h1' ORDER BY ts",
+        &[
+            r#"2026-11-21 07:00:00+00|up|1|{"host": "h1", "job": "api"}"#,
+            r#"2026-11-21 07:01:00+00|up|1|{"host": "h1", "job": "api"}"#,
+            r#"2026-11-21 07:02:00+00|up|0|{"host": "h1", "job": "api"}"#,
+        ],
+    )
+    .await;
+    f.check(
+        "SELECT metric, count(*), sum(value) FROM samples GROUP BY metric ORDER BY metric",
+        &["http_requests|5|41.5", "up|6|4"],
+    )
+    .await;
+    f.check(
+        "SELECT host, max(value), count(DISTINCT code) FROM prometheus.http_requests GROUP BY host ORDER BY host DESC",
+        &["h2|7.5|1", "h1|20|2"],
+    )
+    .await;
+    f.check("SELECT tags['job'], count(*) FROM samples GROUP BY tags['job'] ORDER BY 1", &["api|10", "db|1"]).await;
+    f.check("SELECT tags->>'job', count(*) FROM samples GROUP BY 1 ORDER BY 1", &["api|10", "db|1"]).await;
+    f.check("SELECT DISTINCT tags['code'] AS c FROM samples ORDER BY c NULLS FIRST", &["-", "200", "500"]).await;
+    f.check("SELECT min(host), max(host), count(host) FROM prometheus.up", &["h1|h3|6"]).await;
+    f.check("SELECT min(tags['code']), max(metric) FROM samples", &["200|up"]).await;
+    f.check(
+        "SELECT upper(host), count(*) FROM prometheus.up GROUP BY upper(host) ORDER BY 1",
+        &["H1|3", "H2|2", "H3|1"],
+    )
+    .await;
+    f.check("SELECT host || '/' || job FROM prometheus.up WHERE job = 'db'", &["h3/db"]).await;
+    f.check(
+        "SELECT host, value FROM prometheus.up WHERE host = 'h3' OR value < 0.5 ORDER BY host, value",
+        &["h1|0", "h2|0", "h3|1"],
+    )
+    .await;
+    f.check("SELECT count(*) FROM prometheus.http_requests WHERE code::int >= 500", &["2"]).await;
+    f.check("SELECT count(*) FROM prometheus.http_requests WHERE value > 2 AND code::int >= 500", &["1"]).await;
+    f.check("SELECT count(*) FROM samples WHERE metric LIKE 'http%' AND tags['host'] IN ('h2', 'h9')", &["1"]).await;
+    f.check("SELECT count(*) FROM samples WHERE tags['code'] IS NULL", &["6"]).await;
+    f.check("SELECT count(*) FROM samples WHERE tags['nope'] = 'x'", &["0"]).await;
+    f.check("SELECT count(*) FROM samples WHERE metric ~ '^up$'", &["6"]).await;
+    f.check("SELECT CASE WHEN host = 'h1' THEN 'one' ELSE 'other' END AS w, count(*) FROM prometheus.up GROUP BY 1 ORDER BY 1",
+        &["one|3", "other|3"]).await;
+    f.check("SELECT string_agg(DISTINCT host, ',' ORDER BY host) FROM prometheus.up", &["h1,h2,h3"]).await;
+    f.check("SELECT host, tags_eq FROM (SELECT host, host = job AS tags_eq FROM prometheus.up WHERE value = 1) GROUP BY 1, 2 ORDER BY 1",
+        &["h1|f", "h2|f", "h3|f"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn joins_unions_windows_and_subqueries() {
+    let f = Fixture::new().await;
+    f.check(
+        "SELECT u.host, sum(r.value) FROM prometheus.up u JOIN prometheus.http_requests r ON u.host = r.host AND u.ts = r.ts \
+         WHERE u.value = 1 GROUP BY u.host ORDER BY 1",
+        &["h1|34", "h2|7.5"],
+    )
+    .await;
+    f.check(
+        "SELECT DISTINCT u.host FROM prometheus.up u LEFT JOIN prometheus.http_requests r ON u.host = r.host \
+         WHERE r.host IS NULL",
+        &["h3"],
+    )
+    .await;
+    f.check(
+        "SELECT count(*) FROM prometheus.up WHERE host IN (SELECT host FROM prometheus.http_requests WHERE code = '500')",
+        &["3"],
+    )
+    .await;
+    f.check(
+        "SELECT count(*) FROM prometheus.up u WHERE NOT EXISTS (SELECT 1 FROM prometheus.http_requests r WHERE r.host = u.host)",
+        &["1"],
+    )
+    .await;
+    f.check("SELECT count(*) FROM prometheus.up WHERE host = (SELECT max(host) FROM prometheus.http_requests)", &["2"])
+        .await;
+    f.check(
+        "SELECT u.host, n.name FROM (SELECT DISTINCT host FROM prometheus.up) u \
+         JOIN (VALUES ('h1', 'one'), ('h3', 'three')) AS n(host, name) ON u.host = n.host ORDER BY 1",
+        &["h1|one", "h3|three"],
+    )
+    .await;
+    f.check(
+        "SELECT host FROM prometheus.up UNION SELECT host FROM prometheus.http_requests ORDER BY host",
+        &["h1", "h2", "h3"],
+    )
+    .await;
+    f.check("SELECT host FROM prometheus.up WHERE value = 0 UNION ALL SELECT 'lit' ORDER BY 1", &["h1", "h2", "lit"])
+        .await;
+    f.check(
+        "SELECT host, value, row_number() OVER (PARTITION BY host ORDER BY ts DESC) AS n FROM prometheus.up ORDER BY host, n",
+        &["h1|0|1", "h1|1|2", "h1|1|3", "h2|0|1", "h2|1|2", "h3|1|1"],
+    )
+    .await;
+    f.check(
+        "SELECT DISTINCT lag(host) OVER (ORDER BY host, ts) AS l FROM prometheus.up ORDER BY l NULLS FIRST",
+        &["-", "h1", "h2"],
+    )
+    .await;
+    f.check(
+        "WITH last AS (SELECT host, max(ts) AS ts FROM prometheus.up GROUP BY host) \
+         SELECT l.host, u.value FROM last l JOIN prometheus.up u ON u.host = l.host AND u.ts = l.ts ORDER BY 1",
+        &["h1|0", "h2|0", "h3|1"],
+    )
+    .await;
+    f.check(
+        "SELECT job, host, count(*) FROM prometheus.up GROUP BY ROLLUP (job, host) ORDER BY 1 NULLS LAST, 2 NULLS LAST",
+        &["api|h1|3", "api|h2|2", "api|-|5", "db|h3|1", "db|-|1", "-|-|6"],
+    )
+    .await;
+    f.check("SELECT host FROM prometheus.up ORDER BY host DESC, ts LIMIT 2", &["h3", "h2"]).await;
+    f.check("SELECT DISTINCT ON (job) job, host FROM prometheus.up ORDER BY job, host", &["api|h1", "db|h3"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn times_restrict_the_scan() {
+    let f = Fixture::new().await;
+    f.check("SELECT count(*) FROM samples WHERE ts > '2026-11-21T07:00:00Z'", &["5"]).await;
+    f.check(
+        "SELECT count(*) FROM samples WHERE ts BETWEEN '2026-11-21 07:00:00+00' AND '2026-11-21 07:01:00+00'",
+        &["10"],
+    )
+    .await;
+    f.check("SELECT count(*) FROM samples WHERE ts < '2026-11-21 07:00:00+00'", &["0"]).await;
+    f.check("SELECT count(*) FROM samples WHERE ts > now() + interval '200 years'", &["0"]).await;
+    f.check(
+        "SELECT date_bin('1 minute', ts) AS t, count(*) FROM samples GROUP BY t ORDER BY t LIMIT 1",
+        &["2026-11-21 07:00:00+00|6"],
+    )
+    .await;
+    let plan = f.plan_of("SELECT value FROM samples WHERE ts >= '2026-11-21T07:01:00Z' AND metric = 'up'").await;
+    assert!(!plan.contains("FilterExec"), "{plan}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn plans_run_on_ordinals() {
+    let f = Fixture::new().await;
+    let check = async |text: &str, with: &[&str], without: &[&str]| {
+        let plan = f.plan_of(text).await;
+        for w in with {
+            assert!(plan.contains(w), "{text} lacks {w}:\n{plan}");
+        }
+        for w in without {
+            assert!(!plan.contains(w), "{text} has {w}:\n{plan}");
+        }
+    };
+    check(
+        "SELECT host, sum(value) FROM prometheus.up WHERE job LIKE 'a%' GROUP BY host ORDER BY host",
+        &["gby=[host@", "tag_text(host@", "codes=2 of 3", "host#"],
+        &["FilterExec", "gby=[tag_text"],
+    )
+    .await;
+    check("SELECT DISTINCT metric FROM samples", &["gby=[metric@", "tag_text(metric@"], &[]).await;
+    check("SELECT tags['job'], count(*) FROM samples GROUP BY 1", &["tag_value[job]"], &["get_field", "tag_map"]).await;
+    check(
+        "SELECT count(*) FROM prometheus.up u JOIN prometheus.http_requests r ON u.host = r.host",
+        &["on=[(host@"],
+        &["tag_text"],
+    )
+    .await;
+    check("SELECT count(DISTINCT host) FROM prometheus.up", &[], &["tag_text"]).await;
+    check("SELECT value FROM prometheus.up WHERE host = 'h1' OR value > 1", &["tag_apply["], &["tag_text"]).await;
+    check("SELECT value FROM prometheus.up ORDER BY host", &["SortExec: expr=[host@"], &["SortExec: expr=[tag_text"])
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_refused() {
+    let f = Fixture::new().await;
+    let check = async |text: &str, code: &str| match f.run(text).await {
+        Err(e) => assert_eq!(e.code, code, "{text}: {e}"),
+        Ok(rows) => panic!("{text}: {rows}"),
+    };
+    check("SELECT * FROM nope", "42P01").await;
+    check("SELECT * FROM prometheus.nope", "42P01").await;
+    check("SELECT * FROM nope.nope", "42P01").await;
+    check("SELECT nope FROM samples", "42703").await;
+    check("SELECT nope(1)", "42883").await;
+    check("SELEC 1", "42601").await;
+    check("SELECT 1/0", "22012").await;
+    check("SELECT 'x'::int", "22P02").await;
+    check("SELECT * FROM '/etc/passwd'", "42P01").await;
+    check("SELECT * FROM \"file:///etc/passwd\"", "42P01").await;
+    check("CREATE TABLE t AS SELECT 1", "25006").await;
+    check("EXPLAIN ANALYZE INSERT INTO samples SELECT * FROM samples", "25006").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_catalog_describes_itself() {
+    let f = Fixture::new().await;
+    f.check("SELECT metric, count(*) FROM catalog.tag_sets GROUP BY metric ORDER BY 1", &["http_requests|3", "up|3"])
+        .await;
+    f.check("SELECT metric, type, help FROM catalog.metrics", &["up|gauge|Up."]).await;
+    f.check(
+        "SELECT table_schema, table_name FROM information_schema.tables WHERE table_schema IN ('public', 'prometheus') ORDER BY 1, 2",
+        &["prometheus|http_requests", "prometheus|up", "public|exemplars", "public|histograms", "public|samples"],
+    )
+    .await;
+    f.check(
+        "SELECT column_name FROM information_schema.columns WHERE table_schema = 'prometheus' AND table_name = 'http_requests' ORDER BY ordinal_position",
+        &["ts", "value", "code", "host", "job", "label_ts"],
+    )
+    .await;
+    f.check("SELECT relname FROM pg_catalog.pg_class WHERE relname = 'samples'", &["samples"]).await;
+    f.check("SELECT current_database(), current_user, version() LIKE 'PostgreSQL 15%'", &["thalweg|tester|t"]).await;
+    f.check("SELECT series = code FROM samples s JOIN catalog.tag_sets t ON s.series = t.code LIMIT 1", &["t"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_stay_after_a_flush() {
+    let f = Fixture::new().await;
+    f.engine.flush().await.unwrap();
+    write(&f.engine, "__name__=up,job=db,host=h3", &[(60, 5.0)]).await;
+    f.check("SELECT host, sum(value) FROM prometheus.up GROUP BY host ORDER BY host", &["h1|2", "h2|1", "h3|6"]).await;
+    f.check("SELECT tags['code'], count(*) FROM samples GROUP BY 1 ORDER BY 1 NULLS LAST", &["200|3", "500|2", "-|7"])
+        .await;
+}
