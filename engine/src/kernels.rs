@@ -144,6 +144,7 @@ pub struct Scratch {
     indexes: Vec<usize>,
     keys: Vec<i64>,
     floats: Vec<f64>,
+    sums: Vec<(f64, f64)>,
 }
 
 /// The newest sample of each window unless it is a stale marker. `out[i]` and `valid[i]` are written where there is
@@ -231,8 +232,13 @@ pub fn range(
             transitions(values, scratch, |a, b| b < a);
             windows.slide(ts, |i, _, lo, hi| put(i, (scratch.indexes[hi - 1] - scratch.indexes[lo]) as f64));
         }
-        F::Avg => windows.slide(ts, |i, _, lo, hi| put(i, mean(&values[lo..hi]))),
-        F::Sum => windows.slide(ts, |i, _, lo, hi| put(i, sum(&values[lo..hi]))),
+        F::Avg => sums(ts, values, windows, scratch, |i, lo, hi, s, c| {
+            let n = (hi - lo) as f64;
+            put(i, if s.is_finite() { s / n + c / n } else { mean(&values[lo..hi]) });
+        }),
+        F::Sum => sums(ts, values, windows, scratch, |i, lo, hi, s, c| {
+            put(i, if s.is_finite() { s + c } else { sum(&values[lo..hi]) });
+        }),
         F::Min => extreme(ts, values, windows, scratch, |new, best| new < best, |i, at| put(i, values[at])),
         F::Max => extreme(ts, values, windows, scratch, |new, best| new > best, |i, at| put(i, values[at])),
         F::TsOfMin => windows.slide(ts, |i, _, lo, hi| {
@@ -407,6 +413,39 @@ fn quantiles(
         }
         (from, to) = (lo, hi);
         put(i, quantile_of_sorted(arguments.at(0, i), keys.len(), |i| from_order_key(keys[i])));
+    });
+}
+
+/// The compensated sum (sum and compensation) of each window, at O(1) per sample and window: a window is the end of an
+/// older stretch, whose sums from each sample to its end are kept, and the start of a newer one. Nothing is ever
+/// subtracted, so nothing cancels that a plain pass would keep. Sums that overflow are the caller's to do again.
+fn sums(
+    ts: &[i64],
+    values: &[f64],
+    windows: &Windows,
+    scratch: &mut Scratch,
+    mut put: impl FnMut(usize, usize, usize, f64, f64),
+) {
+    let older = &mut scratch.sums;
+    let (mut base, mut pivot, mut next, mut newer) = (0, 0, 0, (-0.0, 0.0));
+    windows.slide(ts, |i, _, lo, hi| {
+        if lo >= pivot {
+            (base, pivot, next, newer) = (lo, hi, hi, (-0.0, 0.0));
+            older.clear();
+            older.resize(hi - lo, (0.0, 0.0));
+            let mut sum = (-0.0, 0.0);
+            for (slot, v) in older.iter_mut().zip(&values[lo..hi]).rev() {
+                sum = kahan_add(*v, sum.0, sum.1);
+                *slot = sum;
+            }
+        }
+        for v in &values[next..hi] {
+            newer = kahan_add(*v, newer.0, newer.1);
+        }
+        next = hi;
+        let (s, c) = older[lo - base];
+        let (s, c) = kahan_add(newer.0, s, c);
+        put(i, lo, hi, s, c + newer.1);
     });
 }
 

@@ -115,7 +115,8 @@ fn order_keys_order() {
 }
 
 proptest! {
-    /// A kernel that slides gives what it gives on each window alone, bit for bit.
+    /// A kernel that slides gives what it gives on each window alone, bit for bit; sums, which add up in another order, up
+    /// to what compensated sums lose.
     #[test]
     fn sliding_changes_nothing(
         gaps in prop::collection::vec((1i64..40, prop_oneof![
@@ -136,6 +137,14 @@ proptest! {
                 let lo = ts.partition_point(|t| *t <= end - length);
                 let hi = ts.partition_point(|t| *t <= end);
                 let alone = run(f, &ts[lo..hi], &values[lo..hi], Windows { first_end: end, step: 1, count: 1, length }, args)[0];
+                if matches!(f, RangeFunction::Sum | RangeFunction::Avg)
+                    && let (Some(a), Some(b)) = (got, alone)
+                    && a.is_finite()
+                {
+                    let scale: f64 = values[lo..hi].iter().map(|v| v.abs()).sum();
+                    prop_assert!((a - b).abs() <= 1e-15 * scale, "{:?} at {}: {:?} {:?}", f, i, got, alone);
+                    continue;
+                }
                 prop_assert_eq!(got.map(f64::to_bits), alone.map(f64::to_bits), "{:?} at {}: {:?} {:?}", f, i, got, alone);
             }
         }
