@@ -389,7 +389,7 @@ async fn nested_queries() {
     let server = serve().await;
     for (before, after) in [("(", ")"), ("-", ""), ("1+", ""), ("abs(", ")"), ("1^", ""), ("sum(", ")"), ("up or ", "")]
     {
-        for levels in [30, 200, 900, 100_000] {
+        for levels in [30, 500, 100_000] {
             let query = format!("{}up{}", before.repeat(levels), after.repeat(levels)).replace('+', "%2B");
             let form = "application/x-www-form-urlencoded";
             let (status, body) = server.post("query", form, &format!("query={query}")).await;
