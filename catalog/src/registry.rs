@@ -79,6 +79,10 @@ impl Hasher for PassThrough {
 pub type HashedMap<K, V> = HashMap<K, V, BuildHasherDefault<PassThrough>>;
 
 const SHARDS: usize = 64;
+/// Wire forms that are remembered, on average, for each set.
+const WIRES_PER_SET: usize = 8;
+/// Wire forms that a shard remembers in any case.
+const WIRES_PER_SHARD_MIN: usize = 1024;
 
 #[derive(Debug, Default)]
 struct Shard {
@@ -231,7 +235,13 @@ impl Registry {
             }
         };
         for wire in wires {
-            self.shard(*wire as u64).wires.write().insert(*wire, ordinal);
+            let mut known = self.shard(*wire as u64).wires.write();
+            // A sender whose labels come in ever new orders would fill the memory with forms of the same sets. They are
+            // only a short cut, so they can be forgotten: those in use come back with the next request.
+            if known.len() >= WIRES_PER_SHARD_MIN.max(WIRES_PER_SET * self.len() / SHARDS) {
+                known.clear();
+            }
+            known.insert(*wire, ordinal);
         }
         Ok(ordinal)
     }
@@ -342,6 +352,19 @@ mod tests {
         let mut out = Vec::new();
         r.for_each_of(metric, |o, _| out.push(o));
         out
+    }
+
+    #[test]
+    fn wire_forms_are_bounded() {
+        let r = registry(10);
+        let s = series(&r, &[("__name__", "up")]);
+        for i in 0..200_000u64 {
+            let wire = r.hasher().wire(1, &i.to_le_bytes());
+            r.publish(&s, &[wire], 0).unwrap();
+            assert_eq!(r.lookup_wire(wire), Some(0));
+        }
+        let kept: usize = r.shards.iter().map(|s| s.wires.read().len()).sum();
+        assert!(kept <= SHARDS * WIRES_PER_SHARD_MIN, "{kept} forms of one set");
     }
 
     #[test]
