@@ -2,26 +2,25 @@
 
 use std::sync::Arc;
 
-use arrow::array::{
-    Array, ArrayRef, AsArray, BooleanBufferBuilder, Float64Array, Int32Array, Int64Array, ListArray, RecordBatch,
-};
+use arrow::array::{Array, ArrayRef, AsArray, Float64Array, Int64Array, ListArray, RecordBatch};
 use arrow::buffer::NullBuffer;
 use arrow::datatypes::{DataType, Float64Type, TimestampMillisecondType, UInt32Type};
 use bytes::Bytes;
 use catalog::files::{ColumnStats, DataFile, timestamp_text};
 use catalog::tables::{Layout, Role};
 use catalog::{Error, Part, Result, TableSchema};
-use parquet::arrow::ArrowWriter;
-use parquet::arrow::arrow_writer::ArrowWriterOptions;
+use parquet::arrow::ArrowSchemaConverter;
+use parquet::arrow::arrow_writer::{ArrowColumnWriter, ArrowRowGroupWriterFactory, compute_leaves};
 use parquet::basic::{Compression, Encoding, ZstdLevel};
 use parquet::file::metadata::{FileMetaData, KeyValue, ParquetMetaData, ParquetMetaDataBuilder, ParquetMetaDataWriter};
 use parquet::file::properties::{EnabledStatistics, WriterProperties};
-use parquet::file::writer::TrackedWrite;
+use parquet::file::writer::{SerializedFileWriter, TrackedWrite};
 use parquet::schema::types::ColumnPath;
 
+use super::constant::ConstantColumn;
 use super::footer::{self, Description, Group};
-use super::{GROUP_ROWS, Key, PAGE_ROWS};
-use crate::layout::{Encoded, Params};
+use super::{GROUP_ROWS, Key, PAGE_ROWS, ZSTD_LEVEL};
+use crate::layout::Encoded;
 
 const DAY_MS: i64 = 86_400_000;
 
@@ -48,33 +47,61 @@ pub(crate) struct Written {
 pub(crate) struct Writer {
     table: Arc<TableSchema>,
     description: Description,
-    writer: ArrowWriter<Vec<u8>>,
+    writer: SerializedFileWriter<Vec<u8>>,
+    factory: ArrowRowGroupWriterFactory,
+    /// The columns of the row group that is being written, by leaf.
+    columns: Vec<Leaf>,
+    /// The first leaf of each physical column.
+    leaves: Vec<usize>,
     groups: Vec<Group>,
     group: Group,
-    /// Bounds of (target, series) codes, for outside readers.
-    bounds: [(i64, i64); 2],
+    /// Bounds of (metric, target, series) codes of the row group, for outside readers.
+    codes: [(i64, i64); 3],
+    /// The same of the file.
+    all_codes: [(i64, i64); 3],
     encoded: Encoded,
 }
+
+/// A leaf column of a row group.
+enum Leaf {
+    Constant(ConstantColumn),
+    Any(Box<ArrowColumnWriter>),
+}
+
+const NO_BOUNDS: (i64, i64) = (i64::MAX, i64::MIN);
 
 impl Writer {
     /// A writer of the file that `description` describes.
     pub fn new(table: &Arc<TableSchema>, description: Description) -> Result<Self> {
-        let options = ArrowWriterOptions::new().with_properties(properties(table)?).with_skip_arrow_metadata(true);
-        let writer = ArrowWriter::try_new_with_options(Vec::new(), table.physical_arrow().clone(), options)?;
+        let schema = ArrowSchemaConverter::new().convert(table.physical_arrow())?;
+        let leaves = (0..table.physical().len())
+            .map(|root| (0..schema.num_columns()).find(|leaf| schema.get_column_root_idx(*leaf) == root).unwrap_or(0))
+            .collect();
+        let properties = Arc::new(properties(table)?);
+        let writer = SerializedFileWriter::new(Vec::new(), schema.root_schema_ptr(), properties)?;
+        let factory = ArrowRowGroupWriterFactory::new(&writer, table.physical_arrow().clone());
         Ok(Self {
             table: table.clone(),
             description,
             writer,
-            groups: Vec::new(),
+            factory,
+            columns: vec![],
+            leaves,
+            groups: vec![],
             group: Group::empty(),
-            bounds: [(i64::MAX, i64::MIN); 2],
+            codes: [NO_BOUNDS; 3],
+            all_codes: [NO_BOUNDS; 3],
             encoded: Encoded::default(),
         })
     }
 
     /// Bytes that the file has by now, about.
     pub fn bytes(&self) -> usize {
-        self.writer.bytes_written() + self.writer.in_progress_size()
+        let open = self.columns.iter().map(|leaf| match leaf {
+            Leaf::Constant(c) => c.bytes(),
+            Leaf::Any(c) => c.get_estimated_total_bytes(),
+        });
+        self.writer.bytes_written() + open.sum::<usize>()
     }
 
     /// Rows so far.
@@ -94,8 +121,7 @@ impl Writer {
             self.write_within_group(keys, &rows.slice(at, n))?;
             at += n;
             if self.group.rows as usize == GROUP_ROWS {
-                self.writer.flush()?;
-                self.groups.push(std::mem::replace(&mut self.group, Group::empty()));
+                self.end_group()?;
             }
         }
         Ok(())
@@ -108,48 +134,108 @@ impl Writer {
         }
         let series = rows.column(0).as_primitive_opt::<UInt32Type>().ok_or_else(mismatch)?.values();
         let ts = rows.column(1).as_primitive_opt::<TimestampMillisecondType>().ok_or_else(mismatch)?.values();
-        let n = rows.num_rows();
-        let mut codes: [Vec<i64>; 3] = std::array::from_fn(|_| Vec::with_capacity(n));
+        if self.columns.is_empty() {
+            self.begin_group()?;
+        }
         let mut runs: Vec<(usize, usize)> = Vec::new();
         let mut start = 0;
         for run in series.chunk_by(|a, b| a == b) {
             let key = keys.get(run[0] as usize).ok_or_else(mismatch)?;
             let end = start + run.len();
             runs.push((start, end));
-            for (column, code) in codes.iter_mut().zip([key.metric, key.target, key.series]) {
-                column.resize(end, code);
-            }
-            self.group.metric_min = self.group.metric_min.min(key.metric);
-            self.group.metric_max = self.group.metric_max.max(key.metric);
-            for (bounds, code) in self.bounds.iter_mut().zip([key.target, key.series]) {
-                *bounds = (bounds.0.min(code), bounds.1.max(code));
+            for (i, code) in [key.metric, key.target, key.series].into_iter().enumerate() {
+                self.constant(i, run.len(), Some(code as u64));
+                self.codes[i] = (self.codes[i].0.min(code), self.codes[i].1.max(code));
             }
             // Sorted by time within a series.
             self.group.ts_min = self.group.ts_min.min(ts[start]);
             self.group.ts_max = self.group.ts_max.max(ts[end - 1]);
             start = end;
         }
-        self.group.rows += n as u32;
-        let [metric, target, codes] = codes;
-        let mut arrays: Vec<ArrayRef> = vec![Arc::new(Int64Array::from(metric)), Arc::new(Int64Array::from(target))];
-        let codes: ArrayRef = Arc::new(Int64Array::from(codes));
+        self.group.rows += rows.num_rows() as u32;
+        let table = self.table.clone();
         let t0 = day_start_ms(self.description.day);
-        for (i, column) in self.table.columns.iter().enumerate() {
-            match (column.role, column.layout) {
-                (Role::Tag, _) if i == 0 => arrays.push(codes.clone()),
-                (Role::Tag, _) => return Err(Error::internal("a second tag column can't be written yet")),
-                (_, Layout::DecimalLinear) => {
-                    let values = rows.column(i).as_primitive_opt::<Float64Type>().ok_or_else(mismatch)?.values();
+        for (at, physical) in table.physical().iter().enumerate() {
+            let Some(column) = physical.column else { continue };
+            match physical.part {
+                Part::Code if column == 0 => {}
+                Part::Code => return Err(Error::internal("a second tag column can't be written yet")),
+                Part::Residual => {
+                    let values = rows.column(column).as_primitive_opt::<Float64Type>().ok_or_else(mismatch)?.values();
                     self.encoded.clear();
                     for (start, end) in &runs {
                         self.encoded.push_series(&ts[*start..*end], &values[*start..*end], t0);
                     }
-                    arrays.extend(decimal_columns(&self.encoded));
+                    let doubles = NullBuffer::from(self.encoded.is_double.as_slice());
+                    let exact = NullBuffer::new(!doubles.inner());
+                    let exact = (exact.null_count() > 0).then_some(exact);
+                    let residuals = std::mem::take(&mut self.encoded.residuals);
+                    self.array(at, Arc::new(Int64Array::new(residuals.into(), exact)))?;
+                    // The layout's columns follow each other: residual, base, slope, t0, scale, double.
+                    for run in std::mem::take(&mut self.encoded.runs) {
+                        let p = run.params.as_ref();
+                        self.constant(at + 1, run.rows, p.map(|p| p.base as u64));
+                        self.constant(at + 2, run.rows, p.map(|p| p.slope.to_bits()));
+                        self.constant(at + 3, run.rows, p.map(|p| p.t0 as u64));
+                        self.constant(at + 4, run.rows, p.map(|p| u64::from(p.scale)));
+                    }
+                    let values = std::mem::take(&mut self.encoded.doubles);
+                    self.array(at + 5, Arc::new(Float64Array::new(values.into(), Some(doubles))))?;
                 }
-                _ => arrays.push(with_type(rows.column(i), &self.table.physical()[arrays.len()].data_type)?),
+                Part::Whole => self.array(at, with_type(rows.column(column), &physical.data_type)?)?,
+                _ => {}
             }
         }
-        self.writer.write(&RecordBatch::try_new(self.table.physical_arrow().clone(), arrays)?)?;
+        Ok(())
+    }
+
+    fn begin_group(&mut self) -> Result<()> {
+        let writers = self.factory.create_column_writers(self.groups.len())?;
+        self.columns = writers.into_iter().map(|w| Leaf::Any(Box::new(w))).collect();
+        for (physical, leaf) in self.table.physical().iter().zip(&self.leaves) {
+            if is_constant(physical.part) {
+                self.columns[*leaf] = Leaf::Constant(ConstantColumn::default());
+            }
+        }
+        Ok(())
+    }
+
+    fn constant(&mut self, physical: usize, rows: usize, value: Option<u64>) {
+        if let Leaf::Constant(c) = &mut self.columns[self.leaves[physical]] {
+            c.push(rows, value);
+        }
+    }
+
+    fn array(&mut self, physical: usize, array: ArrayRef) -> Result<()> {
+        let from = self.leaves[physical];
+        for (i, leaf) in compute_leaves(self.table.physical_arrow().field(physical), &array)?.iter().enumerate() {
+            if let Leaf::Any(c) = &mut self.columns[from + i] {
+                c.write(leaf)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn end_group(&mut self) -> Result<()> {
+        let schema = self.writer.schema_descr().clone();
+        let mut group = self.writer.next_row_group()?;
+        for (i, leaf) in std::mem::take(&mut self.columns).into_iter().enumerate() {
+            match leaf {
+                Leaf::Any(c) => c.close()?.append_to_row_group(&mut group)?,
+                Leaf::Constant(mut c) => {
+                    let (bytes, close) = c.finish(&schema.column(i), self.codes.get(i).copied())?;
+                    group.append_column(&bytes, close)?;
+                }
+            }
+        }
+        group.close()?;
+        for (all, codes) in self.all_codes.iter_mut().zip(&self.codes) {
+            *all = (all.0.min(codes.0), all.1.max(codes.1));
+        }
+        let [metric, ..] = self.codes;
+        (self.group.metric_min, self.group.metric_max) = metric;
+        self.codes = [NO_BOUNDS; 3];
+        self.groups.push(std::mem::replace(&mut self.group, Group::empty()));
         Ok(())
     }
 
@@ -159,8 +245,7 @@ impl Writer {
     /// `Internal` when it has no row.
     pub fn finish(mut self) -> Result<Written> {
         if self.group.rows > 0 {
-            self.writer.flush()?;
-            self.groups.push(std::mem::replace(&mut self.group, Group::empty()));
+            self.end_group()?;
         }
         if self.groups.is_empty() {
             return Err(Error::internal("a segment without rows can't be written"));
@@ -214,8 +299,8 @@ impl Writer {
                 let role = c.column.map(|i| self.table.columns[i].role);
                 let (min, max) = match (c.part, role) {
                     (Part::Metric, _) => text(metric_min, metric_max),
-                    (Part::Target, _) => text(self.bounds[0].0, self.bounds[0].1),
-                    (Part::Code, _) => text(self.bounds[1].0, self.bounds[1].1),
+                    (Part::Target, _) => text(self.all_codes[1].0, self.all_codes[1].1),
+                    (Part::Code, _) => text(self.all_codes[2].0, self.all_codes[2].1),
                     (Part::Whole, Some(Role::Time)) => (timestamp_text(ts_min), timestamp_text(ts_max)),
                     _ => return None,
                 };
@@ -293,7 +378,7 @@ impl std::io::Write for Tail {
 
 fn properties(table: &TableSchema) -> Result<WriterProperties> {
     let mut p = WriterProperties::builder()
-        .set_compression(Compression::ZSTD(ZstdLevel::try_new(3)?))
+        .set_compression(Compression::ZSTD(ZstdLevel::try_new(ZSTD_LEVEL)?))
         .set_max_row_group_row_count(None)
         .set_data_page_row_count_limit(PAGE_ROWS)
         .set_write_batch_size(PAGE_ROWS / 4)
@@ -306,13 +391,7 @@ fn properties(table: &TableSchema) -> Result<WriterProperties> {
         let encoding = match (c.layout, c.part) {
             (Layout::Delta, _) => Encoding::DELTA_BINARY_PACKED,
             (_, Part::Double) => Encoding::BYTE_STREAM_SPLIT,
-            _ => {
-                if matches!(c.part, Part::Metric | Part::Target | Part::Code) {
-                    // DuckDB and others skip row groups by these.
-                    p = p.set_column_statistics_enabled(path, EnabledStatistics::Chunk);
-                }
-                continue;
-            }
+            _ => continue,
         };
         p = p.set_column_dictionary_enabled(path.clone(), false).set_column_encoding(path.clone(), encoding);
         if c.part == Part::Whole {
@@ -322,35 +401,9 @@ fn properties(table: &TableSchema) -> Result<WriterProperties> {
     Ok(p.build())
 }
 
-/// The six columns of encoded values, in the order of the physical schema.
-fn decimal_columns(encoded: &Encoded) -> [ArrayRef; 6] {
-    let n = encoded.is_double.len();
-    // In a run of doubles everything but the double is null; an exception within a decimal run is null as a residual.
-    let mut in_run = BooleanBufferBuilder::new(n);
-    let (mut base, mut slope, mut t0, mut scale) =
-        (Vec::with_capacity(n), Vec::with_capacity(n), Vec::with_capacity(n), Vec::with_capacity(n));
-    for run in &encoded.runs {
-        let Params { base: b, slope: s, t0: t, scale: c } = run.params.unwrap_or_default();
-        let end = base.len() + run.rows;
-        base.resize(end, b);
-        slope.resize(end, s);
-        t0.resize(end, t);
-        scale.resize(end, i32::from(c));
-        in_run.append_n(run.rows, run.params.is_some());
-    }
-    let in_run = NullBuffer::new(in_run.finish());
-    let in_run = (in_run.null_count() > 0).then_some(in_run);
-    let doubles = NullBuffer::from(encoded.is_double.clone());
-    let exact = NullBuffer::new(!doubles.inner());
-    let exact = (exact.null_count() > 0).then_some(exact);
-    [
-        Arc::new(Int64Array::new(encoded.residuals.clone().into(), exact)),
-        Arc::new(Int64Array::new(base.into(), in_run.clone())),
-        Arc::new(Float64Array::new(slope.into(), in_run.clone())),
-        Arc::new(Int64Array::new(t0.into(), in_run.clone())),
-        Arc::new(Int32Array::new(scale.into(), in_run)),
-        Arc::new(Float64Array::new(encoded.doubles.clone().into(), Some(doubles))),
-    ]
+/// Whether neighbouring rows share the column's value.
+fn is_constant(part: Part) -> bool {
+    !matches!(part, Part::Whole | Part::Residual | Part::Double)
 }
 
 /// The array under a type that differs from its own in the names of list elements only.
