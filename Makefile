@@ -18,7 +18,7 @@ build:
 	$(CARGO) build --release --locked --bin thalweg
 
 test: clients lint deny
-	THALWEG_TEST_PYTHON=$(abspath $(VENV))/bin/python $(CARGO) test --workspace --locked
+	TEST_PYTHON=$(abspath $(VENV))/bin/python $(CARGO) test --workspace --locked
 
 lint:
 	$(CARGO) fmt --all --check

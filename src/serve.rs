@@ -188,7 +188,7 @@ impl Listeners {
         println!("        SQL over HTTP             http://{http}/api/v1/sql");
         if let Some(postgres) = &self.postgres {
             let address = postgres.local_addr()?;
-            println!("        SQL, PostgreSQL clients   postgres://{address}/default");
+            println!("        SQL, PostgreSQL clients   postgres://{address}/thalweg");
         }
         if let Some(grpc) = &self.grpc {
             println!("health  gRPC                      {}", grpc.local_addr()?);

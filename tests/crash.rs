@@ -3,7 +3,7 @@
 //! Every writer owns its series and writes requests of several samples, each sample with a value that says where it
 //! came from. It remembers which requests were acknowledged; a request whose answer never came is sent again after the
 //! restart or left alone. Afterwards every acknowledged request is there, every other whole or absent, every row once
-//! and with its value. `THALWEG_CRASH_SEEDS` sets the number of runs.
+//! and with its value. `CRASH_SEEDS` sets the number of runs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -144,7 +144,7 @@ fn run(seed: u64) {
 
 #[test]
 fn acknowledged_means_readable_exactly_once() {
-    let seeds = std::env::var("THALWEG_CRASH_SEEDS").ok().and_then(|n| n.parse().ok()).unwrap_or(3);
+    let seeds = std::env::var("CRASH_SEEDS").ok().and_then(|n| n.parse().ok()).unwrap_or(3);
     for seed in 0..seeds {
         run(seed);
     }

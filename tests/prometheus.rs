@@ -76,7 +76,9 @@ fn peers() -> Option<Peers> {
     ];
     let address = std::net::SocketAddr::from(([127, 0, 0, 1], port));
     wait_for("twenty scrapes in Prometheus", || {
-        let answer = Client::new(address).try_get("/api/v1/query?query=min(count_over_time(up%5B1m%5D))").ok()?.json();
+        let answer = Client::new(address).try_get("/api/v1/query?query=min(count_over_time(up%5B1m%5D))").ok()?;
+        // While it starts it answers 503 in plain text.
+        let answer = (answer.status == 200).then(|| answer.json())?;
         let scrapes: u32 = answer["data"]["result"][0]["value"][1].as_str()?.parse().ok()?;
         (scrapes >= 20).then_some(())
     });
@@ -89,15 +91,16 @@ impl Peers {
         // A scrape is stamped when it begins: what began before `now` may still be under way, in both, for a moment.
         let until = now_ms() - 2500;
         let samples = |address| {
-            let query = "count_over_time({__name__=~\".+\"}[1h])";
             let time = format!("{:.3}", until as f64 / 1000.0);
-            let answer =
-                Client::new(address).form("/api/v1/query", &[("query", &format!("sum({query})")), ("time", &time)]);
-            answer.json()["data"]["result"][0]["value"][1].as_str().map(str::to_owned)
+            let form = [("query", "{__name__=~\".+\"}[20s]"), ("time", time.as_str())];
+            let answer = Client::new(address).form("/api/v1/query", &form).json();
+            let points =
+                answer["data"]["result"].as_array()?.iter().filter_map(|s| Some(s["values"].as_array()?.len()));
+            Some(points.sum::<usize>())
         };
         wait_for("the same samples in both", || {
             let (theirs, ours) = (samples(self.prometheus), samples(self.server.http));
-            (theirs.is_some() && theirs == ours).then_some(())
+            (theirs > Some(0) && theirs == ours).then_some(())
         });
         until
     }
@@ -196,7 +199,7 @@ fn clients_agree(peers: &Peers, until: i64) {
     let port = peers.server.postgres.port().to_string();
     let out = run(
         &psql,
-        ["-X", "-At", "-F", " ", "-h", "127.0.0.1", "-p", &port, "-U", "any", "-d", "default", "-c", &query],
+        ["-X", "-At", "-F", " ", "-h", "127.0.0.1", "-p", &port, "-U", "any", "-d", "thalweg", "-c", &query],
     );
     let ours: Vec<(i64, f64)> = out
         .lines()

@@ -11,14 +11,14 @@ fn written_samples_are_visible_at_once() {
     assert_eq!(server.sql("SELECT count(*) FROM prometheus.m"), ["2"]);
     // Out of order, a repeat, and another value for the same time: the last one wins.
     server.write(&[series("m", &[("a", "1")], &[(now - 20_000, 7.0), (now - 10_000, 1.0), (now, 3.0)])]);
-    assert_eq!(server.sql("SELECT value FROM prometheus.m ORDER BY ts"), ["7.0", "1.0", "3.0"]);
+    assert_eq!(server.sql("SELECT value FROM prometheus.m ORDER BY ts"), ["7", "1", "3"]);
     server.flush();
-    assert_eq!(server.sql("SELECT value FROM prometheus.m ORDER BY ts"), ["7.0", "1.0", "3.0"]);
+    assert_eq!(server.sql("SELECT value FROM prometheus.m ORDER BY ts"), ["7", "1", "3"]);
     server.write(&[series("m", &[("a", "1")], &[(now - 10_000, 2.0)])]);
-    assert_eq!(server.sql("SELECT value FROM prometheus.m ORDER BY ts"), ["7.0", "2.0", "3.0"]);
+    assert_eq!(server.sql("SELECT value FROM prometheus.m ORDER BY ts"), ["7", "2", "3"]);
     server.flush();
     server.compact();
-    assert_eq!(server.sql("SELECT value FROM prometheus.m ORDER BY ts"), ["7.0", "2.0", "3.0"]);
+    assert_eq!(server.sql("SELECT value FROM prometheus.m ORDER BY ts"), ["7", "2", "3"]);
 }
 
 #[test]

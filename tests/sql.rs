@@ -24,7 +24,7 @@ impl Psql {
     fn arguments(&self) -> Vec<String> {
         let port = self.server.postgres.port().to_string();
         let fixed =
-            ["-X", "-At", "-v", "ON_ERROR_STOP=1", "-h", "127.0.0.1", "-U", "any", "-d", "default", "-p", &port];
+            ["-X", "-At", "-v", "ON_ERROR_STOP=1", "-h", "127.0.0.1", "-U", "any", "-d", "thalweg", "-p", &port];
         fixed.map(str::to_owned).to_vec()
     }
 
@@ -196,47 +196,82 @@ fn scripts_hold() {
     let mut files: Vec<PathBuf> = std::fs::read_dir(&dir).into_iter().flatten().flatten().map(|e| e.path()).collect();
     files.retain(|path| path.extension().is_some_and(|e| e == "slt"));
     files.sort();
-    fill(&psql.server);
     let mut failures = String::new();
     for file in &files {
         let text = std::fs::read_to_string(file).expect("a readable script");
-        for record in text.split("\n\n") {
-            if let Err(why) = record_holds(&psql, record) {
-                let _ = writeln!(failures, "{}: {why}", file.display());
+        let records: Vec<Record> = text.split("\n\n").filter_map(Record::parse).collect();
+        let answers = answers(&psql, &records);
+        assert_eq!(answers.len(), records.len(), "{}: psql ended early", file.display());
+        for (record, (rows, error)) in records.iter().zip(&answers) {
+            if let Err(why) = record.check(rows, error) {
+                let _ = writeln!(failures, "{}: {}\n{why}", file.display(), record.query);
             }
         }
     }
     assert!(failures.is_empty(), "records that do not hold:\n{failures}");
 }
 
-/// One record: `statement ok`, `statement error [TEXT]` or `query TYPES [rowsort]` with rows below `----`.
-fn record_holds(psql: &Psql, record: &str) -> Result<(), String> {
-    let lines: Vec<&str> = record.lines().filter(|l| !l.starts_with('#')).collect();
-    let begin = lines.iter().position(|l| !l.trim().is_empty());
-    let Some((head, body)) = begin.and_then(|b| lines[b..].split_first()) else { return Ok(()) };
-    let separator = body.iter().position(|l| *l == "----");
-    let query = body[..separator.unwrap_or(body.len())].join("\n");
-    let output = psql.try_run(&[&query]);
-    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-    if let Some(text) = head.strip_prefix("statement error") {
-        let right = !output.status.success() && stderr.contains(text.trim());
-        return if right { Ok(()) } else { Err(format!("{query}\nexpected an error with {text:?}, got {stderr:?}")) };
+/// One record of a script: `statement ok`, `statement error [TEXT]` or `query TYPES [rowsort]` with rows below `----`.
+struct Record {
+    head: String,
+    query: String,
+    rows: Vec<String>,
+}
+
+impl Record {
+    fn parse(text: &str) -> Option<Self> {
+        let mut lines = text.lines().filter(|l| !l.starts_with('#')).skip_while(|l| l.trim().is_empty());
+        let head = lines.next()?.to_owned();
+        let body: Vec<&str> = lines.collect();
+        let separator = body.iter().position(|l| *l == "----").unwrap_or(body.len());
+        let rows = body.iter().skip(separator + 1).map(|l| l.trim_end().to_owned()).filter(|l| !l.is_empty()).collect();
+        Some(Self { head, query: body[..separator].join("\n").trim_end_matches(';').to_owned(), rows })
     }
-    if !output.status.success() {
-        return Err(format!("{query}\n{stderr}"));
-    }
-    if !head.starts_with("query") {
-        return Ok(());
-    }
-    let rows = |lines: &mut dyn Iterator<Item = String>| {
-        let mut rows: Vec<String> = lines.filter(|l| !l.is_empty()).collect();
-        if head.contains("rowsort") {
-            rows.sort();
+
+    fn check(&self, rows: &[String], error: &str) -> Result<(), String> {
+        if let Some(text) = self.head.strip_prefix("statement error") {
+            let right = !error.is_empty() && error.contains(text.trim());
+            return if right { Ok(()) } else { Err(format!("expected an error with {text:?}, got {error:?}")) };
         }
-        rows
-    };
-    let stdout = String::from_utf8_lossy(&output.stdout).replace('|', " ");
-    let seen = rows(&mut stdout.lines().map(|l| l.trim_end().to_owned()));
-    let want = rows(&mut body[separator.map_or(body.len(), |s| s + 1)..].iter().map(|l| l.trim_end().to_owned()));
-    if seen == want { Ok(()) } else { Err(format!("{query}\nexpected {want:#?}\ngot {seen:#?}")) }
+        if !error.is_empty() {
+            return Err(error.to_owned());
+        }
+        let (mut want, mut seen) = (self.rows.clone(), rows.to_vec());
+        if self.head.contains("rowsort") {
+            want.sort();
+            seen.sort();
+        }
+        let right = seen == want || !self.head.starts_with("query");
+        if right { Ok(()) } else { Err(format!("expected {want:#?}\ngot {seen:#?}")) }
+    }
+}
+
+/// Sends all records through one session. Rows with blanks between the columns, and the error message or nothing.
+fn answers(psql: &Psql, records: &[Record]) -> Vec<(Vec<String>, String)> {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let file = dir.path().join("script.sql");
+    let mut script = String::from("\\set ON_ERROR_STOP 0\n");
+    for record in records {
+        let _ = writeln!(
+            script,
+            "{};\n\\if :ERROR\n\\echo @error :SQLSTATE :LAST_ERROR_MESSAGE\n\\endif\n\\echo @end",
+            record.query
+        );
+    }
+    std::fs::write(&file, script).expect("a file for the script");
+    let mut arguments = psql.arguments();
+    arguments.extend(["-q".to_owned(), "-f".to_owned(), file.display().to_string()]);
+    let stdout = String::from_utf8_lossy(&output(&psql.program, arguments).stdout).replace('|', " ");
+    let mut answers = Vec::new();
+    let (mut rows, mut error) = (Vec::new(), String::new());
+    for line in stdout.lines() {
+        if line == "@end" {
+            answers.push((std::mem::take(&mut rows), std::mem::take(&mut error)));
+        } else if let Some(message) = line.strip_prefix("@error ") {
+            error = message.to_owned();
+        } else {
+            rows.push(line.trim_end().to_owned());
+        }
+    }
+    answers
 }

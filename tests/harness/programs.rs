@@ -21,7 +21,7 @@ pub fn program(name: &str) -> Option<PathBuf> {
 
 /// A Python that can import DuckDB, or nothing when there is none and the test is to be skipped.
 pub fn python() -> Option<PathBuf> {
-    let python = std::env::var_os("THALWEG_TEST_PYTHON").map_or_else(
+    let python = std::env::var_os("TEST_PYTHON").map_or_else(
         || {
             let target = Path::new(env!("CARGO_BIN_EXE_thalweg")).ancestors().nth(2);
             target.expect("the binary lies in a target folder").join("venv/bin/python")

@@ -1,3 +1,5 @@
+//! Tests of the file catalog: commits, restarts, numbers, and what DuckLake readers find.
+
 use super::*;
 
 const HOUR: i64 = 3_600_000;

@@ -1,3 +1,5 @@
+//! Tests of tag parts: what is written is read, one metric without the rest, and damage is named.
+
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
