@@ -11,7 +11,7 @@ use catalog::files::{Commit, DataFile, TagPart};
 use catalog::{PartHeader, Result, TableSchema};
 
 use crate::engine::Inner;
-use crate::flush::{store, with_files, with_parts};
+use crate::flush::{publish, store, with_files, with_parts};
 use crate::memtable::read_schema;
 use crate::scan::merge::{Merge, Source};
 use crate::segment::{Cursor, Description, Key, Request, Writer, day_of, day_start_ms};
@@ -170,10 +170,11 @@ async fn merge(inner: &Arc<Inner>, table: &Arc<TableSchema>, files: &[Arc<DataFi
     if let Some(writer) = writer {
         commit.add.push(store(inner, table, writer).await?);
     }
-    inner.files.commit(&commit, inner.now_ms()).await?;
-    inner.install(|version| {
-        version.with_table(table.id, |t| t.files = with_files(&t.files, &commit.add, &commit.remove))
-    });
+    let table_id = table.id;
+    let commit = publish(inner, commit, move |_, version, commit| {
+        version.with_table(table_id, |t| t.files = with_files(&t.files, &commit.add, &commit.remove))
+    })
+    .await?;
     let (inputs, outputs) = (commit.remove.len(), commit.add.len());
     tracing::debug!(table = table.name, day = first.day, inputs, outputs, "files merged");
     inner.segments.forget(|id| !commit.remove.contains(&id));
@@ -207,11 +208,70 @@ async fn merge_parts(inner: &Arc<Inner>, parts: &[Arc<TagPart>]) -> Result<()> {
     let merged = inner.parts.merge(&header, parts).await?;
     inner.segments.put(&merged.part.path, merged.bytes).await?;
     let commit = Commit { add_parts: vec![merged.part], remove_parts: supersedes, ..Commit::default() };
-    inner.files.commit(&commit, inner.now_ms()).await?;
-    inner.install(|version| {
+    publish(inner, commit, |_, version, commit| {
         let mut next = version.clone();
         next.parts = with_parts(&version.parts, &commit.add_parts, &commit.remove_parts);
         next
-    });
+    })
+    .await?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Files as (level, bytes), each of a flush of its own but those in `same`, which are cuts of one merge.
+    fn check(files: &[(u8, u64)], same: usize, over: bool, all: bool, expected: Option<std::ops::Range<usize>>) {
+        let files: Vec<Arc<DataFile>> = files
+            .iter()
+            .enumerate()
+            .map(|(i, (level, bytes))| {
+                let seq = i.saturating_sub(same) as u64;
+                Arc::new(DataFile {
+                    id: i as i64,
+                    table_id: 1,
+                    path: String::new(),
+                    day: 0,
+                    level: *level,
+                    rows: 1,
+                    bytes: *bytes,
+                    footer_bytes: 0,
+                    ts_min: 0,
+                    ts_max: 0,
+                    metric_min: 0,
+                    metric_max: 0,
+                    seq_min: seq,
+                    seq_max: seq,
+                    crc32: 0,
+                    columns: vec![],
+                })
+            })
+            .collect();
+        let chosen = choose(&files, over, all).map(|c| c.iter().map(|f| f.id).collect::<Vec<_>>());
+        assert_eq!(chosen, expected.map(|r| r.map(|i| i as i64).collect()), "{files:?} over={over} all={all}");
+    }
+
+    #[test]
+    fn chooses_neighbours() {
+        let flushed = [(0, 10); 7];
+        check(&flushed[..1], 0, true, true, None);
+        check(&flushed[..2], 0, true, false, Some(0..2));
+        check(&flushed[..5], 0, false, false, None);
+        check(&flushed, 0, false, false, Some(0..7));
+        // A merge of the day before and flushed files after it, while the day goes on.
+        let mixed = [(1, 60), (0, 10), (0, 10), (0, 10), (0, 10), (0, 10), (0, 10)];
+        check(&mixed[..6], 0, false, false, None);
+        check(&mixed, 0, false, false, Some(1..7));
+        check(&mixed, 0, true, false, Some(0..7));
+        // Late rows of a day that was done: few are not worth it, unless asked for; many are merged among themselves.
+        let late = [(2, 10_000), (0, 10), (0, 10), (0, 10), (0, 10), (0, 10), (0, 10)];
+        check(&late[..3], 0, true, false, None);
+        check(&late[..3], 0, true, true, Some(0..3));
+        check(&late, 0, true, false, Some(1..7));
+        check(&[(2, 100), (0, 90)], 0, true, false, Some(0..2));
+        // One merge that was cut for size is settled.
+        check(&[(2, 100), (2, 100), (2, 30)], 2, true, true, None);
+        check(&[(2, 100), (2, 100), (0, 90)], 1, true, true, Some(0..3));
+    }
 }

@@ -19,6 +19,7 @@ use crate::memtable::Memtable;
 use crate::scan::gather::gather;
 use crate::scan::merge::MemoryCursor;
 use crate::segment::{Description, Key, Writer, day_of, day_start_ms};
+use crate::version::Version;
 
 /// A set of codes.
 type Codes = HashSet<i64, BuildHasherDefault<PassThrough>>;
@@ -45,6 +46,18 @@ impl Days {
     pub fn changed(&self, table_id: u16, day: i32) -> Option<i64> {
         self.changed.lock().get(&(table_id, day)).copied()
     }
+
+    fn note(&self, table_id: u16, commit: &Commit, codes: Vec<(i32, Vec<i64>)>, now_ms: i64) {
+        self.changed.lock().extend(commit.add.iter().map(|f| ((table_id, f.day), now_ms)));
+        let mut written = self.written.lock();
+        for (day, codes) in codes {
+            written.entry(day).or_default().extend(codes);
+        }
+        while written.len() > DAYS_REMEMBERED {
+            let Some(oldest) = written.keys().min().copied() else { break };
+            written.remove(&oldest);
+        }
+    }
 }
 
 /// Writes a frozen memtable to files, commits them, and installs the version in which they stand for it.
@@ -69,30 +82,41 @@ pub(crate) async fn write(inner: &Arc<Inner>, table: &Arc<TableSchema>, memtable
                 commit.add_parts.push(encoded.part);
             }
         }
-        inner.files.commit(&commit, inner.now_ms()).await?;
     }
+    let (table_id, written) = (table.id, memtable.clone());
     let now_ms = inner.now_ms();
-    {
-        let mut changed = inner.days.changed.lock();
-        changed.extend(commit.add.iter().map(|f| ((table.id, f.day), now_ms)));
-        let mut written = inner.days.written.lock();
-        for (day, codes) in new_codes {
-            written.entry(day).or_default().extend(codes);
-        }
-        while written.len() > DAYS_REMEMBERED {
-            let Some(oldest) = written.keys().min().copied() else { break };
-            written.remove(&oldest);
-        }
-    }
-    inner.install(|version| {
-        let mut next = version.with_table(table.id, |t| {
-            t.flushing.retain(|m| !Arc::ptr_eq(m, memtable));
+    publish(inner, commit, move |inner, version, commit| {
+        inner.days.note(table_id, commit, new_codes, now_ms);
+        let mut next = version.with_table(table_id, |t| {
+            t.flushing.retain(|m| !Arc::ptr_eq(m, &written));
             t.files = with_files(&t.files, &commit.add, &[]);
         });
         next.parts = with_parts(&version.parts, &commit.add_parts, &[]);
         next
-    });
+    })
+    .await?;
     Ok(())
+}
+
+/// Commits a change to the file catalog and installs the version that `change` makes of it.
+///
+/// Once begun, both are done even when the caller goes away: a version that still names files which the catalog gave up
+/// would lose them when their objects are deleted.
+pub(crate) async fn publish(
+    inner: &Arc<Inner>,
+    commit: Commit,
+    change: impl FnOnce(&Inner, &Version, &Commit) -> Version + Send + 'static,
+) -> Result<Commit> {
+    let inner = inner.clone();
+    let work = tokio::spawn(async move {
+        let empty = commit.add.is_empty() && commit.add_parts.is_empty() && commit.remove.is_empty();
+        if !(empty && commit.remove_parts.is_empty()) {
+            inner.files.commit(&commit, inner.now_ms()).await?;
+        }
+        inner.install(|version| change(&inner, version, &commit));
+        Ok(commit)
+    });
+    work.await.map_err(|e| Error::internal("change of the file catalog did not end").with_source(e))?
 }
 
 /// A list of files with some added and some removed by id.
