@@ -8,7 +8,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use catalog::database::{self, MetadataLog};
 use catalog::files::FileCatalog;
-use catalog::{Clock, Error, Registry, Result, Series, TagHasher, TagParts};
+use catalog::{Clock, Error, Registry, Result, Series, TableSchema, TagHasher, TagParts, TagSet};
 use datafusion::execution::{SendableRecordBatchStream, SessionState};
 use datafusion::logical_expr::LogicalPlan;
 use datafusion::prelude::SessionContext;
@@ -216,6 +216,17 @@ impl Engine {
     /// `LimitExceeded` when more series match than a query may touch; storage errors.
     pub async fn select(&self, selection: &Selection) -> Result<Arc<SeriesSet>> {
         crate::select::select(self.inner(), selection).await
+    }
+
+    /// The present version's view of tag sets that another node chose.
+    pub(crate) fn series_set(
+        &self,
+        table: Arc<TableSchema>,
+        tags: Vec<TagSet>,
+        start_ms: i64,
+        end_ms: i64,
+    ) -> Result<SeriesSet> {
+        crate::select::given(self.inner(), table, tags, start_ms, end_ms)
     }
 
     /// Calls `visit` once for each distinct tag set that [`Engine::select`] would return, in no order, without

@@ -5,6 +5,7 @@
 //! [`Engine::execute`]. Inside, tags are integers.
 
 pub mod batch;
+pub mod codec;
 pub mod kernels;
 pub mod scan;
 pub mod select;

@@ -128,6 +128,40 @@ pub(crate) async fn select(inner: &Inner, selection: &Selection) -> Result<Arc<S
     }))
 }
 
+/// The set of tag sets that are known already, against the present version.
+///
+/// # Errors
+/// `Internal` on a code collision.
+pub(crate) fn given(
+    inner: &Inner,
+    table: Arc<TableSchema>,
+    tags: Vec<TagSet>,
+    start_ms: i64,
+    end_ms: i64,
+) -> Result<SeriesSet> {
+    let version = inner.version();
+    let mut found = Vec::with_capacity(tags.len());
+    for tags in tags {
+        let series = Arc::new(Series::new(inner.registry.hasher(), tags));
+        let ordinal = inner.registry.lookup(series.id)?.unwrap_or(NO_ORDINAL);
+        found.push((Key::from(series.as_ref()), ordinal, series));
+    }
+    found.sort_unstable_by_key(|(key, ..)| *key);
+    found.dedup_by_key(|(key, ..)| *key);
+    Ok(SeriesSet {
+        table,
+        candidates: found.len(),
+        keys: Arc::new(found.iter().map(|f| f.0).collect()),
+        ordinals: found.iter().map(|f| f.1).collect(),
+        series: found.into_iter().map(|f| f.2).collect(),
+        start_ms,
+        end_ms,
+        version,
+        segments: inner.segments.clone(),
+        threads: inner.settings.cpu_threads.max(1),
+    })
+}
+
 /// Calls `visit` once for each distinct tag set of a selection until it returns false.
 pub(crate) async fn visit(
     inner: &Inner,
