@@ -94,6 +94,7 @@ impl TagSet {
     }
 
     /// The canonical form.
+    #[inline]
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }
