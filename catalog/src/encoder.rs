@@ -72,6 +72,21 @@ impl<'r> Encoder<'r> {
         self.registry.hasher()
     }
 
+    /// The references of the tag sets that were published in these wire forms, in their order. Asking for a whole
+    /// request at once costs a fraction of asking one by one; for what is unknown, [`Encoder::met`] tells whether it came
+    /// earlier in the request.
+    pub fn lookup(&mut self, wires: &[u128]) -> Vec<Option<TagRef>> {
+        self.by_ordinal.reserve(wires.len());
+        self.encoded.sets.reserve(wires.len());
+        let ordinals = self.registry.lookup_wires(wires);
+        ordinals.into_iter().map(|ordinal| ordinal.map(|o| self.known(o))).collect()
+    }
+
+    /// The reference of a tag set that this request held before in this wire form and that was not known then.
+    pub fn met(&self, wire: u128) -> Option<TagRef> {
+        self.by_wire.get(&wire).copied()
+    }
+
     /// The reference of a tag set that was met before in exactly these undecoded bytes, with the hash to hand to
     /// [`Encoder::tags`] otherwise. `domain` is a number of the receiver's own (see [`crate::TagHasher::wire`]).
     pub fn wire(&mut self, domain: u8, bytes: &[u8]) -> (Option<TagRef>, u128) {

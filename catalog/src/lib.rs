@@ -15,6 +15,7 @@ pub mod registry;
 pub mod tables;
 pub mod tag;
 pub mod tag_parts;
+mod wires;
 
 pub use clock::{Clock, ManualClock, SystemClock};
 pub use encoder::{Encoded, Encoder, TagRef};

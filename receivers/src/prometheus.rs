@@ -1,8 +1,8 @@
 //! Prometheus remote write, versions 1.0 and 2.0.
 //!
-//! [`decode_v1`] and [`decode_v2`] walk a request's protobuf bytes once. For each series they hash the bytes that hold
-//! its labels; if these were met before, no label is decoded at all, and only times and values are read. Rows go to
-//! columns that become Arrow arrays without a copy.
+//! [`decode_v1`] and [`decode_v2`] walk a request's protobuf bytes. First they hash, for each series, the bytes that hold
+//! its labels and look all hashes up at once; for what was met before no label is decoded at all, and only times and
+//! values are read. Rows go to columns that become Arrow arrays without a copy.
 //!
 //! What always holds: a request that is not protobuf is refused whole; otherwise each series is accepted or refused on
 //! its own, refused ones are named with the field and the reason, and nothing of them is registered or stored. Values
@@ -168,7 +168,6 @@ struct Request<'r> {
     metadata: Vec<engine::MetricMetadata>,
     histogram: Histogram,
     json: String,
-    series: usize,
     limits: Limits,
     /// Rows after this are refused, milliseconds since the epoch.
     ts_max: i64,
@@ -183,22 +182,9 @@ impl<'r> Request<'r> {
             metadata: Vec::new(),
             histogram: Histogram::default(),
             json: String::new(),
-            series: 0,
             limits,
             ts_max: limits.now_ms.saturating_add(limits.future_max_ms),
         }
-    }
-
-    /// Begins a series.
-    fn begin(&mut self) -> Result<()> {
-        self.series += 1;
-        if self.series > SERIES_MAX {
-            return Err(Error::limit_exceeded(format!(
-                "request holds more than {SERIES_MAX} series; send less at a time"
-            )));
-        }
-        self.rows.begin();
-        Ok(())
     }
 
     /// True when rows of this time are accepted.
@@ -321,6 +307,14 @@ impl<'r> Request<'r> {
         let write = Write { tags: self.encoder.finish(), batches: self.rows.finish()?, metadata: self.metadata };
         Ok(Decoded { write, rejected: self.rejected, counts })
     }
+}
+
+/// Refuses a request with more than [`SERIES_MAX`] series.
+fn check_series_count(series: usize) -> Result<()> {
+    if series > SERIES_MAX {
+        return Err(Error::limit_exceeded(format!("request holds more than {SERIES_MAX} series; send less at a time")));
+    }
+    Ok(())
 }
 
 fn kind_name(kind: u64) -> &'static str {

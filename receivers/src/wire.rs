@@ -76,6 +76,15 @@ impl<'a> Cursor<'a> {
         self.rest
     }
 
+    /// Passes over bytes that were read before from a clone.
+    ///
+    /// # Panics
+    /// When the message has less left.
+    #[inline]
+    pub fn advance(&mut self, bytes: usize) {
+        self.rest = &self.rest[bytes..];
+    }
+
     /// True at the end of this message.
     pub fn is_empty(&self) -> bool {
         self.rest.is_empty()

@@ -1,8 +1,8 @@
 //! `prometheus.WriteRequest`, the message of remote write 1.0.
 
-use catalog::{Encoder, Result};
+use catalog::{Encoder, Result, TagHasher, TagRef};
 
-use super::{Decoded, Limits, RawLabel, Reason, Request, keep, lossy_text, utf8};
+use super::{Decoded, Limits, RawLabel, Reason, Request, check_series_count, keep, lossy_text, utf8};
 use crate::wire::{self, Cursor, fixed64_key, len_key, varint_key};
 
 /// The wire forms of this version in the encoder.
@@ -13,6 +13,8 @@ const HISTOGRAM_FIELDS: u32 = 16;
 /// Bytes of a usual series, for the room to make at first.
 const SERIES_BYTES: usize = 200;
 
+const TIMESERIES: u32 = len_key(1);
+const METADATA: u32 = len_key(3);
 const LABEL: u32 = len_key(1);
 
 /// Decodes an uncompressed request of remote write 1.0.
@@ -20,13 +22,18 @@ const LABEL: u32 = len_key(1);
 /// # Errors
 /// `Invalid` when the bytes are not protobuf; `LimitExceeded` when the request holds too much.
 pub fn decode_v1(body: &[u8], encoder: Encoder<'_>, limits: Limits) -> Result<Decoded> {
-    const TIMESERIES: u32 = len_key(1);
-    const METADATA: u32 = len_key(3);
-    let mut request = Request::new(encoder, limits, body.len() / SERIES_BYTES);
+    let forms = forms(body, encoder.hasher())?;
+    let mut request = Request::new(encoder, limits, forms.wires.len());
+    let known = request.encoder.lookup(&forms.wires);
+    let mut next = 0;
     let mut c = Cursor::new(body);
     while let Some(key) = c.key()? {
         match key {
-            TIMESERIES => series(&mut request, c.message()?)?,
+            TIMESERIES => {
+                let form = Form { wire: forms.wires[next], labels: forms.labels[next] as usize, known: known[next] };
+                series(&mut request, c.message()?, &form)?;
+                next += 1;
+            }
             METADATA => metadata(&mut request, c.message()?)?,
             key => skip_known(&mut c, key)?,
         }
@@ -34,23 +41,62 @@ pub fn decode_v1(body: &[u8], encoder: Encoder<'_>, limits: Limits) -> Result<De
     request.finish()
 }
 
+/// The labels of all series as they lie on the wire, undecoded.
+#[derive(Default)]
+struct Forms {
+    /// Hashes of the bytes of the labels that stand at the beginning of each series.
+    wires: Vec<u128>,
+    /// How many bytes these are.
+    labels: Vec<u32>,
+}
+
+struct Form {
+    wire: u128,
+    labels: usize,
+    /// The series, when it was met in this form.
+    known: Option<TagRef>,
+}
+
+fn forms(body: &[u8], hasher: &TagHasher) -> Result<Forms> {
+    let room = body.len() / SERIES_BYTES;
+    let mut forms = Forms { wires: Vec::with_capacity(room), labels: Vec::with_capacity(room) };
+    let mut c = Cursor::new(body);
+    while let Some(key) = c.key()? {
+        if key != TIMESERIES {
+            match key {
+                METADATA => drop(c.bytes()?),
+                key => skip_known(&mut c, key)?,
+            }
+            continue;
+        }
+        check_series_count(forms.wires.len() + 1)?;
+        let message = c.message()?;
+        let mut rest = message.clone();
+        // Writers put all labels first, so their bytes are one piece that can be hashed.
+        while rest.rest().first() == Some(&(LABEL as u8)) {
+            rest.key()?;
+            rest.bytes()?;
+        }
+        let len = message.rest().len() - rest.rest().len();
+        forms.wires.push(hasher.wire(DOMAIN, &message.rest()[..len]));
+        // A body of 4 GiB is refused long before.
+        forms.labels.push(len as u32);
+    }
+    Ok(forms)
+}
+
 /// Fields 1 and 3 are known; 2 is reserved and passed over.
 fn skip_known(c: &mut Cursor<'_>, key: u32) -> wire::Result<()> {
     if key >> 3 == 1 { c.skip(key, 1..=1) } else { c.skip(key, 3..=3) }
 }
 
-fn series(request: &mut Request<'_>, message: Cursor<'_>) -> Result<()> {
+fn series(request: &mut Request<'_>, message: Cursor<'_>, form: &Form) -> Result<()> {
     const SAMPLE: u32 = len_key(2);
     const EXEMPLAR: u32 = len_key(3);
     const HISTOGRAM: u32 = len_key(4);
-    request.begin()?;
+    request.rows.begin();
     let mut c = message.clone();
-    // Writers put all labels first, so their bytes are one piece that can be hashed.
-    while c.rest().first() == Some(&(LABEL as u8)) {
-        c.key()?;
-        c.bytes()?;
-    }
-    let labels = &message.rest()[..message.rest().len() - c.rest().len()];
+    c.advance(form.labels);
     let mut in_one_piece = true;
     while let Some(key) = c.key()? {
         match key {
@@ -83,16 +129,16 @@ fn series(request: &mut Request<'_>, message: Cursor<'_>) -> Result<()> {
         }
     }
     request.end();
-    let mut wire = None;
-    if in_one_piece {
-        let (known, hash) = request.encoder.wire(DOMAIN, labels);
-        if let Some(series) = known {
-            request.rows.commit(series);
-            return Ok(());
-        }
-        wire = Some(hash);
+    if !in_one_piece {
+        return unknown(request, &message, None);
     }
-    unknown(request, &message, wire)
+    match form.known.or_else(|| request.encoder.met(form.wire)) {
+        Some(series) => {
+            request.rows.commit(series);
+            Ok(())
+        }
+        None => unknown(request, &message, Some(form.wire)),
+    }
 }
 
 /// A series whose labels were not met in this form.

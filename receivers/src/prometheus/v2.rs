@@ -7,9 +7,9 @@
 use std::collections::HashSet;
 
 use catalog::tag::METRIC_NAME;
-use catalog::{Encoder, Error, Result, TagHasher};
+use catalog::{Encoder, Error, Result, TagHasher, TagRef};
 
-use super::{Decoded, LABELS_MAX, Limits, RawLabel, Reason, Request, cut, keep, lossy_text, utf8};
+use super::{Decoded, LABELS_MAX, Limits, RawLabel, Reason, Request, check_series_count, cut, keep, lossy_text, utf8};
 use crate::wire::{self, Cursor, fixed64_key, len_key, varint_key};
 
 /// The wire forms of this version in the encoder.
@@ -55,11 +55,13 @@ pub fn decode_v2(body: &[u8], encoder: Encoder<'_>, limits: Limits) -> Result<De
         return Err(Error::invalid("symbols: the first symbol must be the empty text"));
     }
     let mut symbols = Symbols { table, refs: Vec::new(), hashes: Vec::new(), described: HashSet::new() };
+    let wires = wires(body, &mut symbols, series_count, encoder.hasher())?;
     let mut request = Request::new(encoder, limits, series_count);
+    let mut known = request.encoder.lookup(&wires).into_iter();
     let mut c = Cursor::new(body);
     while let Some(key) = c.key()? {
         match key {
-            TIMESERIES => series(&mut request, &mut symbols, c.message()?)?,
+            TIMESERIES => series(&mut request, &mut symbols, c.message()?, known.next().flatten())?,
             SYMBOL => drop(c.bytes()?),
             key => c.skip(key, 4..=5)?,
         }
@@ -86,11 +88,38 @@ fn symbols<'a>(body: &'a [u8], hasher: &TagHasher) -> Result<(Vec<Symbol<'a>>, u
             TIMESERIES => {
                 c.bytes()?;
                 series += 1;
+                check_series_count(series)?;
             }
             key => c.skip(key, 4..=5)?,
         }
     }
     Ok((table, series))
+}
+
+/// For each series the hash of its labels, if its references are the first thing in it, as all writers put them; zero,
+/// under which nothing is found, for others and for references that are wrong.
+fn wires(body: &[u8], symbols: &mut Symbols<'_>, count: usize, hasher: &TagHasher) -> Result<Vec<u128>> {
+    let mut wires = Vec::with_capacity(count);
+    let mut c = Cursor::new(body);
+    while let Some(key) = c.key()? {
+        match key {
+            TIMESERIES => {
+                let mut message = c.message()?;
+                symbols.refs.clear();
+                if message.rest().first() == Some(&(REFS as u8)) {
+                    message.key()?;
+                    read_refs(message.message()?, &mut symbols.refs)?;
+                }
+                wires.push(match symbols.hash() {
+                    Ok(()) => hasher.wire(DOMAIN, &symbols.hashes),
+                    Err(_) => 0,
+                });
+            }
+            SYMBOL => drop(c.bytes()?),
+            key => c.skip(key, 4..=5)?,
+        }
+    }
+    Ok(wires)
 }
 
 impl<'a> Symbols<'a> {
@@ -126,6 +155,12 @@ impl<'a> Symbols<'a> {
         labels
     }
 
+    /// Fills `refs` with all references of a series, wherever they are in its message.
+    fn read(&mut self, series: &Cursor<'_>) -> wire::Result<()> {
+        self.refs.clear();
+        all_refs(series, &mut self.refs)
+    }
+
     fn series_text(&self) -> String {
         lossy_text(&self.labels(&self.refs))
     }
@@ -139,21 +174,37 @@ struct Metadata {
     unit: u32,
 }
 
-fn series<'a>(request: &mut Request<'_>, symbols: &mut Symbols<'a>, message: Cursor<'a>) -> Result<()> {
+/// Reads a series; `known` is what it is by its leading references.
+fn series<'a>(
+    request: &mut Request<'_>,
+    symbols: &mut Symbols<'a>,
+    message: Cursor<'a>,
+    known: Option<TagRef>,
+) -> Result<()> {
     const SAMPLE: u32 = len_key(2);
     const HISTOGRAM: u32 = len_key(3);
     const EXEMPLAR: u32 = len_key(4);
     const METADATA: u32 = len_key(5);
     const CREATED: u32 = varint_key(6);
-    request.begin()?;
-    symbols.refs.clear();
+    request.rows.begin();
     let mut metadata = Metadata::default();
     let mut created = 0;
     let mut c = message.clone();
+    let mut in_one_piece = c.rest().first() == Some(&(REFS as u8));
+    if in_one_piece {
+        c.key()?;
+        c.bytes()?;
+    }
     while let Some(key) = c.key()? {
         match key {
-            REFS => read_refs(c.message()?, &mut symbols.refs)?,
-            REF => keep_ref(&mut symbols.refs, c.varint()?),
+            REFS => {
+                c.bytes()?;
+                in_one_piece = false;
+            }
+            REF => {
+                c.varint()?;
+                in_one_piece = false;
+            }
             SAMPLE => {
                 let (ts, value) = sample(c.message()?)?;
                 if request.in_time(ts) {
@@ -184,25 +235,36 @@ fn series<'a>(request: &mut Request<'_>, symbols: &mut Symbols<'a>, message: Cur
     if created != 0 && request.rows.pending().histograms > 0 {
         request.rows.default_start(created);
     }
+    let described = metadata.kind != 0 || metadata.help != 0 || metadata.unit != 0;
+    match known.filter(|_| in_one_piece) {
+        Some(series) => {
+            request.rows.commit(series);
+            if described {
+                symbols.read(&message)?;
+            }
+        }
+        None => {
+            symbols.read(&message)?;
+            if !unknown(request, symbols) {
+                return Ok(());
+            }
+        }
+    }
+    if described { describe(request, symbols, metadata) } else { Ok(()) }
+}
+
+/// A series whose labels were not met in this form when the request began; false when it is refused.
+#[cold]
+fn unknown(request: &mut Request<'_>, symbols: &mut Symbols<'_>) -> bool {
     if let Err(what) = symbols.hash() {
         request.refuse(Reason::Labels, "labels_refs", || symbols.series_text(), what);
-        return Ok(());
+        return false;
     }
     let (known, wire) = request.encoder.wire(DOMAIN, &symbols.hashes);
     if let Some(series) = known {
         request.rows.commit(series);
-    } else if !unknown(request, symbols, wire) {
-        return Ok(());
+        return true;
     }
-    if metadata.kind != 0 || metadata.help != 0 || metadata.unit != 0 {
-        describe(request, symbols, metadata)?;
-    }
-    Ok(())
-}
-
-/// A series whose labels were not met in this form; false when it is refused.
-#[cold]
-fn unknown(request: &mut Request<'_>, symbols: &Symbols<'_>, wire: u128) -> bool {
     let raw = symbols.labels(&symbols.refs);
     match utf8(&raw) {
         Ok(mut labels) => request.resolve(&mut labels, Some(wire)),
@@ -316,21 +378,23 @@ fn family(name: &str, kind: u64) -> &str {
     suffixes.iter().find_map(|s| name.strip_suffix(s)).filter(|n| !n.is_empty()).unwrap_or(name)
 }
 
+/// All references of a series, wherever they are in its message.
+fn all_refs(series: &Cursor<'_>, refs: &mut Vec<u32>) -> wire::Result<()> {
+    let mut c = series.clone();
+    while let Some(key) = c.key()? {
+        match key {
+            REFS => read_refs(c.message()?, refs)?,
+            REF => keep_ref(refs, c.varint()?),
+            key => c.skip(key, 1..=1)?,
+        }
+    }
+    Ok(())
+}
+
 /// The series for a message about it; its references can follow what the message is about.
 fn text_of(symbols: &Symbols<'_>, series: &Cursor<'_>) -> String {
     let mut refs = Vec::new();
-    let mut c = series.clone();
-    let mut read = || -> wire::Result<()> {
-        while let Some(key) = c.key()? {
-            match key {
-                REFS => read_refs(c.message()?, &mut refs)?,
-                REF => keep_ref(&mut refs, c.varint()?),
-                key => c.skip(key, 1..=1)?,
-            }
-        }
-        Ok(())
-    };
-    match read() {
+    match all_refs(series, &mut refs) {
         Ok(()) => lossy_text(&symbols.labels(&refs)),
         Err(e) => cut(&e.to_string()),
     }
