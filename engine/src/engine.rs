@@ -1,5 +1,6 @@
 //! The engine's handle: opening, writing, selecting, executing, stopping.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread::JoinHandle;
@@ -8,10 +9,11 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use catalog::database::{self, MetadataLog};
 use catalog::files::FileCatalog;
-use catalog::{Clock, Error, Registry, Result, Series, TableSchema, TagHasher, TagParts, TagSet};
+use catalog::{Clock, Error, Registry, Result, Series, TableSchema, TagHasher, TagParts, TagSet, tables};
 use datafusion::execution::{SendableRecordBatchStream, SessionState};
 use datafusion::logical_expr::LogicalPlan;
 use datafusion::prelude::SessionContext;
+use futures::TryStreamExt;
 use object_store::ObjectStore;
 use parking_lot::Mutex;
 use tokio::runtime::{Handle, Runtime};
@@ -122,6 +124,9 @@ impl Engine {
         let slash = if settings.store_location.ends_with('/') { "" } else { "/" };
         let data_path = format!("{}{slash}{}/", settings.store_location, settings.database);
         let catalog_path = settings.data_dir.join("catalog.sqlite");
+        if !catalog_path.exists() {
+            refuse_rows_without_catalog(store, &settings.database, &catalog_path).await?;
+        }
         let (files, state) = FileCatalog::open(&catalog_path, &data_path, described.seed, now_ms).await?;
         if state.seed != described.seed {
             return Err(Error::corrupt(format!(
@@ -343,6 +348,22 @@ impl Drop for Running {
             cpu.shutdown_background();
         }
     }
+}
+
+/// A new file catalog would number new files as old ones are numbered, and write over them.
+async fn refuse_rows_without_catalog(store: &Arc<dyn ObjectStore>, database: &str, catalog: &Path) -> Result<()> {
+    for table in tables::all() {
+        let folder = object_store::path::Path::from(format!("{database}/{}", table.name));
+        if let Some(object) = store.list(Some(&folder)).try_next().await? {
+            return Err(Error::corrupt(format!(
+                "file catalog {} does not exist, but the object store holds rows such as {}; restore the file catalog, or \
+                 start with an empty store",
+                catalog.display(),
+                object.location
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// The seed of a new database; used once in its life.

@@ -250,6 +250,19 @@ async fn a_catalog_of_another_database_is_refused() {
 }
 
 #[tokio::test]
+async fn rows_without_their_catalog_are_not_written_over() {
+    let (dir, store) = (tempfile::tempdir().unwrap(), bucket());
+    let engine = open(dir.path(), &store).await;
+    engine.write(request(&engine, &[("a", NOW, 1.0)])).await.unwrap();
+    engine.shutdown(Duration::from_secs(10)).await.unwrap();
+    drop(engine);
+    std::fs::remove_file(dir.path().join("catalog.sqlite")).unwrap();
+    let refused = Engine::open(settings(dir.path()), components(&store), Extensions::default()).await.unwrap_err();
+    assert_eq!(refused.kind(), catalog::ErrorKind::Corrupt);
+    assert!(refused.message().contains("catalog.sqlite"), "{refused}");
+}
+
+#[tokio::test]
 async fn sessions_have_tables_of_their_own() {
     let dir = tempfile::tempdir().unwrap();
     let engine = open(dir.path(), &bucket()).await;
