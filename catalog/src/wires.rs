@@ -104,6 +104,8 @@ mod tests {
     use super::*;
 
     proptest! {
+        #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() })]
+
         /// As a hash map does, with hashes that share their low bits.
         #[test]
         fn as_a_map(steps in prop::collection::vec((0u8..20, any::<u8>(), 0u32..50), 0..400)) {
