@@ -133,8 +133,8 @@ fn psql_asks_everything_that_people_ask() {
 fn psql_lists_tables_and_keeps_its_session() {
     let Some(psql) = Psql::new() else { return };
     fill(&psql.server);
-    let listed = psql.run(&["\\dt *.*"]).join("\n");
-    assert!(listed.contains("samples") && listed.contains("requests_total"), "{listed}");
+    assert!(psql.run(&["\\dt"]).contains(&"public|samples|table|postgres".to_owned()));
+    assert!(psql.run(&["\\dv prometheus.*"]).contains(&"prometheus|requests_total|view|postgres".to_owned()));
     let described = psql.run(&["\\d prometheus.requests_total"]).join("\n");
     for column in ["ts|", "value|double precision", "instance|", "job|"] {
         assert!(described.contains(column), "{column} is not in {described}");
