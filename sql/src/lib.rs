@@ -11,6 +11,7 @@ pub mod error;
 pub mod format;
 pub mod functions;
 pub mod http;
+pub mod interrupt;
 pub mod pg;
 pub mod scan;
 pub mod schema;

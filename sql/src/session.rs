@@ -23,6 +23,7 @@ use parking_lot::Mutex;
 
 use crate::error::{Result, SqlError};
 use crate::functions;
+use crate::interrupt::{Guard, Interrupt, Interruptible};
 use crate::schema::Database;
 use crate::statement::{self, Command};
 use crate::variables::Variables;
@@ -52,11 +53,15 @@ impl Frontend {
         let state = engine.session().state();
         let mut config = state.config().clone().with_default_catalog_and_schema(DATABASE, "public");
         config = config.with_create_default_catalog_and_schema(false).with_information_schema(true);
+        // Scans cut themselves into as many partitions as pay. A repartitioning on top of a sort, for the sake of the
+        // projection that restores text, would lose the order of the answer.
+        config.options_mut().optimizer.enable_round_robin_repartition = false;
         let catalogs = MemoryCatalogProviderList::new();
         catalogs.register_catalog(DATABASE.to_owned(), Arc::new(Database::new(engine)));
         let mut state = SessionStateBuilder::new_from_existing(state)
             .with_config(config)
             .with_catalog_list(Arc::new(catalogs))
+            .with_physical_optimizer_rule(Arc::new(Interruptible))
             .build();
         functions::register_planners(&mut state)?;
         let template = SessionContext::new_with_state(state);
@@ -127,8 +132,13 @@ impl Session {
     /// # Errors
     /// Those of planning; the stream ends with those of running.
     pub async fn run(&self, plan: LogicalPlan) -> Result<SendableRecordBatchStream> {
-        let limits = QueryLimits { timeout: self.timeout() };
-        Ok(self.frontend.engine.execute(&self.context.state(), plan, limits).await?)
+        let timeout = self.timeout();
+        let interrupt = Interrupt::default();
+        let mut state = self.context.state();
+        state.config_mut().options_mut().extensions.insert(interrupt.clone());
+        let guard = Guard::new(interrupt);
+        let stream = self.frontend.engine.execute(&state, plan, QueryLimits { timeout }).await?;
+        Ok(guard.watch(stream, timeout))
     }
 
     /// How long a statement may run: `statement_timeout`, or else what the server allows.

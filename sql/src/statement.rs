@@ -7,6 +7,8 @@ use datafusion::sql::sqlparser::ast::{
     CopyOption, CopySource, CopyTarget, DataType, Expr, FunctionArguments, Ident, ObjectName, Query, Reset, SelectItem,
     Set, SetExpr, Statement, Value, VisitMut, VisitorMut,
 };
+use datafusion::sql::sqlparser::dialect::PostgreSqlDialect;
+use datafusion::sql::sqlparser::parser::Parser;
 use datafusion_pg_catalog::sql::PostgresCompatibilityParser;
 
 use crate::error::{Result, SqlError};
@@ -204,9 +206,8 @@ fn copy(
             let columns = columns.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
             let columns = if columns.is_empty() { "*" } else { &columns };
             let text = format!("SELECT {columns} FROM {table_name}");
-            let dialect = datafusion::sql::sqlparser::dialect::PostgreSqlDialect {};
-            let mut parsed = datafusion::sql::sqlparser::parser::Parser::parse_sql(&dialect, &text)
-                .map_err(|e| SqlError::new("42601", e.to_string()))?;
+            let mut parsed =
+                Parser::parse_sql(&PostgreSqlDialect {}, &text).map_err(|e| SqlError::new("42601", e.to_string()))?;
             parsed.pop().ok_or_else(|| SqlError::new("42601", "COPY without a table"))?
         }
     };
@@ -350,8 +351,35 @@ fn name_columns(statement: &mut Statement) {
             name_select(&mut query.body);
             ControlFlow::Continue(())
         }
+        fn pre_visit_expr(&mut self, expr: &mut Expr) -> ControlFlow<()> {
+            if let Some(aggregated) = array_of_query(expr) {
+                *expr = aggregated;
+            }
+            ControlFlow::Continue(())
+        }
     }
     let _ = statement.visit(&mut Namer);
+}
+
+/// `ARRAY(SELECT x ...)`, for which the planner has no words, as `(SELECT array_agg(x) ...)`.
+fn array_of_query(expr: &Expr) -> Option<Expr> {
+    let Expr::Function(function) = expr else { return None };
+    let FunctionArguments::Subquery(query) = &function.args else { return None };
+    if !last_part(&function.name).eq("array") {
+        return None;
+    }
+    let mut query = query.clone();
+    query.order_by = None;
+    let SetExpr::Select(select) = query.body.as_mut() else { return None };
+    let [SelectItem::UnnamedExpr(item) | SelectItem::ExprWithAlias { expr: item, .. }] = select.projection.as_slice()
+    else {
+        return None;
+    };
+    let dialect = PostgreSqlDialect {};
+    let text = format!("array_agg({item})");
+    let aggregate = Parser::new(&dialect).try_with_sql(&text).ok()?.parse_expr().ok()?;
+    select.projection = vec![SelectItem::UnnamedExpr(aggregate)];
+    Some(Expr::Subquery(query))
 }
 
 fn name_select(body: &mut SetExpr) {

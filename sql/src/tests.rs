@@ -275,6 +275,36 @@ async fn plans_run_on_ordinals() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn order_survives_restoring_text() {
+    let f = Fixture::new().await;
+    let samples: Vec<(i64, f64)> = (0..500).map(|i| (i, i as f64)).collect();
+    for host in 0..60 {
+        write(&f.engine, &format!("__name__=big,host=h{host:02}"), &samples).await;
+    }
+    let rows = f.run("SELECT host, value FROM prometheus.big ORDER BY host, value").await.unwrap();
+    let expected: String = (0..60).flat_map(|h| (0..500).map(move |v| format!("h{h:02}|{v}\n"))).collect();
+    assert!(rows == expected, "rows are out of order");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dropped_stream_stops_a_join_that_gives_nothing() {
+    let f = Fixture::new().await;
+    for join in [
+        "SELECT count(*) FROM generate_series(1, 1000000) a, generate_series(1, 1000000) b WHERE a.value + b.value = 1",
+        "SELECT count(*) FROM generate_series(1, 1000000) a, generate_series(1, 1000000) b",
+    ] {
+        let plan = crate::plan(join, &f.session).await.unwrap();
+        let mut stream = f.session.run(plan).await.unwrap();
+        let first =
+            tokio::time::timeout(std::time::Duration::from_millis(300), futures::StreamExt::next(&mut stream)).await;
+        assert!(first.is_err(), "{join} was to run for long");
+        drop(stream);
+    }
+    // The engine's threads end only when what runs on them does.
+    f.engine.shutdown(std::time::Duration::from_secs(1)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_is_refused() {
     let f = Fixture::new().await;
     let check = async |text: &str, code: &str| match f.run(text).await {
