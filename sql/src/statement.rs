@@ -368,6 +368,11 @@ fn array_of_query(expr: &Expr) -> Option<Expr> {
     if !last_part(&function.name).eq("array") {
         return None;
     }
+    if query.to_string().contains(".reloptions)") {
+        // How `psql` describes a table's storage options, through a table function of a correlated column. There are
+        // no such options.
+        return Parser::new(&PostgreSqlDialect {}).try_with_sql("CAST(NULL AS TEXT[])").ok()?.parse_expr().ok();
+    }
     let mut query = query.clone();
     query.order_by = None;
     let SetExpr::Select(select) = query.body.as_mut() else { return None };
@@ -456,6 +461,18 @@ mod tests {
             panic!("no query")
         };
         assert_eq!(statement.to_string(), "SELECT count(*) AS \"count_1\", count(a) AS \"count_2\", count FROM t");
+    }
+
+    #[test]
+    fn arrays_of_queries_are_aggregates() {
+        let check = |text: &str, expected: &str| match one(text) {
+            Ok(Command::Query { statement, .. }) => assert_eq!(statement.to_string(), expected),
+            other => panic!("{text}: {other:?}"),
+        };
+        check(
+            "SELECT ARRAY(SELECT b FROM t WHERE t.x = u.y ORDER BY b) AS m FROM u",
+            "SELECT (SELECT array_agg(b) AS \"array_agg\" FROM t WHERE t.x = u.y) AS m FROM u",
+        );
     }
 
     #[test]
