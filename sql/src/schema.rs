@@ -28,11 +28,11 @@ pub struct Database {
 }
 
 impl Database {
-    /// The database of an engine.
-    pub fn new(engine: &Engine) -> Self {
+    /// The database of an engine with these metrics.
+    pub fn new(engine: &Engine, metrics: &Arc<Metrics>) -> Self {
         let schemas: [(&str, Arc<dyn SchemaProvider>); 3] = [
             ("public", Arc::new(Public { engine: engine.clone() })),
-            ("prometheus", Arc::new(Metrics { engine: engine.clone() })),
+            ("prometheus", metrics.clone()),
             ("catalog", Arc::new(Catalog { engine: engine.clone() })),
         ];
         Self { schemas: RwLock::new(schemas.into_iter().map(|(n, s)| (n.to_owned(), s)).collect()) }
@@ -81,8 +81,10 @@ impl SchemaProvider for Public {
 
 /// One virtual table per metric.
 #[derive(Debug)]
-struct Metrics {
+pub struct Metrics {
     engine: Engine,
+    /// Of all metrics, as of the last statement that asked for the names of tables.
+    names: RwLock<Arc<BTreeSet<String>>>,
 }
 
 fn everything(table: &Arc<TableSchema>) -> Selection {
@@ -90,6 +92,32 @@ fn everything(table: &Arc<TableSchema>) -> Selection {
 }
 
 impl Metrics {
+    /// The metrics of an engine.
+    pub fn new(engine: &Engine) -> Self {
+        Self { engine: engine.clone(), names: RwLock::default() }
+    }
+
+    /// Looks up the names of all metrics, which are listed from then on. Any metric resolves without that.
+    ///
+    /// # Errors
+    /// Storage errors.
+    pub async fn refresh(&self) -> Result<()> {
+        let mut names = BTreeSet::new();
+        for table in [&*SAMPLES, &*HISTOGRAMS] {
+            let visit = |series: &Arc<Series>| {
+                if let Some(name) = series.tags.get(METRIC_NAME)
+                    && !names.contains(name)
+                {
+                    names.insert(name.to_owned());
+                }
+                true
+            };
+            self.engine.visit(&everything(table), visit).await.map_err(external)?;
+        }
+        *self.names.write() = Arc::new(names);
+        Ok(())
+    }
+
     /// The labels that the metric's series in `table` have; `None` without any series.
     async fn labels(&self, table: &Arc<TableSchema>, metric: &str) -> Result<Option<BTreeSet<String>>> {
         let matcher = Matcher::new(METRIC_NAME, MatchOp::Eq, metric).map_err(external)?;
@@ -111,19 +139,8 @@ impl Metrics {
 
 #[async_trait]
 impl SchemaProvider for Metrics {
-    /// The metrics that are written to now. Others resolve by name but aren't listed.
     fn table_names(&self) -> Vec<String> {
-        let mut names = Vec::new();
-        self.engine.registry().for_each(
-            |name| {
-                names.push(name.to_owned());
-                false
-            },
-            |_, _| {},
-        );
-        names.retain(|n| !n.is_empty());
-        names.sort_unstable();
-        names
+        self.names.read().iter().cloned().collect()
     }
 
     async fn table(&self, name: &str) -> Result<Option<Arc<dyn TableProvider>>> {

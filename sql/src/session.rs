@@ -1,5 +1,6 @@
 //! Sessions: what a connection sees and has set, and running its statements.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ use datafusion::execution::{SendableRecordBatchStream, SessionStateBuilder};
 use datafusion::logical_expr::LogicalPlan;
 use datafusion::prelude::SessionContext;
 use datafusion::sql::parser::Statement as DfStatement;
-use datafusion::sql::sqlparser::ast::Statement;
+use datafusion::sql::sqlparser::ast::{Statement, visit_relations};
 use datafusion_pg_catalog::pg_catalog::context::EmptyContextProvider;
 use datafusion_pg_catalog::pg_catalog::setup_pg_catalog;
 use datafusion_pg_catalog::sql::PostgresCompatibilityParser;
@@ -24,7 +25,7 @@ use parking_lot::Mutex;
 use crate::error::{Result, SqlError};
 use crate::functions;
 use crate::interrupt::{Guard, Interrupt, Interruptible};
-use crate::schema::Database;
+use crate::schema::{Database, Metrics};
 use crate::statement::{self, Command};
 use crate::variables::Variables;
 
@@ -35,6 +36,7 @@ pub const DATABASE: &str = "thalweg";
 pub struct Frontend {
     engine: Engine,
     template: SessionContext,
+    metrics: Arc<Metrics>,
     parser: PostgresCompatibilityParser,
 }
 
@@ -56,8 +58,9 @@ impl Frontend {
         // Scans cut themselves into as many partitions as pay. A repartitioning on top of a sort, for the sake of the
         // projection that restores text, would lose the order of the answer.
         config.options_mut().optimizer.enable_round_robin_repartition = false;
+        let metrics = Arc::new(Metrics::new(engine));
         let catalogs = MemoryCatalogProviderList::new();
-        catalogs.register_catalog(DATABASE.to_owned(), Arc::new(Database::new(engine)));
+        catalogs.register_catalog(DATABASE.to_owned(), Arc::new(Database::new(engine, &metrics)));
         let mut state = SessionStateBuilder::new_from_existing(state)
             .with_config(config)
             .with_catalog_list(Arc::new(catalogs))
@@ -67,7 +70,7 @@ impl Frontend {
         let template = SessionContext::new_with_state(state);
         setup_pg_catalog(&template, DATABASE, EmptyContextProvider).map_err(|e| SqlError::from(*e))?;
         functions::register(&template);
-        Ok(Arc::new(Self { engine: engine.clone(), template, parser: PostgresCompatibilityParser::new() }))
+        Ok(Arc::new(Self { engine: engine.clone(), template, metrics, parser: PostgresCompatibilityParser::new() }))
     }
 
     /// A session of its own state.
@@ -120,6 +123,9 @@ impl Session {
     /// # Errors
     /// 42P01, 42703 and their like for names that mean nothing; 25006 for what would write.
     pub async fn plan(&self, statement: &Statement) -> Result<LogicalPlan> {
+        if lists_tables(statement) {
+            self.frontend.metrics.refresh().await?;
+        }
         let state = self.context.state();
         let plan = state.statement_to_plan(DfStatement::Statement(Box::new(statement.clone()))).await?;
         let options = SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
@@ -212,6 +218,20 @@ impl Session {
     pub fn engine(&self) -> &Engine {
         &self.frontend.engine
     }
+}
+
+/// Whether a statement may read the names of tables from `pg_catalog` or `information_schema`.
+fn lists_tables(statement: &Statement) -> bool {
+    if matches!(statement, Statement::ShowTables { .. } | Statement::ShowColumns { .. }) {
+        return true;
+    }
+    let mut found = false;
+    let _ = visit_relations(statement, |name| {
+        let name = name.to_string().to_ascii_lowercase();
+        found |= name.contains("pg_") || name.contains("information_schema");
+        ControlFlow::<()>::Continue(())
+    });
+    found
 }
 
 /// Whether `zone` names a time zone.

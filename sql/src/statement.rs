@@ -352,13 +352,23 @@ fn name_columns(statement: &mut Statement) {
             ControlFlow::Continue(())
         }
         fn pre_visit_expr(&mut self, expr: &mut Expr) -> ControlFlow<()> {
-            if let Some(aggregated) = array_of_query(expr) {
-                *expr = aggregated;
+            if let Some(other) = array_of_query(expr).or_else(|| no_options(expr)) {
+                *expr = other;
             }
             ControlFlow::Continue(())
         }
     }
     let _ = statement.visit(&mut Namer);
+}
+
+/// A relation's storage options, which `psql` shows: there are none.
+fn no_options(expr: &Expr) -> Option<Expr> {
+    let Expr::CompoundIdentifier(parts) = expr else { return None };
+    if parts.last()?.value == "reloptions" { no_texts() } else { None }
+}
+
+fn no_texts() -> Option<Expr> {
+    Parser::new(&PostgreSqlDialect {}).try_with_sql("CAST(NULL AS TEXT[])").ok()?.parse_expr().ok()
 }
 
 /// `ARRAY(SELECT x ...)`, for which the planner has no words, as `(SELECT array_agg(x) ...)`.
@@ -369,9 +379,8 @@ fn array_of_query(expr: &Expr) -> Option<Expr> {
         return None;
     }
     if query.to_string().contains(".reloptions)") {
-        // How `psql` describes a table's storage options, through a table function of a correlated column. There are
-        // no such options.
-        return Parser::new(&PostgreSqlDialect {}).try_with_sql("CAST(NULL AS TEXT[])").ok()?.parse_expr().ok();
+        // A table function of a correlated column, which can't be planned.
+        return no_texts();
     }
     let mut query = query.clone();
     query.order_by = None;

@@ -47,12 +47,7 @@ async fn write(engine: &Engine, labels: &str, samples: &[(i64, f64)]) {
     let rows = RecordBatch::try_new(SAMPLES.arrow().clone(), columns).unwrap();
     let metadata =
         vec![MetricMetadata { metric: "up".into(), kind: "gauge".into(), help: "Up.".into(), unit: String::new() }];
-    let write = Write {
-        tags: encoder.finish(),
-        batches: vec![Batch { table: SAMPLES.clone(), rows }],
-        metadata,
-        ..Default::default()
-    };
+    let write = Write { tags: encoder.finish(), batches: vec![Batch { table: SAMPLES.clone(), rows }], metadata };
     engine.write(write).await.unwrap();
 }
 
@@ -341,6 +336,7 @@ async fn the_catalog_describes_itself() {
         &["ts", "value", "code", "host", "job", "label_ts"],
     )
     .await;
+    f.check("SELECT relname FROM pg_class WHERE relname LIKE 'http%'", &["http_requests"]).await;
     f.check("SELECT relname FROM pg_catalog.pg_class WHERE relname = 'samples'", &["samples"]).await;
     f.check("SELECT current_database(), current_user, version() LIKE 'PostgreSQL 15%'", &["thalweg|tester|t"]).await;
     f.check("SELECT series = code FROM samples s JOIN catalog.tag_sets t ON s.series = t.code LIMIT 1", &["t"]).await;
