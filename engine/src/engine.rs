@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use catalog::database::{self, MetadataLog};
-use catalog::files::FileCatalog;
+use catalog::files::{DataFile, FileCatalog};
 use catalog::{Clock, Error, Registry, Result, Series, TableSchema, TagHasher, TagParts, TagSet, tables};
 use datafusion::execution::{SendableRecordBatchStream, SessionState};
 use datafusion::logical_expr::LogicalPlan;
@@ -221,6 +221,15 @@ impl Engine {
     /// `LimitExceeded` when more series match than a query may touch; storage errors.
     pub async fn select(&self, selection: &Selection) -> Result<Arc<SeriesSet>> {
         crate::select::select(self.inner(), selection).await
+    }
+
+    /// The segments of the present version, by table and day, then in order of their sequences.
+    pub fn files(&self) -> Vec<(Arc<TableSchema>, Arc<DataFile>)> {
+        let version = self.inner().version();
+        let files = version.tables.iter().flat_map(|t| t.files.iter().map(|f| (t.schema.clone(), f.clone())));
+        let mut files: Vec<_> = files.collect();
+        files.sort_by_key(|(table, f)| (table.id, f.day, f.seq_min, f.id));
+        files
     }
 
     /// The present version's view of tag sets that another node chose.

@@ -3,11 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, Int64Array, StringArray, StringBuilder};
+use arrow::array::{ArrayRef, Date32Array, Int64Array, StringArray, StringBuilder, TimestampMillisecondArray};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use arrow::record_batch::RecordBatch;
 use async_trait::async_trait;
-use catalog::tables::{HISTOGRAMS, SAMPLES};
+use catalog::files::DataFile;
+use catalog::tables::{HISTOGRAMS, SAMPLES, time_type};
 use catalog::tag::METRIC_NAME;
 use catalog::{MatchOp, Matcher, Series, TableSchema};
 use datafusion::catalog::{CatalogProvider, MemTable, SchemaProvider, Session, TableProvider};
@@ -176,9 +177,11 @@ struct Catalog {
 enum Listing {
     TagSets,
     Metrics,
+    Files,
 }
 
-const LISTINGS: [(&str, Listing); 2] = [("metrics", Listing::Metrics), ("tag_sets", Listing::TagSets)];
+const LISTINGS: [(&str, Listing); 3] =
+    [("files", Listing::Files), ("metrics", Listing::Metrics), ("tag_sets", Listing::TagSets)];
 
 #[async_trait]
 impl SchemaProvider for Catalog {
@@ -233,6 +236,27 @@ impl ListingTable {
                 };
                 vec![column(|m| &m.metric), column(|m| &m.kind), column(|m| &m.help), column(|m| &m.unit)]
             }
+            Listing::Files => {
+                let files = self.engine.files();
+                let number = |get: fn(&DataFile) -> i64| {
+                    Arc::new(files.iter().map(|(_, f)| get(f)).collect::<Int64Array>()) as ArrayRef
+                };
+                let time = |get: fn(&DataFile) -> i64| {
+                    let times = TimestampMillisecondArray::from_iter_values(files.iter().map(|(_, f)| get(f)));
+                    Arc::new(times.with_data_type(time_type())) as ArrayRef
+                };
+                vec![
+                    Arc::new(files.iter().map(|(t, _)| Some(t.name)).collect::<StringArray>()),
+                    number(|f| f.id),
+                    Arc::new(files.iter().map(|(_, f)| Some(f.path.as_str())).collect::<StringArray>()),
+                    Arc::new(Date32Array::from_iter_values(files.iter().map(|(_, f)| f.day))),
+                    number(|f| i64::from(f.level)),
+                    number(|f| f.rows as i64),
+                    number(|f| f.bytes as i64),
+                    time(|f| f.ts_min),
+                    time(|f| f.ts_max),
+                ]
+            }
         };
         Ok(RecordBatch::try_new(self.schema(), columns)?)
     }
@@ -251,6 +275,17 @@ impl TableProvider for ListingTable {
             Listing::Metrics => {
                 vec![text("metric", false), text("type", false), text("help", false), text("unit", false)]
             }
+            Listing::Files => vec![
+                text("table_name", false),
+                Field::new("id", DataType::Int64, false),
+                text("path", false),
+                Field::new("day", DataType::Date32, false),
+                Field::new("level", DataType::Int64, false),
+                Field::new("rows", DataType::Int64, false),
+                Field::new("bytes", DataType::Int64, false),
+                Field::new("ts_min", time_type(), false),
+                Field::new("ts_max", time_type(), false),
+            ],
         }))
     }
 

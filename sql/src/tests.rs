@@ -345,7 +345,13 @@ async fn the_catalog_describes_itself() {
 #[tokio::test(flavor = "multi_thread")]
 async fn answers_stay_after_a_flush() {
     let f = Fixture::new().await;
+    f.check("SELECT count(*) FROM catalog.files", &["0"]).await;
     f.engine.flush().await.unwrap();
+    f.check(
+        "SELECT table_name, day = ts_min::date, level, rows, bytes > 0, path LIKE 'samples/%' FROM catalog.files",
+        &["samples|t|0|11|t|t"],
+    )
+    .await;
     write(&f.engine, "__name__=up,job=db,host=h3", &[(60, 5.0)]).await;
     f.check("SELECT host, sum(value) FROM prometheus.up GROUP BY host ORDER BY host", &["h1|2", "h2|1", "h3|6"]).await;
     f.check("SELECT tags['code'], count(*) FROM samples GROUP BY 1 ORDER BY 1 NULLS LAST", &["200|3", "500|2", "-|7"])
