@@ -4,8 +4,8 @@ use std::collections::HashSet;
 use std::ops::ControlFlow;
 
 use datafusion::sql::sqlparser::ast::{
-    CopyOption, CopySource, CopyTarget, DataType, Expr, FunctionArguments, Ident, ObjectName, Query, Reset, SelectItem,
-    Set, SetExpr, Statement, Value, VisitMut, VisitorMut,
+    CopyOption, CopySource, CopyTarget, DataType, Expr, FunctionArguments, Ident, ObjectName, OrderBy, OrderByKind,
+    Query, Reset, SelectItem, Set, SetExpr, Statement, Value, VisitMut, VisitorMut,
 };
 use datafusion::sql::sqlparser::dialect::PostgreSqlDialect;
 use datafusion::sql::sqlparser::parser::Parser;
@@ -348,7 +348,15 @@ fn name_columns(statement: &mut Statement) {
     impl VisitorMut for Namer {
         type Break = ();
         fn post_visit_query(&mut self, query: &mut Query) -> ControlFlow<()> {
-            name_select(&mut query.body);
+            let ordered = query.order_by.is_some();
+            let named = name_select(&mut query.body, ordered);
+            if let Some(OrderBy { kind: OrderByKind::Expressions(keys), .. }) = &mut query.order_by {
+                for key in keys {
+                    if let Some((_, alias)) = named.iter().find(|(expr, _)| *expr == key.expr) {
+                        key.expr = Expr::Identifier(alias.clone());
+                    }
+                }
+            }
             ControlFlow::Continue(())
         }
         fn pre_visit_expr(&mut self, expr: &mut Expr) -> ControlFlow<()> {
@@ -396,15 +404,18 @@ fn array_of_query(expr: &Expr) -> Option<Expr> {
     Some(Expr::Subquery(query))
 }
 
-fn name_select(body: &mut SetExpr) {
+/// Returns the elements in the select list of an ordered query with the names that they got.
+fn name_select(body: &mut SetExpr, ordered: bool) -> Vec<(Expr, Ident)> {
     let select = match body {
         SetExpr::Select(select) => select,
         SetExpr::SetOperation { left, right, .. } => {
-            name_select(left);
-            return name_select(right);
+            name_select(left, ordered);
+            name_select(right, ordered);
+            return Vec::new();
         }
-        _ => return,
+        _ => return Vec::new(),
     };
+    let mut named = Vec::new();
     let plain = |e: &Expr| matches!(e, Expr::Identifier(_) | Expr::CompoundIdentifier(_));
     let mut taken: HashSet<String> = select
         .projection
@@ -420,14 +431,23 @@ fn name_select(body: &mut SetExpr) {
             && !plain(expr)
         {
             let name = column_name(expr);
-            let unique = (0..)
+            // An element would take the name of the map that it comes from, and the planner resolves names in ORDER BY
+            // to the select list first: `ORDER BY tags['b']` must go on meaning the map. The answer's own names are put
+            // on at the edge.
+            let shadows = ordered && matches!(expr, Expr::CompoundFieldAccess { .. });
+            let unique = (usize::from(shadows)..)
                 .map(|n| if n == 0 { name.clone() } else { format!("{name}_{n}") })
                 .find(|n| !taken.contains(n))
                 .unwrap_or_default();
             taken.insert(unique.clone());
-            *item = SelectItem::ExprWithAlias { expr: expr.clone(), alias: Ident::with_quote('"', unique) };
+            let alias = Ident::with_quote('"', unique);
+            if shadows {
+                named.push((expr.clone(), alias.clone()));
+            }
+            *item = SelectItem::ExprWithAlias { expr: expr.clone(), alias };
         }
     }
+    named
 }
 
 #[cfg(test)]

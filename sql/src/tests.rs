@@ -343,6 +343,24 @@ async fn the_catalog_describes_itself() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn elements_are_ordered_by_elements() {
+    let f = Fixture::new().await;
+    f.check(
+        "SELECT metric, tags['code'], count(*) FROM samples WHERE tags['code'] <> '' GROUP BY metric, tags['code'] \
+         ORDER BY metric, tags['code'] DESC",
+        &["http_requests|500|2", "http_requests|200|3"],
+    )
+    .await;
+    f.check(
+        "SELECT DISTINCT tags['code'] FROM samples WHERE metric = 'http_requests' ORDER BY tags['code']",
+        &["200", "500"],
+    )
+    .await;
+    f.check("SELECT tags['code'] FROM samples WHERE tags['code'] = '200' ORDER BY tags['host'], ts LIMIT 1", &["200"])
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn answers_stay_after_a_flush() {
     let f = Fixture::new().await;
     f.check("SELECT count(*) FROM catalog.files", &["0"]).await;
