@@ -49,6 +49,13 @@ pub(crate) struct LimitLabel {
     pub limit: &'static str,
 }
 
+/// A label that names a cache.
+#[derive(Debug, Clone, Hash, PartialEq, Eq, prometheus_client::encoding::EncodeLabelSet)]
+pub(crate) struct CacheLabel {
+    /// `segments` (footers and run indexes) or `tag_parts`.
+    pub cache: &'static str,
+}
+
 /// A label that says how something ended.
 #[derive(Debug, Clone, Hash, PartialEq, Eq, prometheus_client::encoding::EncodeLabelSet)]
 pub(crate) struct OutcomeLabel {
@@ -73,6 +80,7 @@ pub(crate) struct Metrics {
     pub compaction: Histogram,
     pub compaction_failures: Counter,
     pub memtable: Family<TableLabel, Gauge>,
+    pub cache: Family<CacheLabel, Gauge>,
     pub series: Gauge,
     pub series_refused: Gauge,
     pub limits: Family<LimitLabel, Counter>,
@@ -109,6 +117,7 @@ impl Metrics {
                 Counter::default(),
             ),
             memtable: t.register("memtable_bytes", "Memory of rows that are not in files", Family::default()),
+            cache: t.register("cache_bytes", "Memory that caches hold", Family::default()),
             series: t.register("series_active", "Active tag sets", Gauge::default()),
             series_refused: t.register("series_refused", "Tag sets refused at the limit since start", Gauge::default()),
             limits: t.register("limits_hit", "Times that a limit was reached", Family::default()),

@@ -14,7 +14,7 @@ use catalog::{Error, Result};
 
 use crate::engine::Inner;
 use crate::memtable::Memtable;
-use crate::telemetry::TableLabel;
+use crate::telemetry::{CacheLabel, TableLabel};
 use crate::version::Version;
 
 /// How often conditions are looked at.
@@ -190,6 +190,9 @@ impl Inner {
         m.series.set(self.registry.len() as i64);
         m.series_refused.set(self.registry.refused() as i64);
         m.query_memory.set(self.session.runtime_env().memory_pool.reserved() as i64);
+        for (cache, bytes) in [("segments", self.segments.cached_bytes()), ("tag_parts", self.parts.cached_bytes())] {
+            m.cache.get_or_create(&CacheLabel { cache }).set(bytes as i64);
+        }
         for table in &self.version().tables {
             let bytes: usize = table.memtables().map(|memtable| memtable.bytes()).sum();
             m.memtable.get_or_create(&TableLabel { table: table.schema.name }).set(bytes as i64);

@@ -69,7 +69,7 @@ impl<K: Hash + Eq + Copy, V: Clone> Cache<K, V> {
         inner.bytes -= freed;
     }
 
-    #[cfg(test)]
+    /// Bytes of all entries.
     pub fn bytes(&self) -> usize {
         self.inner.lock().bytes
     }

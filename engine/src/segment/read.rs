@@ -78,6 +78,11 @@ impl Segments {
         }
     }
 
+    /// Bytes that the caches hold.
+    pub fn cached_bytes(&self) -> usize {
+        self.footers.bytes() + self.indexes.bytes()
+    }
+
     fn object(&self, path: &str) -> ObjectPath {
         ObjectPath::from(format!("{}/{path}", self.prefix))
     }
