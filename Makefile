@@ -11,8 +11,9 @@ PYTHON_PACKAGES := duckdb==1.5.5 duckdb-extension-ducklake==1.5.5 duckdb-extensi
 
 .PHONY: run build test lint deny clients
 
-run: build
-	$(TARGET_DIR)/release/thalweg serve --data-dir $(DATA) $(ARGS)
+# With SERVER=path a server that is built already is started, as a test does.
+run: $(if $(SERVER),,build)
+	exec $(or $(SERVER),$(TARGET_DIR)/release/thalweg) serve --data-dir $(DATA) $(ARGS)
 
 build:
 	$(CARGO) build --release --locked --bin thalweg

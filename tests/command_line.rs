@@ -3,7 +3,7 @@
 use std::process::{Command, Output};
 
 use crate::harness::server::signal;
-use crate::harness::{Client, Server, now_ms, series};
+use crate::harness::{Client, Server, free_port, now_ms, series, wait_for};
 
 fn thalweg(arguments: &[&str], environment: &[(&str, &str)]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_thalweg"))
@@ -27,6 +27,58 @@ fn mistakes_end_with_a_message() {
     check(&["check-config"], &[("THALWEG_GRCP", "off")], "did you mean THALWEG_GRPC?");
     check(&["query", "promql", "up", "--server", "http://127.0.0.1:1"], &[], "cannot reach a server");
     check(&["serve", "--data-dir", "/proc/nothing"], &[], "cannot create data folder");
+}
+
+#[test]
+fn make_run_says_where_to_send_and_ask() {
+    use std::io::{BufRead, BufReader};
+    use std::os::unix::process::CommandExt;
+
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let data = dir.path().join("data");
+    let address: std::net::SocketAddr = ([127, 0, 0, 1], free_port()).into();
+    let mut make = Command::new("make")
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        // What an outer `make test` tells its own children is not for this one.
+        .env_remove("MAKEFLAGS")
+        .env_remove("MAKELEVEL")
+        .args(["--no-print-directory", "--silent", "run"])
+        .arg(format!("SERVER={}", env!("CARGO_BIN_EXE_thalweg")))
+        .arg(format!("DATA={}", data.display()))
+        .arg(format!("ARGS=--http {address} --grpc off --postgres off"))
+        .stdout(std::process::Stdio::piped())
+        // A group of its own, so that the signal reaches the server below make.
+        .process_group(0)
+        .spawn()
+        .expect("make runs");
+    let lines = BufReader::new(make.stdout.take().expect("a piped output")).lines().map_while(Result::ok);
+    let mut printed = Vec::new();
+    for line in lines {
+        let last = line.starts_with("data ");
+        printed.push(line);
+        if last {
+            break;
+        }
+    }
+    let printed = printed.join("\n");
+    let mut client = Client::new(address);
+    wait_for("a ready server", || client.try_get("/-/ready").ok().filter(|r| r.status == 200));
+    let written = client.write(&[series("made", &[], &[(now_ms(), 1.5)])]).expect("an answer");
+    let asked = client.get("/api/v1/query?query=made");
+    let group = format!("-{}", make.id());
+    let killed = Command::new("kill").args(["-TERM", "--", &group]).status().expect("kill runs");
+    make.wait().expect("make ends");
+    assert!(killed.success());
+    for expected in [
+        &format!("http://{address}/api/v1/write"),
+        &format!("http://{address}/api/v1/sql"),
+        &data.display().to_string(),
+    ] {
+        assert!(printed.contains(expected.as_str()), "{expected:?} is not in {printed}");
+    }
+    assert_eq!(written.status, 204);
+    assert!(asked.text().contains("\"1.5\""), "{}", asked.text());
+    assert!(data.join("catalog.sqlite").exists());
 }
 
 #[test]
