@@ -141,7 +141,11 @@ impl Config {
     }
 
     fn read_file(&mut self, text: &str) -> Result<()> {
-        let table = DeTable::parse(text).map_err(|e| anyhow::anyhow!("{}", e.to_string().trim_end()))?;
+        let table = DeTable::parse(text).map_err(|e| {
+            // The error's own text quotes the line, which may hold a secret.
+            let line = e.span().map_or(1, |s| line_of(text, s.start));
+            anyhow::anyhow!("line {line}: {}", e.message().trim_end())
+        })?;
         for (key, value) in table.get_ref() {
             let name = key.get_ref().as_ref();
             let line = line_of(text, key.span().start);

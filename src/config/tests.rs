@@ -71,6 +71,14 @@ fn mistakes_are_named() {
 }
 
 #[test]
+fn broken_files_are_not_quoted() {
+    for file in ["x = \"canary-5d1", "\ncanary-5d1 = = 1", "x = 'a'\nx = 'canary-5d1'"] {
+        let message = format!("{:#}", load(file, &[], &[]).expect_err(file));
+        assert!(message.contains("line ") && !message.contains("canary"), "{file:?}: {message}");
+    }
+}
+
+#[test]
 fn variables_of_the_platform_are_no_settings() {
     let environment = [
         ("THALWEG_SERVICE_HOST", "10.0.0.1"),

@@ -4,6 +4,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use catalog::Secret;
+
 /// A type that settings can have.
 pub trait Setting: Sized {
     /// What a value looks like, for the reference page.
@@ -52,6 +54,19 @@ impl Setting for u64 {
 
     fn show(&self) -> String {
         self.to_string()
+    }
+}
+
+impl Setting for Secret {
+    const KIND: &'static str = "secret text, or file:PATH for one that stands in a file";
+
+    fn parse(text: &str) -> Result<Self, String> {
+        Self::parse(text).map_err(|e| e.to_string())
+    }
+
+    /// Empty when there is none, and otherwise nothing that tells one from another.
+    fn show(&self) -> String {
+        if self.is_empty() { String::new() } else { self.to_string() }
     }
 }
 
