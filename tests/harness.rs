@@ -11,7 +11,7 @@ pub mod server;
 pub use http::{Client, Response};
 pub use programs::{Process, free_port, program, python, run};
 pub use remote_write::{Series, series};
-pub use server::Server;
+pub use server::{Down, Server, Setup};
 
 /// A small random number generator (SplitMix64): tests print the seed with which they failed.
 #[derive(Debug, Clone)]

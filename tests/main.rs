@@ -5,7 +5,7 @@ mod harness;
 
 /// The command line: messages of mistakes, what `serve` prints, probes, the stop.
 mod command_line;
-/// Kills the server at random moments: what was acknowledged is there exactly once, whatever else was going on.
+/// Kills, power loss, full disks and damage: what was acknowledged is there exactly once.
 mod crash;
 /// DuckDB attaches the file catalog while the server runs and sees what our SQL sees.
 mod duckdb;

@@ -1,21 +1,38 @@
 //! The server as a child process.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
 use super::{Client, wait_for};
 
+/// How a server is started, beyond free ports and a folder of its own.
+#[derive(Debug, Clone, Default)]
+pub struct Setup {
+    /// Further flags of `serve`.
+    pub arguments: Vec<String>,
+    /// Where data lie, when not in the server's own temporary folder.
+    pub data_dir: Option<PathBuf>,
+    /// A program with its arguments that is given the server's command line and becomes the server.
+    pub wrapper: Vec<String>,
+    /// Environment variables.
+    pub environment: Vec<(String, String)>,
+    /// A warning or error whose line contains one of these is part of the test. A panic never is.
+    pub expected: Vec<String>,
+}
+
 /// A running server.
 #[derive(Debug)]
 pub struct Server {
     child: Child,
-    dir: Arc<TempDir>,
-    arguments: Vec<String>,
+    /// What is needed to start it again.
+    down: Down,
     log: PathBuf,
     /// Where HTTP is served.
     pub http: SocketAddr,
@@ -23,9 +40,99 @@ pub struct Server {
     pub postgres: SocketAddr,
     /// Where gRPC is served.
     pub grpc: SocketAddr,
-    expected: Vec<String>,
+    /// From the start of the process until it was ready.
+    pub ready_after: Duration,
+}
+
+/// A server that does not run.
+#[derive(Debug, Clone)]
+pub struct Down {
+    dir: Arc<TempDir>,
+    setup: Setup,
     /// One log per start within the folder.
     starts: usize,
+}
+
+impl Down {
+    /// A server that never ran.
+    pub fn new(setup: Setup) -> Self {
+        Self { dir: Arc::new(tempfile::tempdir().expect("a temporary folder")), setup, starts: 0 }
+    }
+
+    /// The same server with its data elsewhere.
+    pub fn moved(&self, data_dir: PathBuf) -> Self {
+        Self::new(Setup { data_dir: Some(data_dir), ..self.setup.clone() })
+    }
+
+    /// The data folder.
+    pub fn data_dir(&self) -> PathBuf {
+        self.setup.data_dir.clone().unwrap_or_else(|| self.dir.path().join("data"))
+    }
+
+    /// A warning or error whose line contains `text` is part of the test from the next start on.
+    pub fn expect_log(&mut self, text: &str) {
+        self.setup.expected.push(text.to_owned());
+    }
+
+    /// Starts it and waits until it is ready.
+    ///
+    /// # Errors
+    /// The exit status and the log of a server that ended instead.
+    pub fn try_start(mut self) -> Result<Server, String> {
+        let dir = self.dir.path();
+        let log = dir.join(format!("log.{}", self.starts));
+        let out = dir.join(format!("out.{}", self.starts));
+        self.starts += 1;
+        let program = std::env::var_os("THALWEG_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_thalweg").into());
+        let words = self.setup.wrapper.iter().map(OsString::from).chain([program]).collect::<Vec<_>>();
+        let begun = Instant::now();
+        let mut child = Command::new(&words[0])
+            .args(&words[1..])
+            .args(["serve", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--postgres", "127.0.0.1:0"])
+            .arg("--data-dir")
+            .arg(self.data_dir())
+            .args(&self.setup.arguments)
+            .envs(self.setup.environment.iter().map(|(k, v)| (k, v)))
+            // The server would take it for a setting.
+            .env_remove("THALWEG_BIN")
+            .env("RUST_BACKTRACE", "1")
+            .stdin(Stdio::null())
+            .stdout(File::create(&out).expect("a file for the output"))
+            .stderr(File::create(&log).expect("a file for the log"))
+            .spawn()
+            .expect("the server starts");
+        let mut ended = || {
+            let status = child.try_wait().expect("a child has a state")?;
+            Some(format!("the server ended with {status}: {}", std::fs::read_to_string(&log).unwrap_or_default()))
+        };
+        let lines = wait_for("the server's first lines", || {
+            if let Some(how) = ended() {
+                return Some(Err(how));
+            }
+            let text = std::fs::read_to_string(&out).ok()?;
+            text.contains("\ndata ").then_some(Ok(text))
+        })?;
+        let address = |before: &str| -> SocketAddr {
+            let rest =
+                lines[lines.find(before).expect("the first lines name the address") + before.len()..].trim_start();
+            let end = rest.find(['/', '\n']).expect("an address ends");
+            rest[..end].parse().expect("an address")
+        };
+        let (http, postgres, grpc) = (address("http://"), address("postgres://"), address("gRPC"));
+        wait_for("readiness", || {
+            if let Some(how) = ended() {
+                return Some(Err(how));
+            }
+            let ready = Client::new(http).try_get("/-/ready").ok()?;
+            (ready.status == 200).then_some(Ok(()))
+        })?;
+        Ok(Server { child, down: self, log, http, postgres, grpc, ready_after: begun.elapsed() })
+    }
+
+    /// Starts it, which must succeed.
+    pub fn start(self) -> Server {
+        self.try_start().unwrap_or_else(|how| panic!("{how}"))
+    }
 }
 
 impl Server {
@@ -36,54 +143,13 @@ impl Server {
 
     /// The same with further flags.
     pub fn start_with(arguments: &[&str]) -> Self {
-        let dir = Arc::new(tempfile::tempdir().expect("a temporary folder"));
-        Self::start_in(dir, arguments.iter().map(|a| (*a).to_owned()).collect(), 0)
-    }
-
-    fn start_in(dir: Arc<TempDir>, arguments: Vec<String>, starts: usize) -> Self {
-        let log = dir.path().join(format!("log.{starts}"));
-        let out = dir.path().join(format!("out.{starts}"));
-        let mut child = Command::new(env!("CARGO_BIN_EXE_thalweg"))
-            .args(["serve", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--postgres", "127.0.0.1:0"])
-            .arg("--data-dir")
-            .arg(dir.path().join("data"))
-            .args(&arguments)
-            .env("RUST_BACKTRACE", "1")
-            .stdin(Stdio::null())
-            .stdout(File::create(&out).expect("a file for the output"))
-            .stderr(File::create(&log).expect("a file for the log"))
-            .spawn()
-            .expect("the server starts");
-        let lines = wait_for("the server's first lines", || {
-            let text = std::fs::read_to_string(&out).ok()?;
-            if let Some(status) = child.try_wait().expect("a child has a state") {
-                panic!("the server ended with {status}: {}", std::fs::read_to_string(&log).unwrap_or_default());
-            }
-            text.contains("\ndata ").then_some(text)
-        });
-        let address = |before: &str| -> SocketAddr {
-            let rest =
-                lines[lines.find(before).expect("the first lines name the address") + before.len()..].trim_start();
-            let end = rest.find(['/', '\n']).expect("an address ends");
-            rest[..end].parse().expect("an address")
-        };
-        let (http, postgres, grpc) = (address("http://"), address("postgres://"), address("gRPC"));
-        let server = Self { child, dir, arguments, log, http, postgres, grpc, expected: Vec::new(), starts };
-        wait_for("readiness", || {
-            let ready = Client::new(server.http).try_get("/-/ready").ok()?;
-            (ready.status == 200).then_some(())
-        });
-        server
+        let arguments = arguments.iter().map(|a| (*a).to_owned()).collect();
+        Down::new(Setup { arguments, ..Setup::default() }).start()
     }
 
     /// A client of its HTTP listener.
     pub fn client(&self) -> Client {
         Client::new(self.http)
-    }
-
-    /// A warning or error whose line contains `text` is part of the test.
-    pub fn expect_log(&mut self, text: &str) {
-        self.expected.push(text.to_owned());
     }
 
     /// What it logged since its start.
@@ -93,7 +159,7 @@ impl Server {
 
     /// The data folder.
     pub fn data_dir(&self) -> PathBuf {
-        self.dir.path().join("data")
+        self.down.data_dir()
     }
 
     /// The process id.
@@ -121,21 +187,27 @@ impl Server {
         response.text().lines().skip(1).map(str::to_owned).collect()
     }
 
-    /// SIGKILL, then a start on the same folder.
-    pub fn kill_and_restart(mut self) -> Self {
-        self.kill();
+    /// How it ended, if it did.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("a child has a state")
+    }
+
+    /// SIGKILL to a server that must have been running.
+    pub fn kill(mut self) -> Down {
+        if let Some(status) = self.ended() {
+            panic!("the server ended by itself with {status}: {}", self.log());
+        }
+        self.reap();
         self.check_log();
-        Self::start_in(Arc::clone(&self.dir), self.arguments.clone(), self.starts + 1)
+        self.down.clone()
     }
 
     /// SIGKILL, then `damage`, then a start on the same folder, where the log may warn of the damage.
-    pub fn kill_and_damage(mut self, damage: impl FnOnce(&Path)) -> Self {
-        self.kill();
-        self.check_log();
-        damage(&self.data_dir());
-        let mut next = Self::start_in(Arc::clone(&self.dir), self.arguments.clone(), self.starts + 1);
-        next.expect_log("wal");
-        next
+    pub fn kill_and_damage(self, damage: impl FnOnce(&Path)) -> Self {
+        let mut down = self.kill();
+        damage(&down.data_dir());
+        down.expect_log("wal");
+        down.start()
     }
 
     /// SIGTERM, then the exit status.
@@ -149,28 +221,31 @@ impl Server {
         let status = self.terminate();
         assert!(status.success(), "the server stopped with {status}: {}", self.log());
         self.check_log();
-        Self::start_in(Arc::clone(&self.dir), self.arguments.clone(), self.starts + 1)
+        self.down.clone().start()
     }
 
     /// Waits for a server that was told to stop, then starts it again on the same folder.
     pub fn wait_and_restart(mut self) -> Self {
         // However it ended, by its own will or by a signal that came in time, it must start again.
         self.child.wait().expect("a child has a state");
-        Self::start_in(Arc::clone(&self.dir), self.arguments.clone(), self.starts + 1)
+        self.down.clone().start()
     }
 
-    fn kill(&mut self) {
+    fn reap(&mut self) {
         // It may have ended already, which is no failure here.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 
     fn check_log(&self) {
+        let expected = |line: &str| self.down.setup.expected.iter().any(|text| line.contains(text));
         let unexpected: Vec<String> = self
             .log()
             .lines()
-            .filter(|line| [" WARN ", " ERROR ", "panicked"].iter().any(|level| line.contains(level)))
-            .filter(|line| !self.expected.iter().any(|text| line.contains(text)))
+            .filter(|line| {
+                let bad = [" WARN ", " ERROR "].iter().any(|level| line.contains(level));
+                line.contains("panicked") || (bad && !expected(line))
+            })
             .map(str::to_owned)
             .collect();
         assert!(unexpected.is_empty(), "unexpected lines in the server's log:\n{}", unexpected.join("\n"));
@@ -179,7 +254,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.kill();
+        self.reap();
         if std::thread::panicking() {
             eprintln!("--- log of the server at {}\n{}", self.http, self.log());
         } else {
