@@ -118,7 +118,7 @@ impl Writer {
     /// Half of the writers speak remote write 1.0, the others 2.0.
     fn send(&mut self, client: &mut Client, number: u64) -> State {
         let body = self.request(number);
-        let answer = if self.number % 2 == 0 { client.write(&body) } else { client.write_v2(&body) };
+        let answer = if self.number.is_multiple_of(2) { client.write(&body) } else { client.write_v2(&body) };
         self.judge(answer, "a write")
     }
 
