@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use axum::Router;
-use catalog::SystemClock;
+use catalog::{SystemClock, SystemEntropy};
 use engine::{Components, Engine, Settings, Telemetry};
 use promql::api::ApiOptions;
 use receivers::body::Bodies;
@@ -123,7 +123,7 @@ fn routes(engine: &Engine) -> Result<Router> {
 async fn open(config: &Config, telemetry: Arc<Telemetry>) -> Result<Engine> {
     let url = config.object_store_url();
     let store = catalog::object::open(&url).with_context(|| format!("cannot open the object store {url}"))?;
-    let components = Components { store, clock: Arc::new(SystemClock), telemetry };
+    let components = Components { store, clock: Arc::new(SystemClock), entropy: Arc::new(SystemEntropy), telemetry };
     let extensions = promql::extensions().and(sql::extensions());
     let settings = Settings { store_location: catalog::object::location(&url)?, ..settings(config) };
     Engine::open(settings, components, extensions).await.context("cannot open the database")

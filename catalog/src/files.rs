@@ -13,11 +13,12 @@ use std::path::Path;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteRow, SqliteSynchronous};
 use sqlx::{ConnectOptions, Connection, Row, SqliteConnection};
 use tokio::sync::Mutex;
 
-use crate::{Error, Result};
+use crate::{Error, Matcher, Result};
 
 /// Version of the catalog's own layout.
 pub const FORMAT: u64 = 1;
@@ -102,8 +103,29 @@ pub struct TagPart {
     pub crc32: u32,
 }
 
+/// A request to delete rows: those of a table whose tags match and whose time lies in a range, in files that are older
+/// than it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Delete {
+    /// Number, from [`FileCatalog::next_id`]. A file with a greater id was written with the delete applied.
+    pub id: i64,
+    /// Its place among flushes, from [`FileCatalog::next_seq`]: it concerns rows of files with a lower
+    /// [`DataFile::seq_max`].
+    pub seq: u64,
+    /// [`crate::TableSchema::id`].
+    pub table_id: u16,
+    /// Tag sets are meant that satisfy all of them.
+    pub matchers: Vec<Matcher>,
+    /// First timestamp, milliseconds.
+    pub start_ms: i64,
+    /// Last timestamp, milliseconds; it is deleted too.
+    pub end_ms: i64,
+    /// When it was asked for, milliseconds.
+    pub created_ms: i64,
+}
+
 /// A change of the catalog: whole or not at all.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Commit {
     /// Files that become visible.
     pub add: Vec<DataFile>,
@@ -115,6 +137,10 @@ pub struct Commit {
     pub remove_parts: Vec<i64>,
     /// Metric metadata to keep: metric name and JSON.
     pub metadata: Vec<(String, String)>,
+    /// Deletes that take effect.
+    pub add_deletes: Vec<Delete>,
+    /// Ids of deletes that no file needs any more.
+    pub remove_deletes: Vec<i64>,
 }
 
 /// What a catalog holds when it is opened.
@@ -124,6 +150,8 @@ pub struct State {
     pub files: Vec<DataFile>,
     /// Visible tag parts, by id.
     pub parts: Vec<TagPart>,
+    /// Deletes in effect, by id.
+    pub deletes: Vec<Delete>,
     /// The database's hash seed.
     pub seed: u64,
     /// The first id that [`FileCatalog::next_id`] will give.
@@ -203,6 +231,7 @@ impl FileCatalog {
         let mut tx = db.connection()?.begin_with("BEGIN IMMEDIATE").await?;
         put_setting(&mut tx, "next_id", &reserved.to_string()).await?;
         let sequences = commit.add.iter().map(|f| f.seq_max).chain(commit.add_parts.iter().map(|p| p.seq));
+        let sequences = sequences.chain(commit.add_deletes.iter().map(|d| d.seq));
         if let Some(last) = sequences.max() {
             let next = setting_u64(&mut tx, "next_seq").await?.max(last + 1);
             put_setting(&mut tx, "next_seq", &next.to_string()).await?;
@@ -219,6 +248,12 @@ impl FileCatalog {
         }
         for id in &commit.remove_parts {
             remove(&mut tx, REMOVE_PART, *id, now_ms).await?;
+        }
+        for delete in &commit.add_deletes {
+            insert_delete(&mut tx, delete).await?;
+        }
+        for id in &commit.remove_deletes {
+            sqlx::query("DELETE FROM thalweg_delete WHERE id = $1").bind(id).execute(&mut *tx).await?;
         }
         for (metric, json) in &commit.metadata {
             sqlx::query(
@@ -334,6 +369,9 @@ async fn open(connection: &mut SqliteConnection, data_path: &str, new_seed: u64,
             put_setting(&mut tx, key, &value.to_string()).await?;
         }
     }
+    sqlx::raw_sql("CREATE TABLE IF NOT EXISTS thalweg_delete (id INTEGER PRIMARY KEY, json VARCHAR NOT NULL)")
+        .execute(&mut *tx)
+        .await?;
     let format = setting_u64(&mut tx, "format").await?;
     if format > FORMAT {
         return Err(Error::invalid(format!("format {format} is newer than this version, which reads up to {FORMAT}")));
@@ -390,6 +428,11 @@ async fn load(tx: &mut SqliteConnection) -> Result<State> {
             crc32: int(row, "crc32")?,
         });
     }
+    for row in &sqlx::query("SELECT json FROM thalweg_delete ORDER BY id").fetch_all(&mut *tx).await? {
+        let json: String = row.try_get("json")?;
+        let wrong = |e: serde_json::Error| Error::corrupt(format!("delete {json:?} does not parse")).with_source(e);
+        state.deletes.push(serde_json::from_str(&json).map_err(wrong)?);
+    }
     for row in &sqlx::query("SELECT path, removed_ms FROM thalweg_removed ORDER BY id").fetch_all(&mut *tx).await? {
         state.superseded.push((row.try_get("path")?, row.try_get("removed_ms")?));
     }
@@ -445,6 +488,12 @@ async fn insert_file(tx: &mut SqliteConnection, f: &DataFile) -> Result<()> {
     .bind(i64::from(f.crc32))
     .execute(tx)
     .await?;
+    Ok(())
+}
+
+async fn insert_delete(tx: &mut SqliteConnection, delete: &Delete) -> Result<()> {
+    let json = serde_json::to_string(delete).map_err(|e| Error::internal("delete as JSON").with_source(e))?;
+    sqlx::query("INSERT INTO thalweg_delete (id, json) VALUES ($1, $2)").bind(delete.id).bind(json).execute(tx).await?;
     Ok(())
 }
 

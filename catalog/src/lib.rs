@@ -7,6 +7,7 @@
 pub mod clock;
 pub mod database;
 pub mod encoder;
+pub mod entropy;
 pub mod error;
 pub mod files;
 pub mod matcher;
@@ -20,8 +21,9 @@ mod wires;
 
 pub use clock::{Clock, ManualClock, SystemClock};
 pub use encoder::{Encoded, Encoder, TagRef};
+pub use entropy::{Entropy, SeededEntropy, SystemEntropy};
 pub use error::{Error, ErrorKind, Result};
-pub use files::{ColumnStats, Commit, DataFile, FileCatalog, TagPart};
+pub use files::{ColumnStats, Commit, DataFile, Delete, FileCatalog, TagPart};
 pub use matcher::{MatchOp, Matcher};
 pub use registry::{Ordinal, Registry, Series};
 pub use secret::Secret;

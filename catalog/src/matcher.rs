@@ -1,27 +1,33 @@
 //! Matchers: the predicates on tags that all query languages come down to.
 
 use regex::{Regex, RegexBuilder};
+use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result, TagSet};
 
 /// How a matcher compares.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum MatchOp {
     /// `=`
+    #[serde(rename = "=")]
     Eq,
     /// `!=`
+    #[serde(rename = "!=")]
     Ne,
     /// `=~`, anchored at both ends
+    #[serde(rename = "=~")]
     Re,
     /// `!~`, anchored at both ends
+    #[serde(rename = "!~")]
     Nre,
 }
 
 /// Longest pattern accepted, in bytes.
 pub const PATTERN_BYTES_MAX: usize = 64 * 1024;
 
-/// A predicate on one tag. An absent tag has the empty text as its value.
-#[derive(Debug, Clone)]
+/// A predicate on one tag. An absent tag has the empty text as its value. Stored as `[name, op, value]`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(into = "(String, MatchOp, String)", try_from = "(String, MatchOp, String)")]
 pub struct Matcher {
     name: String,
     op: MatchOp,
@@ -46,6 +52,20 @@ impl std::hash::Hash for Matcher {
 impl PartialOrd for Matcher {
     fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
         Some((&self.name, self.op as u8, &self.value).cmp(&(&other.name, other.op as u8, &other.value)))
+    }
+}
+
+impl From<Matcher> for (String, MatchOp, String) {
+    fn from(m: Matcher) -> Self {
+        (m.name, m.op, m.value)
+    }
+}
+
+impl TryFrom<(String, MatchOp, String)> for Matcher {
+    type Error = Error;
+
+    fn try_from((name, op, value): (String, MatchOp, String)) -> Result<Self> {
+        Self::new(name, op, value)
     }
 }
 
@@ -152,6 +172,22 @@ mod tests {
             assert_eq!(error.kind(), crate::ErrorKind::Invalid, "{error}");
         }
         Matcher::new("k", MatchOp::Eq, "(").unwrap();
+    }
+
+    #[test]
+    fn stored_form() {
+        let check = |op, value: &str, text: &str| {
+            let m = Matcher::new("k", op, value).unwrap();
+            assert_eq!(serde_json::to_string(&m).unwrap(), text);
+            assert_eq!(serde_json::from_str::<Matcher>(text).unwrap(), m);
+        };
+        check(MatchOp::Eq, "a\"b", r#"["k","=","a\"b"]"#);
+        check(MatchOp::Ne, "", r#"["k","!=",""]"#);
+        check(MatchOp::Re, "a|b", r#"["k","=~","a|b"]"#);
+        check(MatchOp::Nre, "x.*", r#"["k","!~","x.*"]"#);
+        for bad in [r#"["k","=~","("]"#, r#"["k","~","a"]"#, r#"["k","="]"#] {
+            assert!(serde_json::from_str::<Matcher>(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

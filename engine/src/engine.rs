@@ -9,7 +9,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use catalog::database::{self, MetadataLog};
 use catalog::files::{DataFile, FileCatalog};
-use catalog::{Clock, Error, Registry, Result, Series, TableSchema, TagHasher, TagParts, TagSet, tables};
+use catalog::{Clock, Entropy, Error, Registry, Result, Series, TableSchema, TagHasher, TagParts, TagSet, tables};
 use datafusion::execution::{SendableRecordBatchStream, SessionState};
 use datafusion::logical_expr::LogicalPlan;
 use datafusion::prelude::SessionContext;
@@ -37,6 +37,8 @@ pub struct Components {
     pub store: Arc<dyn ObjectStore>,
     /// Wall-clock time.
     pub clock: Arc<dyn Clock>,
+    /// Randomness.
+    pub entropy: Arc<dyn Entropy>,
     /// Self-metrics.
     pub telemetry: Arc<Telemetry>,
 }
@@ -119,7 +121,7 @@ impl Engine {
         let now_ms = components.clock.now_ms();
         // The bucket says which database this is; the file catalog must be of the same one.
         let store = &components.store;
-        let described = database::open(store, &settings.database, random_seed()?).await?;
+        let described = database::open(store, &settings.database, random_seed(components.entropy.as_ref())?).await?;
         let metadata_log = MetadataLog::open(store, &settings.database).await?;
         let slash = if settings.store_location.ends_with('/') { "" } else { "/" };
         let data_path = format!("{}{slash}{}/", settings.store_location, settings.database);
@@ -376,9 +378,9 @@ async fn refuse_rows_without_catalog(store: &Arc<dyn ObjectStore>, database: &st
 }
 
 /// The seed of a new database; used once in its life.
-fn random_seed() -> Result<u64> {
+fn random_seed(entropy: &dyn Entropy) -> Result<u64> {
     let mut seed = [0; 8];
-    getrandom::fill(&mut seed).map_err(|e| Error::internal("no random seed").with_source(e.to_string()))?;
+    entropy.fill(&mut seed)?;
     Ok(u64::from_le_bytes(seed))
 }
 

@@ -109,8 +109,7 @@ pub(crate) async fn publish(
 ) -> Result<Commit> {
     let inner = inner.clone();
     let work = tokio::spawn(async move {
-        let empty = commit.add.is_empty() && commit.add_parts.is_empty() && commit.remove.is_empty();
-        if !(empty && commit.remove_parts.is_empty()) {
+        if commit != Commit::default() {
             inner.files.commit(&commit, inner.now_ms()).await?;
         }
         inner.install(|version| change(&inner, version, &commit));

@@ -28,6 +28,7 @@ async fn open(dir: &Path) -> Engine {
     let components = Components {
         store: Arc::new(object_store::memory::InMemory::new()),
         clock: Arc::new(ManualClock::new(START + 3_600_000)),
+        entropy: Arc::new(catalog::SeededEntropy::new(1)),
         telemetry: Arc::new(Telemetry::default()),
     };
     Engine::open(settings, components, crate::extensions()).await.unwrap()

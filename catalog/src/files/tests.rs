@@ -95,6 +95,21 @@ async fn a_commit_is_there_after_reopening() {
 }
 
 #[tokio::test]
+async fn deletes_come_and_go() {
+    let f = Fixture::new();
+    let (catalog, _) = f.open().await.unwrap();
+    let matchers = vec![Matcher::new("job", crate::MatchOp::Re, "a|b").unwrap()];
+    let delete = Delete { id: 1, seq: 7, table_id: 1, matchers, start_ms: i64::MIN, end_ms: 5, created_ms: HOUR };
+    catalog.commit(&Commit { add_deletes: vec![delete.clone()], ..Commit::default() }, HOUR).await.unwrap();
+    catalog.close().await;
+    let (catalog, state) = f.open().await.unwrap();
+    assert_eq!((state.deletes, state.next_seq), (vec![delete], 8));
+    catalog.commit(&Commit { remove_deletes: vec![1], ..Commit::default() }, HOUR).await.unwrap();
+    catalog.close().await;
+    assert_eq!(f.open().await.unwrap().1.deletes, []);
+}
+
+#[tokio::test]
 async fn replaced_files_leave_in_steps() {
     let f = Fixture::new();
     let (catalog, _) = f.open().await.unwrap();

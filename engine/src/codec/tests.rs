@@ -19,6 +19,7 @@ async fn engine(dir: &tempfile::TempDir) -> Engine {
     let components = Components {
         store: Arc::new(InMemory::new()),
         clock: Arc::new(ManualClock::new(1_700_000_000_000)),
+        entropy: Arc::new(catalog::SeededEntropy::new(1)),
         telemetry: Arc::new(Telemetry::default()),
     };
     let settings = Settings { data_dir: dir.path().to_owned(), ..Settings::default() };

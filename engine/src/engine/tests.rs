@@ -27,6 +27,7 @@ fn components(store: &Arc<dyn ObjectStore>) -> Components {
     Components {
         store: store.clone(),
         clock: Arc::new(ManualClock::new(NOW)),
+        entropy: Arc::new(catalog::SeededEntropy::new(1)),
         telemetry: Arc::new(Telemetry::default()),
     }
 }

@@ -41,8 +41,12 @@ impl Fixture {
 
     async fn open(dir: &tempfile::TempDir, store: &Arc<InMemory>, clock: &Arc<ManualClock>) -> Engine {
         let settings = Settings { data_dir: dir.path().to_owned(), ..Settings::default() };
-        let components =
-            Components { store: store.clone(), clock: clock.clone(), telemetry: Arc::new(Telemetry::default()) };
+        let components = Components {
+            store: store.clone(),
+            clock: clock.clone(),
+            entropy: Arc::new(catalog::SeededEntropy::new(1)),
+            telemetry: Arc::new(Telemetry::default()),
+        };
         Engine::open(settings, components, Extensions::default()).await.unwrap()
     }
 

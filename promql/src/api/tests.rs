@@ -39,6 +39,7 @@ async fn serve() -> Server {
     let components = Components {
         store: catalog::object::open(&url).expect("a store"),
         clock: Arc::new(ManualClock::new(NOW)),
+        entropy: Arc::new(catalog::SeededEntropy::new(1)),
         telemetry: Arc::new(Telemetry::default()),
     };
     let engine = Engine::open(settings, components, crate::extensions()).await.expect("a database");

@@ -42,6 +42,7 @@ async fn serve(series_limit: usize) -> Server {
     let components = Components {
         store: catalog::object::open(store).unwrap(),
         clock: Arc::new(ManualClock::new(NOW)),
+        entropy: Arc::new(catalog::SeededEntropy::new(1)),
         telemetry: Arc::new(Telemetry::default()),
     };
     let engine = Engine::open(settings, components, Extensions::default()).await.unwrap();
