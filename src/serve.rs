@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use axum::Router;
-use catalog::{SystemClock, SystemEntropy};
+use catalog::fs::Disk;
+use catalog::{FileSystem, SystemClock, SystemEntropy};
 use engine::{Components, Engine, Settings, Telemetry};
 use promql::api::ApiOptions;
 use receivers::body::Bodies;
@@ -122,8 +123,10 @@ fn routes(engine: &Engine) -> Result<Router> {
 
 async fn open(config: &Config, telemetry: Arc<Telemetry>) -> Result<Engine> {
     let url = config.object_store_url();
-    let store = catalog::object::open(&url).with_context(|| format!("cannot open the object store {url}"))?;
-    let components = Components { store, clock: Arc::new(SystemClock), entropy: Arc::new(SystemEntropy), telemetry };
+    let fs: Arc<dyn FileSystem> = Arc::new(Disk);
+    let store = catalog::object::open(&fs, &url).with_context(|| format!("cannot open the object store {url}"))?;
+    let components =
+        Components { store, fs, clock: Arc::new(SystemClock), entropy: Arc::new(SystemEntropy), telemetry };
     let extensions = promql::extensions().and(sql::extensions());
     let settings = Settings { store_location: catalog::object::location(&url)?, ..settings(config) };
     Engine::open(settings, components, extensions).await.context("cannot open the database")

@@ -16,17 +16,17 @@ use object_store::prefix::PrefixStore;
 
 pub use local::LocalStore;
 
-use crate::{Error, Result};
+use crate::{Error, FileSystem, Result};
 
 /// Opens the store at a path, `file://`, `s3://bucket[/prefix]` or `memory://`. S3 takes its region, endpoint and
-/// credentials from the `AWS_*` environment variables.
+/// credentials from the `AWS_*` environment variables; a folder is written through `fs`.
 ///
 /// # Errors
 /// `Invalid` for an unknown scheme or a missing bucket; `Unavailable` when a folder can't be made.
-pub fn open(url_or_path: &str) -> Result<Arc<dyn ObjectStore>> {
+pub fn open(fs: &Arc<dyn FileSystem>, url_or_path: &str) -> Result<Arc<dyn ObjectStore>> {
     match Location::parse(url_or_path)? {
         Location::Memory => Ok(Arc::new(InMemory::new())),
-        Location::Folder(folder) => Ok(Arc::new(LocalStore::open(&folder)?)),
+        Location::Folder(folder) => Ok(Arc::new(LocalStore::open(fs.clone(), &folder)?)),
         Location::S3 { bucket, prefix } => {
             let store = AmazonS3Builder::from_env()
                 .with_bucket_name(bucket)

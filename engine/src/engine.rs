@@ -9,7 +9,9 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use catalog::database::{self, MetadataLog};
 use catalog::files::{DataFile, FileCatalog};
-use catalog::{Clock, Entropy, Error, Registry, Result, Series, TableSchema, TagHasher, TagParts, TagSet, tables};
+use catalog::{
+    Clock, Entropy, Error, FileSystem, Registry, Result, Series, TableSchema, TagHasher, TagParts, TagSet, tables,
+};
 use datafusion::execution::{SendableRecordBatchStream, SessionState};
 use datafusion::logical_expr::LogicalPlan;
 use datafusion::prelude::SessionContext;
@@ -35,6 +37,8 @@ use crate::{
 pub struct Components {
     /// Where segments and tag parts live.
     pub store: Arc<dyn ObjectStore>,
+    /// Where the log is written.
+    pub fs: Arc<dyn FileSystem>,
     /// Wall-clock time.
     pub clock: Arc<dyn Clock>,
     /// Randomness.
@@ -116,7 +120,9 @@ impl Engine {
     /// # Errors
     /// `Corrupt` for damaged files, `Unavailable` when store or catalog can't be reached.
     pub async fn open(settings: Settings, components: Components, extensions: Extensions) -> Result<Self> {
-        std::fs::create_dir_all(&settings.data_dir)
+        components
+            .fs
+            .create_dir_all(&settings.data_dir)
             .map_err(|e| Error::from(e).context(format_args!("create data folder {}", settings.data_dir.display())))?;
         let now_ms = components.clock.now_ms();
         // The bucket says which database this is; the file catalog must be of the same one.
@@ -155,7 +161,7 @@ impl Engine {
             version: ArcSwap::from_pointee(Version::new(&state)),
             version_change: Mutex::new(()),
             queue: Queue::default(),
-            log: Mutex::new(Wal::open(&settings.data_dir.join("wal"), vec![])),
+            log: Mutex::new(Wal::open(components.fs.clone(), &settings.data_dir.join("wal"), vec![])),
             metadata: Mutex::new(Metadata::new(&state.metadata)),
             metadata_log: tokio::sync::Mutex::new(metadata_log),
             log_failing: AtomicBool::new(false),
@@ -396,12 +402,12 @@ async fn on<T: Send + 'static>(runtime: &Handle, work: impl Future<Output = T> +
 
 /// Applies what the log holds to empty memtables, flushing when they grow too large, and opens the log behind it.
 async fn replay(inner: Arc<Inner>) -> Result<()> {
-    let dir = inner.settings.data_dir.join("wal");
+    let (fs, dir) = (&inner.components.fs, inner.settings.data_dir.join("wal"));
     let mut replayed = vec![];
     let (mut rows, mut damaged) = (0, 0);
     let minute = committer::minute(inner.now_ms());
-    for (first, path) in wal::segments(&dir)? {
-        let mut segment = SegmentReader::open(first, path)?;
+    for (first, path) in wal::segments(&**fs, &dir)? {
+        let mut segment = SegmentReader::open(&**fs, first, path)?;
         let registry = inner.registry.clone();
         let mut publish = |tags| registry.publish(&Arc::new(Series::new(registry.hasher(), tags)), &[], minute);
         while let Some(item) = segment.next(&mut publish)? {
@@ -435,7 +441,7 @@ async fn replay(inner: Arc<Inner>) -> Result<()> {
         replayed.push(segment.finish());
     }
     inner.metrics.wal_damaged.inc_by(damaged);
-    let log = Wal::open(&dir, replayed);
+    let log = Wal::open(fs.clone(), &dir, replayed);
     inner.metrics.wal_size.set(log.bytes() as i64);
     *inner.log.lock() = log;
     if rows > 0 {

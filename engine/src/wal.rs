@@ -11,12 +11,12 @@ mod record;
 mod samples;
 
 use std::collections::VecDeque;
-use std::fs::{self, File, OpenOptions};
-use std::io::Write as _;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use catalog::{Error, Ordinal, Result, Series, TagSet};
+use catalog::fs::FsFile;
+use catalog::{Error, FileSystem, Ordinal, Result, Series, TagSet};
 
 pub(crate) use record::Record;
 use record::{FRAME, Reader, Writer, payload};
@@ -34,6 +34,7 @@ const SEGMENT_BYTES: u64 = 64 << 20;
 /// The log, open for appending.
 #[derive(Debug)]
 pub(crate) struct Wal {
+    fs: Arc<dyn FileSystem>,
     dir: PathBuf,
     older: VecDeque<Older>,
     current: Option<Current>,
@@ -55,18 +56,18 @@ struct Older {
 struct Current {
     path: PathBuf,
     /// `None` until the first write.
-    file: Option<File>,
+    file: Option<Box<dyn FsFile>>,
     first: u64,
     len: u64,
 }
 
 impl Wal {
     /// Opens the log behind what [`replay`] found.
-    pub(crate) fn open(dir: &Path, replayed: Vec<Replayed>) -> Self {
+    pub(crate) fn open(fs: Arc<dyn FileSystem>, dir: &Path, replayed: Vec<Replayed>) -> Self {
         let older: VecDeque<Older> =
             replayed.into_iter().map(|r| Older { path: r.path, first: r.first, end: r.end }).collect();
         let next = older.back().map_or(0, |o| o.end);
-        Self { dir: dir.to_owned(), older, current: None, next, writer: Writer::default(), pending: vec![] }
+        Self { fs, dir: dir.to_owned(), older, current: None, next, writer: Writer::default(), pending: vec![] }
     }
 
     /// Where the next record will begin, pending ones included.
@@ -124,7 +125,7 @@ impl Wal {
         if len == 0 {
             return Ok(0);
         }
-        let result = current.append(&self.dir, &self.pending);
+        let result = current.append(&*self.fs, &self.dir, &self.pending);
         self.pending.clear();
         match result {
             Ok(()) => {
@@ -141,12 +142,12 @@ impl Wal {
     /// Leaves the current segment after a failed write of `len` bytes. Whether they, or what the kernel held back
     /// before them, reach the disk later can't be known.
     fn abandon(&mut self, len: u64) {
-        let Some(current) = self.current.take() else { return };
+        let Some(mut current) = self.current.take() else { return };
         self.next = current.first + current.len + len;
         // A client that was told to try again may do so: its first attempt had better not come back at replay.
-        let undone = match &current.file {
-            Some(file) if current.len > 0 => file.set_len(current.len).and_then(|()| file.sync_data()),
-            _ => fs::remove_file(&current.path),
+        let undone = match &mut current.file {
+            Some(file) if current.len > 0 => file.set_len(current.len).and_then(|()| file.sync()),
+            _ => self.fs.remove(&current.path),
         };
         if let Err(e) = undone {
             tracing::warn!(segment = %current.path.display(), error = %e, "failed write could not be cut off the log");
@@ -169,8 +170,8 @@ impl Wal {
     pub(crate) fn trim(&mut self, position: u64) -> Result<()> {
         let mut deleted = false;
         while let Some(segment) = self.older.front().filter(|s| s.end <= position) {
-            match fs::remove_file(&segment.path) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            match self.fs.remove(&segment.path) {
+                Err(e) if e.kind() != ErrorKind::NotFound => {
                     return Err(Error::from(e).context(format_args!("delete {}", segment.path.display())));
                 }
                 _ => {}
@@ -179,30 +180,26 @@ impl Wal {
             deleted = true;
         }
         if deleted {
-            sync_dir(&self.dir)?;
+            self.fs.sync_dir(&self.dir)?;
         }
         Ok(())
     }
 }
 
 impl Current {
-    fn append(&mut self, dir: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    fn append(&mut self, fs: &dyn FileSystem, dir: &Path, bytes: &[u8]) -> std::io::Result<()> {
         let new = self.file.is_none();
         let file = match &mut self.file {
             Some(file) => file,
-            none => none.insert(OpenOptions::new().create_new(true).append(true).open(&self.path)?),
+            none => none.insert(fs.create(&self.path)?),
         };
         file.write_all(bytes)?;
-        file.sync_data()?;
+        file.sync()?;
         if new {
-            sync_dir(dir)?;
+            fs.sync_dir(dir)?;
         }
         Ok(())
     }
-}
-
-fn sync_dir(dir: &Path) -> std::io::Result<()> {
-    File::open(dir)?.sync_all()
 }
 
 fn head(first: u64) -> [u8; HEAD] {
@@ -259,15 +256,10 @@ pub(crate) enum Item {
 ///
 /// # Errors
 /// Reading the folder failed, or a segment can't be told from its name.
-pub(crate) fn segments(dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
-    if !dir.exists() {
-        fs::create_dir_all(dir)?;
-        // Syncing the folder itself does not make its own name durable.
-        dir.parent().map_or(Ok(()), sync_dir)?;
-    }
+pub(crate) fn segments(fs: &dyn FileSystem, dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    fs.create_dir_all(dir)?;
     let mut out = vec![];
-    for entry in fs::read_dir(dir)? {
-        let path = entry?.path();
+    for path in fs.list(dir)? {
         if path.extension().is_none_or(|e| e != "wal") {
             continue;
         }
@@ -287,8 +279,8 @@ impl SegmentReader {
     ///
     /// # Errors
     /// `Invalid` when a newer version wrote it; reading errors.
-    pub(crate) fn open(first: u64, path: PathBuf) -> Result<Self> {
-        let bytes = fs::read(&path).map_err(|e| Error::from(e).context(format_args!("read {}", path.display())))?;
+    pub(crate) fn open(fs: &dyn FileSystem, first: u64, path: PathBuf) -> Result<Self> {
+        let bytes = fs.read(&path).map_err(|e| Error::from(e).context(format_args!("read {}", path.display())))?;
         let mut at = 0;
         if let Some(found) = bytes.get(..HEAD) {
             let sound = found[..8] == MAGIC[..] && crc32fast::hash(&found[..20]).to_le_bytes() == found[20..];

@@ -27,6 +27,7 @@ async fn open(dir: &Path) -> Engine {
     let settings = Settings { data_dir: dir.to_owned(), memory_limit: 256 << 20, ..Settings::default() };
     let components = Components {
         store: Arc::new(object_store::memory::InMemory::new()),
+        fs: Arc::new(catalog::fs::Disk),
         clock: Arc::new(ManualClock::new(START + 3_600_000)),
         entropy: Arc::new(catalog::SeededEntropy::new(1)),
         telemetry: Arc::new(Telemetry::default()),

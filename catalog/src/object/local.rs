@@ -2,14 +2,14 @@
 //!
 //! `object_store`'s own local store neither syncs nor replaces conditionally. Here a put writes a new file in a staging
 //! folder, syncs it, renames it into place and syncs the folder (and the parents of folders that it had to make), so
-//! that after a crash an object is whole or absent. Reads and listings go to the wrapped store. One process at a time
-//! may use a folder: what lies in staging when it is opened was left by a crash and is deleted.
+//! that after a crash an object is whole or absent. All of that goes through [`FileSystem`]; reads and listings go to the
+//! wrapped store. One process at a time may use a folder: what lies in staging when it is opened was left by a crash and
+//! is deleted.
 
 use std::fmt;
-use std::fs::{self, File};
-use std::io::{ErrorKind, Write};
+use std::io::ErrorKind;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path as FsPath, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -27,18 +27,21 @@ use object_store::{
 };
 use parking_lot::Mutex;
 
+use crate::fs::{FileSystem, FsFile};
+
 /// Folder under the root that holds files not yet in place.
 const STAGING: &str = ".staging";
 
 /// An object store in a local folder; see the module's text for what it promises.
 #[derive(Debug)]
 pub struct LocalStore {
-    reads: LocalFileSystem,
     folder: Arc<Folder>,
 }
 
 #[derive(Debug)]
 struct Folder {
+    fs: Arc<dyn FileSystem>,
+    reads: LocalFileSystem,
     root: PathBuf,
     staged: AtomicU64,
     /// Held while an object is put into place, which makes compare-and-replace atomic.
@@ -50,25 +53,18 @@ impl LocalStore {
     ///
     /// # Errors
     /// Of the file system.
-    pub fn open(root: &FsPath) -> crate::Result<Self> {
+    pub fn open(fs: Arc<dyn FileSystem>, root: &FsPath) -> crate::Result<Self> {
         let context = |e: std::io::Error| crate::Error::from(e).context(format_args!("folder {}", root.display()));
         let absolute = std::path::absolute(root).map_err(context)?;
-        make_folder(&absolute).map_err(context)?;
+        fs.create_dir_all(&absolute).map_err(context)?;
         let root = absolute.canonicalize().map_err(context)?;
         let staging = root.join(STAGING);
-        match fs::remove_dir_all(&staging) {
-            Err(e) if e.kind() != ErrorKind::NotFound => return Err(context(e)),
-            _ => make_folder(&staging).map_err(context)?,
+        fs.create_dir_all(&staging).map_err(context)?;
+        for left in fs.list(&staging).map_err(context)? {
+            fs.remove(&left).map_err(context)?;
         }
         let reads = LocalFileSystem::new_with_prefix(&root)?;
-        Ok(Self { reads, folder: Arc::new(Folder { root, staged: AtomicU64::new(0), place: Mutex::new(()) }) })
-    }
-
-    fn destination(&self, location: &Path) -> Result<PathBuf> {
-        if is_staging(location) {
-            return Err(failed(location.as_ref(), std::io::Error::other("the name is reserved")));
-        }
-        self.reads.path_to_filesystem(location)
+        Ok(Self { folder: Arc::new(Folder { fs, reads, root, staged: AtomicU64::new(0), place: Mutex::new(()) }) })
     }
 }
 
@@ -81,11 +77,11 @@ impl fmt::Display for LocalStore {
 #[async_trait]
 impl ObjectStore for LocalStore {
     async fn put_opts(&self, location: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
-        let (folder, to) = (self.folder.clone(), self.destination(location)?);
+        let (folder, to) = (self.folder.clone(), self.folder.path(location)?);
         blocking(move || {
-            let mut staged = folder.stage()?;
+            let staged = folder.stage()?;
             for bytes in &payload {
-                staged.file.write_all(bytes).map_err(|e| failed(&to, e))?;
+                staged.file.lock().write_all(bytes).map_err(|e| failed(&to, e))?;
             }
             staged.place(&to, &options.mode)
         })
@@ -97,56 +93,56 @@ impl ObjectStore for LocalStore {
         location: &Path,
         _options: PutMultipartOptions,
     ) -> Result<Box<dyn MultipartUpload>> {
-        let (folder, to) = (self.folder.clone(), self.destination(location)?);
+        let (folder, to) = (self.folder.clone(), self.folder.path(location)?);
         let staged = blocking(move || folder.stage()).await?;
         Ok(Box::new(Upload { staged: Some(Arc::new(staged)), to, written: 0 }))
     }
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
-        self.reads.get_opts(location, options).await
+        self.folder.reads.get_opts(location, options).await
     }
 
     async fn get_ranges(&self, location: &Path, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
-        self.reads.get_ranges(location, ranges).await
+        self.folder.reads.get_ranges(location, ranges).await
     }
 
     fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
         let folder = self.folder.clone();
-        self.reads
-            .delete_stream(locations)
-            .then(move |deleted| {
-                let folder = folder.clone();
+        locations
+            .map(move |location| (folder.clone(), location))
+            .then(|(folder, location)| async move {
+                let location = location?;
                 blocking(move || {
-                    let location = deleted?;
-                    let parent = folder.root.join(location.as_ref());
-                    sync_parent(&parent).map_err(|e| failed(&parent, e))?;
+                    let path = folder.path(&location)?;
+                    folder.fs.remove(&path).and_then(|()| folder.sync_parent(&path)).map_err(|e| failed(&path, e))?;
                     Ok(location)
                 })
+                .await
             })
             .boxed()
     }
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
-        visible(self.reads.list(prefix))
+        visible(self.folder.reads.list(prefix))
     }
 
     fn list_with_offset(&self, prefix: Option<&Path>, offset: &Path) -> BoxStream<'static, Result<ObjectMeta>> {
-        visible(self.reads.list_with_offset(prefix, offset))
+        visible(self.folder.reads.list_with_offset(prefix, offset))
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
-        let mut list = self.reads.list_with_delimiter(prefix).await?;
+        let mut list = self.folder.reads.list_with_delimiter(prefix).await?;
         list.common_prefixes.retain(|p| !is_staging(p));
         list.objects.retain(|o| !is_staging(&o.location));
         Ok(list)
     }
 
     async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
-        let (folder, from, to) = (self.folder.clone(), self.destination(from)?, self.destination(to)?);
+        let (folder, from, to) = (self.folder.clone(), self.folder.path(from)?, self.folder.path(to)?);
         blocking(move || {
-            let mut source = File::open(&from).map_err(|e| failed(&from, e))?;
-            let mut staged = folder.stage()?;
-            std::io::copy(&mut source, &mut staged.file).map_err(|e| failed(&to, e))?;
+            let source = folder.fs.read(&from).map_err(|e| failed(&from, e))?;
+            let staged = folder.stage()?;
+            staged.file.lock().write_all(&source).map_err(|e| failed(&to, e))?;
             let mode = match options.mode {
                 CopyMode::Overwrite => PutMode::Overwrite,
                 CopyMode::Create => PutMode::Create,
@@ -158,13 +154,23 @@ impl ObjectStore for LocalStore {
 }
 
 impl Folder {
+    fn path(&self, location: &Path) -> Result<PathBuf> {
+        if is_staging(location) {
+            return Err(failed(location.as_ref(), std::io::Error::other("the name is reserved")));
+        }
+        self.reads.path_to_filesystem(location)
+    }
+
     fn stage(self: Arc<Self>) -> Result<Staged> {
         let number = self.staged.fetch_add(1, Ordering::Relaxed);
         // Listings of the wrapped store leave out names that end in `#` and digits.
         let path = self.root.join(STAGING).join(format!("put#{number}"));
-        let open = || File::options().write(true).create_new(true).open(&path);
-        let file = open().map_err(|e| failed(&path, e))?;
+        let file = Mutex::new(self.fs.create(&path).map_err(|e| failed(&path, e))?);
         Ok(Staged { folder: self, file, path })
+    }
+
+    fn sync_parent(&self, path: &FsPath) -> std::io::Result<()> {
+        path.parent().map_or(Ok(()), |parent| self.fs.sync_dir(parent))
     }
 }
 
@@ -172,45 +178,46 @@ impl Folder {
 #[derive(Debug)]
 struct Staged {
     folder: Arc<Folder>,
-    file: File,
+    file: Mutex<Box<dyn FsFile>>,
     path: PathBuf,
 }
 
 impl Drop for Staged {
     fn drop(&mut self) {
         // Already renamed away when all went well; a leftover is deleted at the next open.
-        let _ = fs::remove_file(&self.path);
+        let _ = self.folder.fs.remove(&self.path);
     }
 }
 
 impl Staged {
     fn place(&self, to: &FsPath, mode: &PutMode) -> Result<PutResult> {
         let io = |e| failed(to, e);
-        self.file.sync_all().map_err(io)?;
+        let fs = &self.folder.fs;
+        self.file.lock().sync().map_err(io)?;
         if let Some(parent) = to.parent() {
-            make_folder(parent).map_err(io)?;
+            fs.create_dir_all(parent).map_err(io)?;
         }
+        let tag = e_tag(&self.path).map_err(io)?;
         {
             let _place = self.folder.place.lock();
             match mode {
-                PutMode::Overwrite => fs::rename(&self.path, to).map_err(io)?,
+                PutMode::Overwrite => fs.rename(&self.path, to).map_err(io)?,
                 // Unlike a rename, a link never replaces what is there.
-                PutMode::Create => fs::hard_link(&self.path, to).map_err(io)?,
+                PutMode::Create => fs.hard_link(&self.path, to).map_err(io)?,
                 PutMode::Update(version) => {
-                    let present = fs::metadata(to).map_err(io).map(|m| e_tag(&m))?;
+                    let present = e_tag(to).map_err(io)?;
                     if version.e_tag.as_ref() != Some(&present) {
                         return Err(Error::Precondition {
                             path: to.display().to_string(),
                             source: format!("object is at {present}, expected {:?}", version.e_tag).into(),
                         });
                     }
-                    fs::rename(&self.path, to).map_err(io)?;
+                    fs.rename(&self.path, to).map_err(io)?;
                 }
             }
         }
-        sync_parent(to).map_err(io)?;
-        let metadata = self.file.metadata().map_err(io)?;
-        Ok(PutResult { e_tag: Some(e_tag(&metadata)), version: None })
+        self.folder.sync_parent(to).map_err(io)?;
+        Ok(PutResult { e_tag: Some(tag), version: None })
     }
 }
 
@@ -238,7 +245,7 @@ impl MultipartUpload for Upload {
         self.written += data.content_length() as u64;
         blocking(move || {
             for bytes in &data {
-                staged.file.write_all_at(bytes, at).map_err(|e| failed(&to, e))?;
+                staged.file.lock().write_all_at(bytes, at).map_err(|e| failed(&to, e))?;
                 at += bytes.len() as u64;
             }
             Ok(())
@@ -266,28 +273,11 @@ fn is_staging(location: &Path) -> bool {
     location.parts().next().is_some_and(|p| p.as_ref() == STAGING)
 }
 
-/// Makes a folder and its parents, each of them durable.
-fn make_folder(folder: &FsPath) -> std::io::Result<()> {
-    if folder.is_dir() {
-        return Ok(());
-    }
-    if let Some(parent) = folder.parent() {
-        make_folder(parent)?;
-    }
-    match fs::create_dir(folder) {
-        Err(e) if e.kind() != ErrorKind::AlreadyExists => Err(e),
-        _ => sync_parent(folder),
-    }
-}
-
-fn sync_parent(path: &FsPath) -> std::io::Result<()> {
-    path.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
-}
-
 /// The tag that the wrapped store gives: inode, time of change in microseconds, size.
-fn e_tag(metadata: &fs::Metadata) -> String {
+fn e_tag(path: &FsPath) -> std::io::Result<String> {
+    let metadata = std::fs::metadata(path)?;
     let changed = metadata.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
-    format!("{:x}-{:x}-{:x}", metadata.ino(), changed.as_micros(), metadata.len())
+    Ok(format!("{:x}-{:x}-{:x}", metadata.ino(), changed.as_micros(), metadata.len()))
 }
 
 fn failed(path: impl AsRef<FsPath>, source: std::io::Error) -> Error {
@@ -312,10 +302,11 @@ mod tests {
     use object_store::{ObjectStoreExt, UpdateVersion};
 
     use super::*;
+    use crate::fs::Disk;
 
     fn store() -> (tempfile::TempDir, LocalStore) {
         let dir = tempfile::tempdir().unwrap();
-        let store = LocalStore::open(&dir.path().join("a/b")).unwrap();
+        let store = LocalStore::open(Arc::new(Disk), &dir.path().join("a/b")).unwrap();
         (dir, store)
     }
 
@@ -326,7 +317,7 @@ mod tests {
     }
 
     fn staged(store: &LocalStore) -> usize {
-        fs::read_dir(store.folder.root.join(STAGING)).unwrap().count()
+        store.folder.fs.list(&store.folder.root.join(STAGING)).unwrap().len()
     }
 
     #[tokio::test]
@@ -404,7 +395,7 @@ mod tests {
         let (dir, store) = store();
         std::mem::forget(store.folder.clone().stage().unwrap());
         assert_eq!(staged(&store), 1);
-        let store = LocalStore::open(&dir.path().join("a/b")).unwrap();
+        let store = LocalStore::open(Arc::new(Disk), &dir.path().join("a/b")).unwrap();
         assert_eq!(staged(&store), 0);
     }
 }

@@ -18,6 +18,7 @@ use crate::{Batch, Components, Engine, Extensions, Selection, SeriesScanExec, Se
 async fn engine(dir: &tempfile::TempDir) -> Engine {
     let components = Components {
         store: Arc::new(InMemory::new()),
+        fs: Arc::new(catalog::fs::Disk),
         clock: Arc::new(ManualClock::new(1_700_000_000_000)),
         entropy: Arc::new(catalog::SeededEntropy::new(1)),
         telemetry: Arc::new(Telemetry::default()),

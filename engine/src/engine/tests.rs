@@ -6,6 +6,7 @@ use std::path::Path;
 use arrow::array::{ArrayRef, AsArray, Float64Array, RecordBatch, TimestampMillisecondArray, UInt32Array};
 use arrow::datatypes::{Float64Type, TimestampMillisecondType, UInt32Type};
 use catalog::ManualClock;
+use catalog::fs::Disk;
 use catalog::tables::{SAMPLES, time_type};
 use object_store::memory::InMemory;
 
@@ -26,6 +27,7 @@ fn bucket() -> Arc<dyn ObjectStore> {
 fn components(store: &Arc<dyn ObjectStore>) -> Components {
     Components {
         store: store.clone(),
+        fs: Arc::new(Disk),
         clock: Arc::new(ManualClock::new(NOW)),
         entropy: Arc::new(catalog::SeededEntropy::new(1)),
         telemetry: Arc::new(Telemetry::default()),
@@ -138,7 +140,7 @@ async fn metadata_survive_and_say_the_newest() {
     assert_eq!(engine.metadata(None), expected);
     engine.shutdown(Duration::from_secs(10)).await.unwrap();
     // Now from the file catalog: the log is empty.
-    assert_eq!(wal::segments(&crashed.path().join("wal")).unwrap(), vec![]);
+    assert_eq!(wal::segments(&Disk, &crashed.path().join("wal")).unwrap(), vec![]);
     drop(engine);
     assert_eq!(open(crashed.path(), &store).await.metadata(Some("m")), [of("m", "2")]);
 }
@@ -282,12 +284,12 @@ async fn a_flush_empties_memory_and_log() {
     }
     engine.flush().await.unwrap();
     assert!(rows(&engine).is_empty());
-    assert_eq!(wal::segments(&dir.path().join("wal")).unwrap(), vec![]);
+    assert_eq!(wal::segments(&Disk, &dir.path().join("wal")).unwrap(), vec![]);
     assert_eq!(engine.inner().version().table(SAMPLES.id).unwrap().files.len(), 3);
     engine.write(request(&engine, &[("a", NOW, 5.0)])).await.unwrap();
     assert_eq!(rows(&engine), model(&[("a", NOW, 5.0)]));
     engine.shutdown(Duration::from_secs(10)).await.unwrap();
-    assert_eq!(wal::segments(&dir.path().join("wal")).unwrap(), vec![]);
+    assert_eq!(wal::segments(&Disk, &dir.path().join("wal")).unwrap(), vec![]);
 }
 
 /// How many rows of each series a query sees, and how many distinct (series, time).

@@ -43,6 +43,7 @@ impl Fixture {
         let settings = Settings { data_dir: dir.path().to_owned(), ..Settings::default() };
         let components = Components {
             store: store.clone(),
+            fs: Arc::new(catalog::fs::Disk),
             clock: clock.clone(),
             entropy: Arc::new(catalog::SeededEntropy::new(1)),
             telemetry: Arc::new(Telemetry::default()),

@@ -2,9 +2,12 @@
 
 use arrow::array::{ArrayRef, AsArray, Float64Array, RecordBatch, StringArray, TimestampMillisecondArray, UInt32Array};
 use arrow::datatypes::{Float64Type, UInt32Type};
+use catalog::fs::{Disk, Fault, Faults, Faulty};
 use catalog::tables::{EXEMPLARS, SAMPLES, time_type};
 use catalog::tag::tag_set;
 use catalog::{Registry, TagHasher};
+
+use std::fs;
 
 use super::*;
 
@@ -48,8 +51,8 @@ type Written = (u64, Rows);
 fn read(dir: &Path) -> Result<(Vec<Written>, Vec<String>)> {
     let registry = registry();
     let (mut records, mut wrong) = (vec![], vec![]);
-    for (first, path) in segments(dir)? {
-        let mut segment = SegmentReader::open(first, path)?;
+    for (first, path) in segments(&Disk, dir)? {
+        let mut segment = SegmentReader::open(&Disk, first, path)?;
         while let Some(item) = segment.next(&mut |tags| publish(&registry, tags))? {
             match item {
                 Item::Record(position, record) => {
@@ -76,7 +79,7 @@ fn read(dir: &Path) -> Result<(Vec<Written>, Vec<String>)> {
 /// A log of six records; returns what they hold and where they begin.
 fn write(dir: &Path) -> Vec<Written> {
     let registry = registry();
-    let mut wal = Wal::open(dir, vec![]);
+    let mut wal = Wal::open(Arc::new(Disk), dir, vec![]);
     let (a, b, c) = (named(&registry, "a"), named(&registry, "b"), named(&registry, "c"));
     let get = |o| registry.get(o);
     let metadata = MetricMetadata { metric: "m".into(), kind: "gauge".into(), help: "h".into(), unit: String::new() };
@@ -116,7 +119,7 @@ fn reads_back_what_was_written() {
 fn a_cut_anywhere_loses_only_the_tail() {
     let dir = tempfile::tempdir().unwrap();
     let written = write(dir.path());
-    let (first, path) = segments(dir.path()).unwrap().pop().unwrap();
+    let (first, path) = segments(&Disk, dir.path()).unwrap().pop().unwrap();
     let bytes = fs::read(&path).unwrap();
     for len in 0..bytes.len() {
         fs::write(&path, &bytes[..len]).unwrap();
@@ -132,7 +135,7 @@ fn a_cut_anywhere_loses_only_the_tail() {
 fn a_flipped_bit_never_gives_wrong_rows() {
     let dir = tempfile::tempdir().unwrap();
     let written = write(dir.path());
-    for (first, path) in segments(dir.path()).unwrap() {
+    for (first, path) in segments(&Disk, dir.path()).unwrap() {
         let bytes = fs::read(&path).unwrap();
         for at in 0..bytes.len() {
             for bit in [1u8, 0x80] {
@@ -160,7 +163,7 @@ fn a_flipped_bit_never_gives_wrong_rows() {
 fn damage_in_the_middle_is_skipped() {
     let dir = tempfile::tempdir().unwrap();
     let written = write(dir.path());
-    let (_, path) = segments(dir.path()).unwrap().swap_remove(0);
+    let (_, path) = segments(&Disk, dir.path()).unwrap().swap_remove(0);
     let mut bytes = fs::read(&path).unwrap();
     // The length of the second record: the third does not lean on it, but on the first.
     bytes[written[1].0 as usize + 4] ^= 1;
@@ -174,33 +177,36 @@ fn damage_in_the_middle_is_skipped() {
 fn a_refused_write_is_not_there_later() {
     let dir = tempfile::tempdir().unwrap();
     let registry = registry();
-    let mut wal = Wal::open(dir.path(), vec![]);
+    let faults = Faults::default();
+    let mut wal = Wal::open(Arc::new(Faulty::new(Arc::new(Disk), faults.clone())), dir.path(), vec![]);
     let a = named(&registry, "a");
     let put = |wal: &mut Wal, v: f64| {
         wal.encode(&[a], |o| registry.get(o), &[samples(&[(0, v as i64, v)])], &[]).unwrap();
         wal.commit()
     };
     put(&mut wal, 1.0).unwrap();
-    let full = OpenOptions::new().append(true).open("/dev/full").unwrap();
-    wal.current.as_mut().unwrap().file = Some(full);
+    faults.at(faults.calls().len(), Fault::Short);
     assert_eq!(put(&mut wal, 2.0).unwrap_err().kind(), catalog::ErrorKind::Unavailable);
     put(&mut wal, 3.0).unwrap();
     let (records, _) = read(dir.path()).unwrap();
     let values: Vec<f64> = records.iter().map(|r| r.1[0].1).collect();
     assert_eq!(values, [1.0, 3.0]);
-    assert_eq!(segments(dir.path()).unwrap().len(), 2);
+    assert_eq!(segments(&Disk, dir.path()).unwrap().len(), 2);
 }
 
 #[test]
 fn only_whole_segments_before_a_position_are_deleted() {
     let dir = tempfile::tempdir().unwrap();
     let written = write(dir.path());
-    let replayed: Vec<Replayed> =
-        segments(dir.path()).unwrap().into_iter().map(|(f, p)| SegmentReader::open(f, p).unwrap().finish()).collect();
-    let mut wal = Wal::open(dir.path(), replayed);
+    let replayed: Vec<Replayed> = segments(&Disk, dir.path())
+        .unwrap()
+        .into_iter()
+        .map(|(f, p)| SegmentReader::open(&Disk, f, p).unwrap().finish())
+        .collect();
+    let mut wal = Wal::open(Arc::new(Disk), dir.path(), replayed);
     let check = |wal: &mut Wal, position: u64, left: usize| {
         wal.trim(position).unwrap();
-        assert_eq!(segments(dir.path()).unwrap().len(), left, "{position}");
+        assert_eq!(segments(&Disk, dir.path()).unwrap().len(), left, "{position}");
     };
     check(&mut wal, 0, 2);
     check(&mut wal, written[3].0, 2);
@@ -225,7 +231,7 @@ fn a_newer_format_is_refused_by_name() {
 fn a_record_that_is_refused_leaves_the_rest_readable() {
     let dir = tempfile::tempdir().unwrap();
     let registry = registry();
-    let mut wal = Wal::open(dir.path(), vec![]);
+    let mut wal = Wal::open(Arc::new(Disk), dir.path(), vec![]);
     let (a, b) = (named(&registry, "a"), named(&registry, "b"));
     let put = |wal: &mut Wal, ordinal: Ordinal, v: f64| {
         wal.encode(&[ordinal], |o| registry.get(o), &[samples(&[(0, v as i64, v)])], &[])

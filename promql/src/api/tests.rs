@@ -25,6 +25,10 @@ struct Server {
     _folder: TempDir,
 }
 
+fn disk() -> Arc<dyn catalog::FileSystem> {
+    Arc::new(catalog::fs::Disk)
+}
+
 /// A server whose database holds `up` and `requests` of two instances, once a minute for an hour until [`NOW`].
 async fn serve() -> Server {
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -37,7 +41,8 @@ async fn serve() -> Server {
         ..Settings::default()
     };
     let components = Components {
-        store: catalog::object::open(&url).expect("a store"),
+        store: catalog::object::open(&disk(), &url).expect("a store"),
+        fs: disk(),
         clock: Arc::new(ManualClock::new(NOW)),
         entropy: Arc::new(catalog::SeededEntropy::new(1)),
         telemetry: Arc::new(Telemetry::default()),

@@ -28,6 +28,10 @@ struct Server {
     _folder: TempDir,
 }
 
+fn disk() -> Arc<dyn catalog::FileSystem> {
+    Arc::new(catalog::fs::Disk)
+}
+
 async fn serve(series_limit: usize) -> Server {
     let folder = tempfile::tempdir().unwrap();
     let store = folder.path().join("store");
@@ -40,7 +44,8 @@ async fn serve(series_limit: usize) -> Server {
         ..Settings::default()
     };
     let components = Components {
-        store: catalog::object::open(store).unwrap(),
+        store: catalog::object::open(&disk(), store).unwrap(),
+        fs: disk(),
         clock: Arc::new(ManualClock::new(NOW)),
         entropy: Arc::new(catalog::SeededEntropy::new(1)),
         telemetry: Arc::new(Telemetry::default()),
