@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use toml::de::{DeTable, DeValue};
 
 pub use reference::page;
-pub use values::{Bytes, Level, Listen, LogFormat, Seconds, Setting, Switch};
+pub use values::{Bytes, Level, Listen, LogFormat, RetentionRules, Seconds, Setting, Switch};
 
 /// Declares [`Config`] and what is derived from its fields.
 macro_rules! settings {
@@ -100,6 +100,15 @@ settings! {
     query_timeout: Seconds = Seconds(120.0);
     /// Replaced data files are removed after this long, which must exceed the longest query of any reader.
     delete_grace: Seconds = Seconds(600.0);
+    /// How long rows are kept. Zero keeps them for ever. Age counts from the time of the rows. A clock that was set
+    /// to another time is believed after a day.
+    retention: Seconds = Seconds(0.0);
+    /// Exceptions from `retention`: `TABLE{MATCHERS}: DURATION`, separated by semicolons, such as
+    /// `samples{namespace="dev"}: 7d; exemplars: 30d`. Matchers are those of PromQL and may be left out. A series
+    /// follows the first exception that names it; zero keeps its rows for ever.
+    retention_rules: RetentionRules = RetentionRules::default();
+    /// Bytes of data files beyond which the oldest days are dropped. Zero means no limit. The newest day stays.
+    retention_bytes: Bytes = Bytes(0);
     /// Threads for queries, flush and compaction. Zero means one per processor.
     cpu_threads: u64 = 0;
     /// Which log lines are written to standard error: a level (`error`, `warn`, `info`, `debug`, `trace`), or filters

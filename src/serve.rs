@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use axum::Router;
 use catalog::fs::Disk;
 use catalog::{FileSystem, SystemClock, SystemEntropy};
-use engine::{Components, Engine, Settings, Telemetry};
+use engine::{Components, Engine, Retention, Settings, Telemetry};
 use promql::api::ApiOptions;
 use receivers::body::Bodies;
 use tokio::net::TcpListener;
@@ -151,6 +151,11 @@ fn settings(config: &Config) -> Settings {
         flush_interval: config.flush_interval.duration(),
         wal_bytes_max: (memory / 4).min(512 << 20),
         delete_grace: config.delete_grace.duration(),
+        retention: Retention {
+            age: config.retention.limit(),
+            rules: config.retention_rules.rules.clone(),
+            bytes: Some(config.retention_bytes.0).filter(|bytes| *bytes > 0),
+        },
         query_timeout: config.query_timeout.duration(),
         cpu_threads: threads,
         ..Settings::default()

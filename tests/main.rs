@@ -7,6 +7,8 @@ mod harness;
 mod command_line;
 /// Kills, power loss, full disks and damage: what was acknowledged is there exactly once.
 mod crash;
+/// Deleting by API and by age, seen through PromQL and SQL, over kills and restarts.
+mod deletes;
 /// DuckDB attaches the file catalog while the server runs and sees what our SQL sees.
 mod duckdb;
 /// Prometheus scrapes, writes to us, and we answer as it does.

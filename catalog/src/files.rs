@@ -293,6 +293,15 @@ impl FileCatalog {
         Ok(paths)
     }
 
+    /// Paths of files and parts that left and that [`FileCatalog::forget`] was not told of.
+    ///
+    /// # Errors
+    /// `Unavailable` when the database refuses.
+    pub async fn superseded(&self) -> Result<Vec<String>> {
+        let mut db = self.db.lock().await;
+        Ok(sqlx::query_scalar("SELECT path FROM thalweg_removed ORDER BY id").fetch_all(db.connection()?).await?)
+    }
+
     /// Forgets superseded paths whose objects are gone.
     ///
     /// # Errors

@@ -100,9 +100,12 @@ pub fn encode(header: &PartHeader, series: &[Arc<Series>]) -> Result<EncodedPart
     write::encode(header, series)
 }
 
+/// The folder of all parts under the database's prefix.
+pub const FOLDER: &str = "tag_sets";
+
 /// The path of a part relative to the database's prefix: `tag_sets/<day>/<id>.parquet`.
 pub fn path(day: i32, id: i64) -> String {
-    format!("tag_sets/{day}/{id}.parquet")
+    format!("{FOLDER}/{day}/{id}.parquet")
 }
 
 /// Reads tag parts through a cache that is bounded by bytes.

@@ -3,18 +3,28 @@
 //! Inputs of a merge are neighbours in sequence within their table and day, so the newest row of a key wins whatever is
 //! merged first. While a day goes on its flushed files are merged a batch at a time, once; when it is over and no late
 //! row has come for a while, all of its files become one.
+//!
+//! Every merge leaves out what deletes and retention take. Files that no merge would touch are written again for them
+//! alone: for deletes once none has come for a while, for retention once a rule has outlived all of their rows.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::hash::BuildHasherDefault;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use catalog::files::{Commit, DataFile, TagPart};
-use catalog::{PartHeader, Result, TableSchema};
+use catalog::registry::PassThrough;
+use catalog::{Error, MetricFilter, PartHeader, Result, Series, TableSchema, tag_parts};
 
+use crate::cut::Taken;
+use crate::delete::Tombstone;
 use crate::engine::Inner;
 use crate::flush::{publish, store, with_files, with_parts};
 use crate::memtable::read_schema;
 use crate::scan::merge::{Merge, Source};
 use crate::segment::{Cursor, Description, Key, Request, Writer, day_of, day_start_ms};
+use crate::version::{TableVersion, Version};
+use crate::{orphans, retention};
 
 /// A file is finished when it has this many bytes. It is put together in memory.
 const FILE_BYTES_MAX: usize = 128 << 20;
@@ -31,6 +41,12 @@ const QUIET_MS: i64 = 10 * 60 * 1000;
 /// Files smaller than this fraction of their day wait for more of them.
 const WORTHWHILE: u64 = 16;
 
+/// A table's deletes are folded in together when none has come for this long.
+const FOLD_QUIET_MS: u64 = 10 * 60 * 1000;
+
+/// Files that are looked at in one round for rows to leave out: the first look reads a file's index.
+const FOLD_FILES: usize = 256;
+
 /// Compacts what is due and deletes superseded objects whose grace has passed.
 pub(crate) async fn due(inner: &Arc<Inner>) -> Result<()> {
     run(inner, false).await
@@ -41,33 +57,69 @@ pub(crate) async fn all(inner: &Arc<Inner>) -> Result<()> {
     run(inner, true).await
 }
 
+/// Writes all files that deletes concern again, without the deleted rows.
+pub(crate) async fn fold_deletes(inner: &Arc<Inner>) -> Result<()> {
+    let _one = inner.days.compacting.lock().await;
+    let days = fold(inner, true).await?;
+    prune(inner, days).await
+}
+
 async fn run(inner: &Arc<Inner>, all: bool) -> Result<()> {
     let _one = inner.days.compacting.lock().await;
-    while let Some((table, files, level)) = next_merge(inner, all) {
-        merge(inner, &table, &files, level).await?;
+    let result = round(inner, all).await;
+    inner.days.tight.store(result.is_err(), Ordering::Relaxed);
+    result
+}
+
+async fn round(inner: &Arc<Inner>, all: bool) -> Result<()> {
+    retention::observe(inner);
+    // First what frees space without taking any.
+    clean(inner).await?;
+    retention::drop_files(inner).await?;
+    let mut lost = BTreeSet::new();
+    if inner.days.tight.load(Ordering::Relaxed) {
+        // Perhaps for want of space: what leaves rows out gives back more than it takes.
+        lost.extend(fold(inner, all).await?);
     }
+    while let Some((table, files, level)) = next_merge(inner, all) {
+        if merge(inner, &table, &files, level).await? {
+            lost.extend(files.iter().map(|f| f.day));
+        }
+    }
+    lost.extend(fold(inner, all).await?);
+    prune(inner, lost).await?;
     while let Some(parts) = next_parts(inner, all) {
         merge_parts(inner, &parts).await?;
     }
-    clean(inner).await
+    orphans::sweep(inner).await
 }
 
 /// Deletes objects that were superseded longer ago than any query runs.
 async fn clean(inner: &Inner) -> Result<()> {
     let grace = inner.settings.delete_grace.as_millis() as i64;
-    let gone = inner.files.purge(inner.now_ms() - grace).await?;
-    for path in &gone {
-        inner.segments.delete(path).await?;
+    let mut gone = inner.files.purge(inner.now_ms() - grace).await?;
+    let mut failed = None;
+    let mut deleted = Vec::with_capacity(gone.len());
+    for path in gone.drain(..) {
+        // One object that can't be deleted must not keep the others; it is tried again.
+        match inner.segments.delete(&path).await {
+            Ok(()) => deleted.push(path),
+            Err(e) => failed = Some(e),
+        }
     }
-    if !gone.is_empty() {
-        inner.files.forget(&gone).await?;
+    if !deleted.is_empty() {
+        inner.files.forget(&deleted).await?;
     }
-    Ok(())
+    failed.map_or(Ok(()), Err)
 }
 
-/// Files that should become one now, and its level.
+/// Files that should become one now, and its level: the fewest bytes first after a round that failed, since outputs and
+/// inputs are there together for a while.
 fn next_merge(inner: &Inner, all: bool) -> Option<(Arc<TableSchema>, Vec<Arc<DataFile>>, u8)> {
     let version = inner.version();
+    let tight = inner.days.tight.load(Ordering::Relaxed);
+    let mut least = None;
+    let mut least_bytes = u64::MAX;
     for table in &version.tables {
         let mut days: BTreeMap<i32, Vec<Arc<DataFile>>> = BTreeMap::new();
         for f in table.files.iter() {
@@ -79,11 +131,18 @@ fn next_merge(inner: &Inner, all: bool) -> Option<(Arc<TableSchema>, Vec<Arc<Dat
             if let Some(chosen) = choose(&files, over, all) {
                 // Only what holds the whole day is done; the rest is merged once more.
                 let level = if over && chosen.len() == files.len() { 2 } else { 1 };
-                return Some((table.schema.clone(), chosen, level));
+                let bytes = chosen.iter().map(|f| f.bytes).sum();
+                if bytes < least_bytes {
+                    least = Some((table.schema.clone(), chosen, level));
+                    least_bytes = bytes;
+                }
+                if !tight {
+                    return least;
+                }
             }
         }
     }
-    None
+    least
 }
 
 fn day_is_over(inner: &Inner, table_id: u16, day: i32) -> bool {
@@ -115,70 +174,285 @@ fn choose(files: &[Arc<DataFile>], over: bool, all: bool) -> Option<Vec<Arc<Data
     Some(run.to_vec())
 }
 
-async fn merge(inner: &Arc<Inner>, table: &Arc<TableSchema>, files: &[Arc<DataFile>], level: u8) -> Result<()> {
-    let (Some(first), Some(last)) = (files.first(), files.last()) else { return Ok(()) };
-    let mut keys: Vec<Key> = Vec::new();
-    for f in files {
-        keys.extend(inner.segments.keys(table, f).await?);
-        keys.sort_unstable();
-        keys.dedup();
-    }
-    let columns: Vec<usize> = (1..table.columns.len()).collect();
-    let schema = read_schema(table, &columns);
-    let request = Arc::new(Request {
-        table: table.clone(),
-        range: 0..keys.len(),
-        keys: Arc::new(keys),
-        start_ms: i64::MIN,
-        end_ms: i64::MAX,
-        columns,
-    });
-    let sources = files
-        .iter()
-        .map(|f| Source::File(Box::new(Cursor::new(inner.segments.clone(), f.clone(), request.clone()))))
-        .collect();
-    let mut merged = Merge::new(sources, schema, 1);
-    let description = Description {
-        id: 0,
-        table: table.name.to_owned(),
-        table_id: table.id,
-        schema_version: table.version,
-        day: first.day,
-        level,
-        seq_min: files.iter().map(|f| f.seq_min).min().unwrap_or(first.seq_min),
-        seq_max: last.seq_max,
-        supersedes: files.iter().map(|f| f.id).collect(),
-    };
-    let mut commit = Commit { remove: description.supersedes.clone(), ..Commit::default() };
-    let mut writer: Option<Writer> = None;
-    while let Some(rows) = merged.next().await? {
-        let current = match &mut writer {
-            Some(writer) => writer,
-            None => {
-                writer.insert(Writer::new(table, Description { id: inner.files.next_id(), ..description.clone() })?)
-            }
+/// A merge that is about to begin.
+struct Inputs<'a> {
+    table: &'a Arc<TableSchema>,
+    files: &'a [Arc<DataFile>],
+    /// Numbers for its outputs: greater than those of all deletes that it sees, less than those of all others.
+    ids: VecDeque<i64>,
+    request: Request,
+    taken: Option<Taken>,
+}
+
+impl<'a> Inputs<'a> {
+    async fn new(inner: &Inner, table: &'a Arc<TableSchema>, files: &'a [Arc<DataFile>]) -> Result<Self> {
+        let (ids, version) = {
+            let _ids = inner.days.deleting.lock().await;
+            let outputs = 4 + files.iter().map(|f| f.bytes).sum::<u64>() / (FILE_BYTES_MAX as u64 / 2);
+            ((0..outputs).map(|_| inner.files.next_id()).collect(), inner.version())
         };
-        current.write(&request.keys, &rows)?;
-        if current.bytes() >= FILE_BYTES_MAX
-            && let Some(full) = writer.take()
-        {
-            commit.add.push(store(inner, table, full).await?);
+        let mut keys: Vec<Key> = Vec::new();
+        for f in files {
+            keys.extend(inner.segments.keys(table, f).await?);
+            keys.sort_unstable();
+            keys.dedup();
         }
-        // Queries share these threads.
-        tokio::task::yield_now().await;
+        let (mut taken, mut start_ms) = (None, i64::MIN);
+        if let Some(table) = version.table(table.id) {
+            start_ms = table.floors.least();
+            if let Some(series) = named(inner, &version, table, files, &keys).await? {
+                let series = |i: usize| series.get(i).and_then(Option::as_deref);
+                taken = Taken::find(table, files, &keys, series, (start_ms, i64::MAX));
+            }
+        }
+        let request = Request {
+            table: table.clone(),
+            range: 0..keys.len(),
+            keys: Arc::new(keys),
+            start_ms,
+            end_ms: i64::MAX,
+            columns: (1..table.columns.len()).collect(),
+            cuts: None,
+        };
+        Ok(Self { table, files, ids, request, taken })
     }
-    if let Some(writer) = writer {
-        commit.add.push(store(inner, table, writer).await?);
+
+    fn request(&mut self, file: &DataFile) -> Request {
+        Request { cuts: self.taken.as_mut().and_then(|t| t.of_file(file)), ..self.request.clone() }
     }
-    let table_id = table.id;
-    let commit = publish(inner, commit, move |_, version, commit| {
-        version.with_table(table_id, |t| t.files = with_files(&t.files, &commit.add, &commit.remove))
+
+    /// Whether rows are left out.
+    async fn loses(&mut self, inner: &Inner) -> Result<bool> {
+        for file in self.files {
+            if inner.segments.loses(&self.request(file), file).await? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    async fn merge(mut self, inner: &Arc<Inner>, level: u8) -> Result<()> {
+        let (table, files) = (self.table, self.files);
+        let (Some(first), Some(last)) = (files.first(), files.last()) else { return Ok(()) };
+        let schema = read_schema(table, &self.request.columns);
+        let mut source = |f: &Arc<DataFile>| {
+            let request = Arc::new(self.request(f));
+            Source::File(Box::new(Cursor::new(inner.segments.clone(), f.clone(), request)))
+        };
+        let mut merged = Merge::new(files.iter().map(&mut source).collect(), schema, 1);
+        let description = Description {
+            id: 0,
+            table: table.name.to_owned(),
+            table_id: table.id,
+            schema_version: table.version,
+            day: first.day,
+            level,
+            seq_min: files.iter().map(|f| f.seq_min).min().unwrap_or(first.seq_min),
+            seq_max: last.seq_max,
+            supersedes: files.iter().map(|f| f.id).collect(),
+        };
+        let mut commit = Commit { remove: description.supersedes.clone(), ..Commit::default() };
+        let mut writer: Option<Writer> = None;
+        while let Some(rows) = merged.next().await? {
+            let current = match &mut writer {
+                Some(writer) => writer,
+                None => {
+                    let id = self.ids.pop_front().ok_or_else(|| Error::internal("merge without a number"))?;
+                    writer.insert(Writer::new(table, Description { id, ..description.clone() })?)
+                }
+            };
+            current.write(&self.request.keys, &rows)?;
+            if current.bytes() >= FILE_BYTES_MAX
+                && !self.ids.is_empty()
+                && let Some(full) = writer.take()
+            {
+                commit.add.push(store(inner, table, full).await?);
+            }
+            // Queries share these threads.
+            tokio::task::yield_now().await;
+        }
+        if let Some(writer) = writer {
+            commit.add.push(store(inner, table, writer).await?);
+        }
+        let table_id = table.id;
+        let commit = publish(inner, commit, move |_, version, commit| {
+            version.with_table(table_id, |t| t.files = with_files(&t.files, &commit.add, &commit.remove))
+        })
+        .await?;
+        let (inputs, outputs) = (commit.remove.len(), commit.add.len());
+        tracing::debug!(table = table.name, day = first.day, inputs, outputs, "files merged");
+        inner.segments.forget(|id| !commit.remove.contains(&id));
+        Ok(())
+    }
+}
+
+/// Merges files; returns whether deletes or retention may have taken rows out.
+async fn merge(inner: &Arc<Inner>, table: &Arc<TableSchema>, files: &[Arc<DataFile>], level: u8) -> Result<bool> {
+    let inputs = Inputs::new(inner, table, files).await?;
+    let lost = inputs.taken.is_some();
+    inputs.merge(inner, level).await?;
+    Ok(lost)
+}
+
+/// The series of the keys of one day's files, those that a delete or a rule may name; `None` when neither concerns these
+/// files.
+async fn named(
+    inner: &Inner,
+    version: &Version,
+    table: &TableVersion,
+    files: &[Arc<DataFile>],
+    keys: &[Key],
+) -> Result<Option<Vec<Option<Arc<Series>>>>> {
+    let deletes: Vec<_> = table.deletes.iter().filter(|t| files.iter().any(|f| t.concerns(f))).collect();
+    let expiring = files.iter().any(|f| table.floors.greatest() > f.ts_min.max(table.floors.least()));
+    if deletes.is_empty() && !expiring {
+        return Ok(None);
+    }
+    let mut out = vec![None; keys.len()];
+    let wanted = |metric: &str| {
+        deletes.iter().any(|t| t.which.may_name(metric))
+            || expiring && table.floors.rules.iter().any(|(rule, _)| rule.may_name(metric))
+    };
+    let days: HashSet<i32> = files.iter().map(|f| f.day).collect();
+    let parts: Vec<_> = version.parts.iter().filter(|p| days.contains(&p.day)).cloned().collect();
+    for series in inner.parts.load(&parts, MetricFilter::Where(&wanted)).await?.iter().flat_map(|s| s.iter()) {
+        if let Ok(i) = keys.binary_search(&Key::from(series.as_ref())) {
+            out[i] = Some(series.clone());
+        }
+    }
+    Ok(Some(out))
+}
+
+/// What a file was looked at for and found to hold no row of.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Checked {
+    /// [`crate::cut::Floors::passed`].
+    floors: u64,
+    /// The last delete.
+    delete: i64,
+}
+
+/// Writes files again that hold rows which a delete or retention takes, and forgets deletes that no file needs. Returns
+/// the days that lost rows.
+async fn fold(inner: &Arc<Inner>, now: bool) -> Result<BTreeSet<i32>> {
+    let mut lost = BTreeSet::new();
+    let mut looks = if now { usize::MAX } else { FOLD_FILES };
+    let live: HashSet<i64> = inner.version().tables.iter().flat_map(|t| t.files.iter().map(|f| f.id)).collect();
+    inner.days.checked.lock().retain(|id, _| live.contains(id));
+    for table in &inner.version().tables {
+        let quiet = |t: &Arc<Tombstone>| inner.now_ms().abs_diff(t.delete.created_ms) >= FOLD_QUIET_MS;
+        let due = now || table.deletes.iter().all(quiet);
+        let mut files: Vec<&Arc<DataFile>> = table.files.iter().collect();
+        files.sort_by_key(|f| f.bytes);
+        for file in files {
+            let delete = table.deletes.iter().rev().find(|t| due && t.concerns(file)).map_or(0, |t| t.delete.id);
+            let floors = table.floors.passed(file.ts_max);
+            let seen = inner.days.checked.lock().get(&file.id).copied().unwrap_or_default();
+            if (seen.floors & floors == floors && seen.delete >= delete) || looks == 0 {
+                continue;
+            }
+            looks -= 1;
+            let files = std::slice::from_ref(file);
+            let mut inputs = Inputs::new(inner, &table.schema, files).await?;
+            if inputs.loses(inner).await? {
+                inputs.merge(inner, file.level).await?;
+                lost.insert(file.day);
+            } else {
+                inner.days.checked.lock().insert(file.id, Checked { floors, delete });
+            }
+        }
+    }
+    forget_deletes(inner).await?;
+    Ok(lost)
+}
+
+/// Takes deletes out of the catalog that no file needs.
+async fn forget_deletes(inner: &Arc<Inner>) -> Result<()> {
+    let version = inner.version();
+    let done: Vec<i64> = {
+        let checked = inner.days.checked.lock();
+        let free = |file: &DataFile, id: i64| checked.get(&file.id).is_some_and(|c| c.delete >= id);
+        let tables = version.tables.iter();
+        tables
+            .flat_map(|v| {
+                let needed = |t: &Tombstone| v.files.iter().any(|f| t.concerns(f) && !free(f, t.delete.id));
+                v.deletes.iter().filter(|t| !needed(t)).map(|t| t.delete.id).collect::<Vec<_>>()
+            })
+            .collect()
+    };
+    if !done.is_empty() {
+        let commit = Commit { remove_deletes: done, ..Commit::default() };
+        publish(inner, commit, |_, version, commit| {
+            let mut next = version.clone();
+            for table in &mut next.tables {
+                let kept = |t: &&Arc<Tombstone>| !commit.remove_deletes.contains(&t.delete.id);
+                table.deletes = table.deletes.iter().filter(kept).cloned().collect();
+            }
+            next
+        })
+        .await?;
+    }
+    let waiting: usize = inner.version().tables.iter().map(|t| t.deletes.len()).sum();
+    inner.metrics.deletes.set(waiting as i64);
+    Ok(())
+}
+
+/// Writes the tag parts of days that lost rows, or that have none, again without the sets that no row of the day has.
+async fn prune(inner: &Arc<Inner>, mut days: BTreeSet<i32>) -> Result<()> {
+    let version = inner.version();
+    let filled: HashSet<i32> = version.tables.iter().flat_map(|t| t.files.iter().map(|f| f.day)).collect();
+    days.extend(version.parts.iter().map(|p| p.day).filter(|day| !filled.contains(day)));
+    for day in days {
+        // Now, so that they are at hand while flushes wait.
+        codes(inner, &version, day).await?;
+        let inner = inner.clone();
+        // It must not be left half way: a flush that ran beside the commit would count on sets that leave.
+        let work = tokio::spawn(async move {
+            let _flushing = inner.flushing.lock().await;
+            prune_day(&inner, day).await
+        });
+        work.await.map_err(|e| Error::internal("tag sets of a day were not pruned").with_source(e))??;
+    }
+    Ok(())
+}
+
+async fn prune_day(inner: &Arc<Inner>, day: i32) -> Result<()> {
+    let version = inner.version();
+    let parts: Vec<_> = version.parts.iter().filter(|p| p.day == day).cloned().collect();
+    let codes = codes(inner, &version, day).await?;
+    let lists = inner.parts.load(&parts, MetricFilter::All).await?;
+    let sets = || lists.iter().flat_map(|l| l.iter());
+    if sets().all(|s| codes.contains(&s.id.code.0)) {
+        return Ok(());
+    }
+    let kept: Vec<Arc<Series>> = sets().filter(|s| codes.contains(&s.id.code.0)).cloned().collect();
+    let mut commit = Commit { remove_parts: parts.iter().map(|p| p.id).collect(), ..Commit::default() };
+    if !kept.is_empty() {
+        let seq = parts.iter().map(|p| p.seq).max().unwrap_or(0);
+        let header = PartHeader { id: inner.files.next_id(), day, seq, supersedes: commit.remove_parts.clone() };
+        let encoded = tag_parts::encode(&header, &kept)?;
+        inner.segments.put(&encoded.part.path, encoded.bytes).await?;
+        commit.add_parts.push(encoded.part);
+    }
+    publish(inner, commit, move |inner, version, commit| {
+        inner.days.forget(day);
+        let mut next = version.clone();
+        next.parts = with_parts(&version.parts, &commit.add_parts, &commit.remove_parts);
+        next
     })
     .await?;
-    let (inputs, outputs) = (commit.remove.len(), commit.add.len());
-    tracing::debug!(table = table.name, day = first.day, inputs, outputs, "files merged");
-    inner.segments.forget(|id| !commit.remove.contains(&id));
     Ok(())
+}
+
+/// The tag sets that rows of a day have.
+async fn codes(inner: &Inner, version: &Version, day: i32) -> Result<HashSet<i64, BuildHasherDefault<PassThrough>>> {
+    let mut out = HashSet::default();
+    for table in &version.tables {
+        for file in table.files.iter().filter(|f| f.day == day) {
+            out.extend(inner.segments.keys(&table.schema, file).await?.into_iter().map(|k| k.series));
+        }
+    }
+    Ok(out)
 }
 
 /// Tag parts of a day that should become one now.

@@ -83,6 +83,10 @@ pub(crate) struct Inner {
     pub parts: TagParts,
     /// What flush and compaction remember of days.
     pub days: crate::flush::Days,
+    /// What has expired.
+    pub retention: crate::retention::Keeper,
+    /// Objects that nothing seems to name.
+    pub orphans: crate::orphans::Suspects,
     /// Read through [`Inner::version`], replaced through [`Inner::install`].
     pub version: ArcSwap<Version>,
     pub version_change: Mutex<()>,
@@ -157,8 +161,10 @@ impl Engine {
             segments: Arc::new(Segments::new(components.store.clone(), &settings.database, cache)),
             parts: TagParts::new(components.store.clone(), &settings.database, registry.clone(), cache),
             days: crate::flush::Days::default(),
+            retention: crate::retention::Keeper::new(&settings.retention, registry.hasher()),
+            orphans: crate::orphans::Suspects::default(),
             files,
-            version: ArcSwap::from_pointee(Version::new(&state)),
+            version: ArcSwap::from_pointee(Version::new(&state, registry.hasher())),
             version_change: Mutex::new(()),
             queue: Queue::default(),
             log: Mutex::new(Wal::open(components.fs.clone(), &settings.data_dir.join("wal"), vec![])),
@@ -177,6 +183,7 @@ impl Engine {
         let mut running =
             Running { inner: inner.clone(), committer: Mutex::new(None), tasks: TaskTracker::new(), cpu: Some(cpu) };
         on(&inner.cpu, replay(inner.clone())).await?;
+        crate::retention::observe(&inner);
         let committer = inner.clone();
         let thread = std::thread::Builder::new().name("thalweg-log".to_owned());
         *running.committer.get_mut() = Some(thread.spawn(move || committer::run(&committer))?);
@@ -324,6 +331,26 @@ impl Engine {
     pub async fn compact(&self) -> Result<()> {
         let inner = self.inner().clone();
         on(&self.inner().cpu, async move { crate::compact::all(&inner).await }).await
+    }
+
+    /// Deletes the rows of each selection that were acknowledged before; durable and no longer visible when it returns.
+    /// Rows that are written from then on stay, whatever their time. Compaction frees the space.
+    ///
+    /// # Errors
+    /// `LimitExceeded` when too many deletes wait to be folded into files; storage errors, after which nothing was
+    /// deleted.
+    pub async fn delete(&self, selections: Vec<Selection>) -> Result<()> {
+        let inner = self.inner().clone();
+        on(&self.inner().cpu, async move { crate::delete::delete(&inner, selections).await }).await
+    }
+
+    /// Writes all files that deletes concern again, without the deleted rows.
+    ///
+    /// # Errors
+    /// Storage errors; nothing is lost then.
+    pub async fn fold_deletes(&self) -> Result<()> {
+        let inner = self.inner().clone();
+        on(&self.inner().cpu, async move { crate::compact::fold_deletes(&inner).await }).await
     }
 
     /// Refuses further writes, flushes what fits within `flush_within` and stops all tasks. What was not flushed is

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::hash::BuildHasherDefault;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use arrow::array::{ArrayRef, AsArray, RecordBatch};
 use arrow::datatypes::{TimestampMillisecondType, UInt32Type};
@@ -39,12 +40,26 @@ pub(crate) struct Days {
     changed: Mutex<HashMap<(u16, i32), i64>>,
     /// Held while files are merged.
     pub compacting: tokio::sync::Mutex<()>,
+    /// Held from the moment at which a delete has a number until readers see it, and while a merge takes numbers for its
+    /// outputs and looks at the deletes: see [`crate::delete`].
+    pub deleting: tokio::sync::Mutex<()>,
+    /// What single files were looked at for by compaction, by id.
+    pub checked: Mutex<HashMap<i64, crate::compact::Checked>>,
+    /// Whether the last round of compaction failed.
+    pub tight: AtomicBool,
+    /// Held for reading by each change of the file catalog that is under way.
+    pub publishing: Arc<tokio::sync::RwLock<()>>,
 }
 
 impl Days {
     /// When a flush last wrote a file for a table's day; `None` when not since start.
     pub fn changed(&self, table_id: u16, day: i32) -> Option<i64> {
         self.changed.lock().get(&(table_id, day)).copied()
+    }
+
+    /// Forgets which tag sets the parts of a day hold.
+    pub fn forget(&self, day: i32) {
+        self.written.lock().remove(&day);
     }
 
     fn note(&self, table_id: u16, commit: &Commit, codes: Vec<(i32, Vec<i64>)>, now_ms: i64) {
@@ -108,7 +123,9 @@ pub(crate) async fn publish(
     change: impl FnOnce(&Inner, &Version, &Commit) -> Version + Send + 'static,
 ) -> Result<Commit> {
     let inner = inner.clone();
+    let under_way = inner.days.publishing.clone().read_owned().await;
     let work = tokio::spawn(async move {
+        let _under_way = under_way;
         if commit != Commit::default() {
             inner.files.commit(&commit, inner.now_ms()).await?;
         }

@@ -25,6 +25,7 @@ use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use datafusion::physical_plan::{DisplayAs, DisplayFormatType, ExecutionPlan, Partitioning, PlanProperties};
 
 use crate::SeriesSet;
+use crate::cut::{Cuts, Taken};
 use crate::memtable::{Memtable, read_schema};
 use crate::segment::{Cursor, Request};
 use crate::select::NO_ORDINAL;
@@ -46,7 +47,11 @@ pub struct SeriesScanExec {
     schema: SchemaRef,
     properties: Arc<PlanProperties>,
     memtables: Vec<Arc<Memtable>>,
-    files: Vec<Arc<DataFile>>,
+    /// With what is left out of each.
+    files: Vec<(Arc<DataFile>, Option<Arc<Cuts>>)>,
+    /// What is left out of rows in memory.
+    memory_cuts: Option<Arc<Cuts>>,
+    deletes: usize,
     metrics: ExecutionPlanMetricsSet,
 }
 
@@ -55,13 +60,27 @@ impl SeriesScanExec {
     pub fn new(set: Arc<SeriesSet>, columns: Vec<usize>) -> Self {
         let schema = read_schema(&set.table, &columns);
         let (mut memtables, mut files) = (vec![], vec![]);
+        let (mut memory_cuts, mut deletes) = (None, 0);
         if let Some(table) = set.version.table(set.table.id).filter(|_| !set.series.is_empty()) {
             let metrics = set.keys.first().map_or(0, |k| k.metric)..=set.keys.last().map_or(0, |k| k.metric);
             memtables.extend(table.memtables().filter(|m| m.overlaps(set.start_ms, set.end_ms)).cloned());
             // Oldest first, as the merge wants them.
             memtables.reverse();
-            files.extend(table.files.iter().filter(|f| overlaps(f, &set, *metrics.start(), *metrics.end())).cloned());
-            files.sort_by_key(|f| (f.seq_max, f.id));
+            let mut found: Vec<Arc<DataFile>> =
+                table.files.iter().filter(|f| overlaps(f, &set, *metrics.start(), *metrics.end())).cloned().collect();
+            found.sort_by_key(|f| (f.seq_max, f.id));
+            let (start, end) = (set.start_ms, set.end_ms);
+            let series = |i: usize| set.series.get(i).map(AsRef::as_ref);
+            let mut taken = Taken::find(table, &found, &set.keys, series, (start, end));
+            if let Some(taken) = &mut taken {
+                memory_cuts = taken.of_memory();
+                deletes = taken.deletes();
+            }
+            files.extend(found.into_iter().filter_map(|file| {
+                let cuts = taken.as_mut().and_then(|t| t.of_file(&file));
+                let nothing_left = |c: &Arc<Cuts>| c.cover_all(file.ts_min.max(start), file.ts_max.min(end));
+                (!cuts.as_ref().is_some_and(nothing_left)).then_some((file, cuts))
+            }));
         }
         let partitions = (set.series.len() / PARTITION_SERIES).clamp(1, set.threads);
         let properties = PlanProperties::new(
@@ -72,7 +91,8 @@ impl SeriesScanExec {
         )
         .with_scheduling_type(datafusion::physical_plan::execution_plan::SchedulingType::Cooperative);
         let metrics = ExecutionPlanMetricsSet::new();
-        Self { set, columns, schema, properties: Arc::new(properties), memtables, files, metrics }
+        let properties = Arc::new(properties);
+        Self { set, columns, schema, properties, memtables, files, memory_cuts, deletes, metrics }
     }
 
     /// The series that are read.
@@ -90,9 +110,9 @@ impl SeriesScanExec {
         let mut columns = self.columns.clone();
         let sources = self.files.len() + self.memtables.len();
         let ts = columns.iter().position(|c| *c == TS);
-        // Merging needs the time; the stream drops it again.
+        // Merging and leaving out need the time; the stream drops it again.
         let ts = ts.unwrap_or_else(|| {
-            if sources > 1 {
+            if sources > 1 || self.memory_cuts.is_some() {
                 columns.push(TS);
             }
             columns.len().saturating_sub(1)
@@ -104,9 +124,15 @@ impl SeriesScanExec {
             start_ms: set.start_ms,
             end_ms: set.end_ms,
             columns: columns.clone(),
+            cuts: None,
         });
-        let file =
-            |f: &Arc<DataFile>| Source::File(Box::new(Cursor::new(set.segments.clone(), f.clone(), request.clone())));
+        let file = |(file, cuts): &(Arc<DataFile>, Option<Arc<Cuts>>)| {
+            let request = match cuts {
+                None => request.clone(),
+                cuts => Arc::new(Request { cuts: cuts.clone(), ..Request::clone(&request) }),
+            };
+            Source::File(Box::new(Cursor::new(set.segments.clone(), file.clone(), request)))
+        };
         let memory = |m: &Arc<Memtable>| {
             let wanted: Vec<(u32, Ordinal)> = series
                 .clone()
@@ -114,7 +140,8 @@ impl SeriesScanExec {
                 .map(|i| (i as u32, set.ordinals[i]))
                 .collect();
             let range = (set.start_ms, set.end_ms);
-            Source::Memory(Box::new(MemoryCursor::new(m.clone(), wanted, range, columns.clone())))
+            let cursor = MemoryCursor::new(m.clone(), wanted, range, columns.clone());
+            Source::Memory(Box::new(cursor.cut(self.memory_cuts.clone(), ts + 1)))
         };
         let sources = self.files.iter().map(file).chain(self.memtables.iter().map(memory)).collect();
         Merge::new(sources, read_schema(&set.table, &columns), ts + 1)
@@ -150,7 +177,11 @@ impl DisplayAs for SeriesScanExec {
             "SeriesScanExec: table={}, codes={codes} of {of}, memtables={memtables}, files={files}",
             set.table.name
         )?;
-        write!(f, ", time=[{}..{}]", set.start_ms, set.end_ms)
+        write!(f, ", time=[{}..{}]", set.start_ms, set.end_ms)?;
+        if self.deletes > 0 {
+            write!(f, ", deletes={}", self.deletes)?;
+        }
+        Ok(())
     }
 }
 

@@ -94,6 +94,7 @@ impl SeriesSet {
 pub(crate) async fn select(inner: &Inner, selection: &Selection) -> Result<Arc<SeriesSet>> {
     // The version first: whatever it can refer to was published before.
     let version = inner.version();
+    let start_ms = kept_from(&version, &selection.table, selection.start_ms);
     let sources = Sources::find(inner, &version, selection).await?;
     let mut found: Vec<(Key, Ordinal, Arc<Series>)> = Vec::new();
     let (mut candidates, mut full) = (0, false);
@@ -117,7 +118,7 @@ pub(crate) async fn select(inner: &Inner, selection: &Selection) -> Result<Arc<S
     Ok(Arc::new(SeriesSet {
         table: selection.table.clone(),
         series: found.into_iter().map(|f| f.2).collect(),
-        start_ms: selection.start_ms,
+        start_ms,
         end_ms: selection.end_ms,
         keys,
         ordinals,
@@ -149,12 +150,12 @@ pub(crate) fn given(
     found.sort_unstable_by_key(|(key, ..)| *key);
     found.dedup_by_key(|(key, ..)| *key);
     Ok(SeriesSet {
-        table,
         candidates: found.len(),
         keys: Arc::new(found.iter().map(|f| f.0).collect()),
         ordinals: found.iter().map(|f| f.1).collect(),
         series: found.into_iter().map(|f| f.2).collect(),
-        start_ms,
+        start_ms: kept_from(&version, &table, start_ms),
+        table,
         end_ms,
         version,
         segments: inner.segments.clone(),
@@ -180,6 +181,11 @@ pub(crate) async fn visit(
     Ok(())
 }
 
+/// The first time of a range that no series of a table has outlived.
+fn kept_from(version: &Version, table: &TableSchema, start_ms: i64) -> i64 {
+    version.table(table.id).map_or(start_ms, |t| start_ms.max(t.floors.least()))
+}
+
 /// The places to look for tag sets.
 struct Sources {
     active: bool,
@@ -189,7 +195,7 @@ struct Sources {
 impl Sources {
     async fn find(inner: &Inner, version: &Version, selection: &Selection) -> Result<Self> {
         let none = Self { active: false, parts: vec![] };
-        let (start, end) = (selection.start_ms, selection.end_ms);
+        let (start, end) = (kept_from(version, &selection.table, selection.start_ms), selection.end_ms);
         let Some(table) = version.table(selection.table.id).filter(|_| start <= end) else { return Ok(none) };
         let parts = parts_in_range(version, table, start, end);
         let names: Vec<&Matcher> = selection.matchers.iter().filter(|m| m.name() == METRIC_NAME).collect();
@@ -214,7 +220,8 @@ impl Sources {
         candidates: &mut usize,
         mut visit: impl FnMut(Ordinal, &Arc<Series>) -> bool,
     ) {
-        let mut filter = Filter::new(&selection.matchers);
+        // Names were matched when the metrics were chosen.
+        let mut filter = Filter::new(selection.matchers.iter().filter(|m| m.name() != METRIC_NAME));
         let mut go_on = true;
         let name = exact_name(&selection.matchers);
         let names: Vec<&Matcher> = selection.matchers.iter().filter(|m| m.name() == METRIC_NAME).collect();
@@ -251,14 +258,14 @@ fn parts_in_range(version: &Version, table: &TableVersion, start_ms: i64, end_ms
 }
 
 /// The metric name that the only matcher of names asks for; an empty one means sets without a name and is no lookup.
-fn exact_name(matchers: &[Matcher]) -> Option<&str> {
+pub(crate) fn exact_name(matchers: &[Matcher]) -> Option<&str> {
     let mut names = matchers.iter().filter(|m| m.name() == METRIC_NAME);
     let name = names.next().filter(|m| m.op() == MatchOp::Eq && !m.value().is_empty())?;
     names.next().is_none().then(|| name.value())
 }
 
-/// Matchers but those of the metric's name, in the order of their cost, with what regular expressions said of values seen before.
-struct Filter<'a> {
+/// Matchers in the order of their cost, with what regular expressions said of values seen before.
+pub(crate) struct Filter<'a> {
     cheap: Vec<&'a Matcher>,
     dear: Vec<(&'a Matcher, HashMap<String, bool, foldhash::fast::RandomState>)>,
 }
@@ -267,15 +274,13 @@ struct Filter<'a> {
 const REMEMBERED_MAX: usize = 64 << 10;
 
 impl<'a> Filter<'a> {
-    fn new(matchers: &'a [Matcher]) -> Self {
-        let (cheap, dear): (Vec<_>, Vec<_>) = matchers
-            .iter()
-            .filter(|m| m.name() != METRIC_NAME)
-            .partition(|m| matches!(m.op(), MatchOp::Eq | MatchOp::Ne));
+    pub fn new(matchers: impl Iterator<Item = &'a Matcher>) -> Self {
+        let (cheap, dear): (Vec<_>, Vec<_>) = matchers.partition(|m| matches!(m.op(), MatchOp::Eq | MatchOp::Ne));
         Self { cheap, dear: dear.into_iter().map(|m| (m, HashMap::default())).collect() }
     }
 
-    fn matches(&mut self, tags: &TagSet) -> bool {
+    /// Whether all hold.
+    pub fn matches(&mut self, tags: &TagSet) -> bool {
         if !self.cheap.iter().all(|m| m.matches_set(tags)) {
             return false;
         }

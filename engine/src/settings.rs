@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::Retention;
+
 /// How an engine runs. Bytes are bytes, durations are wall time.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -26,6 +28,8 @@ pub struct Settings {
     pub wal_bytes_max: u64,
     /// How long superseded objects are kept, which must exceed the longest query of any reader.
     pub delete_grace: Duration,
+    /// What is kept.
+    pub retention: Retention,
     /// Deadline of a query that does not set its own.
     pub query_timeout: Duration,
     /// Threads for queries, flush and compaction.
@@ -45,6 +49,7 @@ impl Default for Settings {
             flush_interval: Duration::from_secs(3600),
             wal_bytes_max: 512 << 20,
             delete_grace: Duration::from_secs(600),
+            retention: Retention::default(),
             query_timeout: Duration::from_secs(120),
             cpu_threads: 2,
         }

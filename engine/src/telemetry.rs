@@ -79,6 +79,10 @@ pub(crate) struct Metrics {
     pub flush_failures: Counter,
     pub compaction: Histogram,
     pub compaction_failures: Counter,
+    pub deletes: Gauge,
+    pub retention_bytes: Counter,
+    pub clock_doubted: Gauge,
+    pub orphans: Counter,
     pub memtable: Family<TableLabel, Gauge>,
     pub cache: Family<CacheLabel, Gauge>,
     pub series: Gauge,
@@ -114,6 +118,22 @@ impl Metrics {
             compaction_failures: t.register(
                 "compaction_failures",
                 "Rounds of compaction that failed",
+                Counter::default(),
+            ),
+            deletes: t.register("deletes_waiting", "Deletes that are not folded into all files yet", Gauge::default()),
+            retention_bytes: t.register(
+                "retention_dropped_bytes",
+                "Bytes of data files that retention dropped whole",
+                Counter::default(),
+            ),
+            clock_doubted: t.register(
+                "retention_clock_doubted",
+                "1 while retention does not follow the clock, which was set to another time",
+                Gauge::default(),
+            ),
+            orphans: t.register(
+                "orphans_deleted",
+                "Objects deleted that no catalog entry named, left behind by crashes and failures",
                 Counter::default(),
             ),
             memtable: t.register("memtable_bytes", "Memory of rows that are not in files", Family::default()),

@@ -67,6 +67,30 @@ impl Inner {
         result
     }
 
+    /// Writes every row that was applied before to files and deletes what the log held of them. The caller holds
+    /// `flushing`.
+    ///
+    /// # Errors
+    /// Storage errors; the log may hold rows then that are in files as well.
+    pub(crate) async fn flush_all_of_log(self: &Arc<Self>) -> Result<()> {
+        // What comes from here on is in segments of its own, which nothing before it keeps.
+        let end = {
+            let mut log = self.log.lock();
+            log.roll();
+            log.position()
+        };
+        self.freeze(|_| true);
+        self.write_frozen().await?;
+        self.trim()?;
+        let begin = self.log.lock().begin();
+        if begin < end {
+            return Err(Error::unavailable(format!(
+                "the log still holds records from {begin} on that are in files; those before {end} should be gone"
+            )));
+        }
+        Ok(())
+    }
+
     async fn write_frozen(self: &Arc<Self>) -> Result<()> {
         self.save_metadata().await?;
         for table in &self.version().tables {

@@ -6,9 +6,11 @@
 
 use std::sync::Arc;
 
-use catalog::TableSchema;
 use catalog::files::{DataFile, State, TagPart};
+use catalog::{TableSchema, TagHasher};
 
+use crate::cut::Floors;
+use crate::delete::Tombstone;
 use crate::memtable::Memtable;
 
 /// One table of a [`Version`].
@@ -22,6 +24,10 @@ pub struct TableVersion {
     pub flushing: Vec<Arc<Memtable>>,
     /// Files, in no particular order; see [`DataFile::seq_max`] for their age.
     pub files: Arc<Vec<Arc<DataFile>>>,
+    /// Deletes that files may still need, oldest first.
+    pub(crate) deletes: Arc<[Arc<Tombstone>]>,
+    /// What has expired.
+    pub(crate) floors: Arc<Floors>,
 }
 
 impl TableVersion {
@@ -41,8 +47,8 @@ pub struct Version {
 }
 
 impl Version {
-    /// The version that a file catalog describes, with empty memtables.
-    pub fn new(state: &State) -> Self {
+    /// The version that a file catalog describes, with empty memtables. Nothing has expired in it.
+    pub fn new(state: &State, hasher: &TagHasher) -> Self {
         let tables = catalog::tables::all()
             .into_iter()
             .map(|schema| TableVersion {
@@ -52,6 +58,13 @@ impl Version {
                 files: Arc::new(
                     state.files.iter().filter(|f| f.table_id == schema.id).cloned().map(Arc::new).collect(),
                 ),
+                deletes: state
+                    .deletes
+                    .iter()
+                    .filter(|d| d.table_id == schema.id)
+                    .map(|d| Arc::new(Tombstone::new(d.clone(), hasher)))
+                    .collect(),
+                floors: Arc::default(),
             })
             .collect();
         Self { tables, parts: Arc::new(state.parts.iter().cloned().map(Arc::new).collect()) }

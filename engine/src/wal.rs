@@ -75,6 +75,12 @@ impl Wal {
         self.current.as_ref().map_or(self.next, |c| c.first + c.len) + self.pending.len() as u64
     }
 
+    /// Where the oldest record that is kept begins, or the next one will.
+    pub(crate) fn begin(&self) -> u64 {
+        let current = self.current.as_ref().map_or(self.next, |c| c.first);
+        self.older.front().map_or(current, |o| o.first)
+    }
+
     /// Bytes of all segments.
     pub(crate) fn bytes(&self) -> u64 {
         let older: u64 = self.older.iter().map(|o| o.end - o.first).sum();

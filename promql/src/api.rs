@@ -1,4 +1,4 @@
-//! The Prometheus HTTP API: everything under `/api/v1` that reads.
+//! The Prometheus HTTP API: everything under `/api/v1` that reads, and deleting.
 //!
 //! Envelopes, statuses, parameters and the wording of errors are those of Prometheus 3, because dashboards, alerting
 //! and command-line clients depend on them. An endpoint is a function from a [`params::Form`] to a [`reply::Reply`];
@@ -7,6 +7,7 @@
 //!
 //! A request that its client abandons is dropped by the server together with the query that it waits for.
 
+mod admin;
 mod exemplars;
 mod json;
 mod params;
@@ -22,7 +23,7 @@ use std::sync::Arc;
 use axum::Router;
 use axum::extract::{Path, State};
 use axum::http::{Method, header};
-use axum::routing::{MethodRouter, get};
+use axum::routing::{MethodRouter, get, post};
 use engine::Engine;
 use futures::future::BoxFuture;
 use tokio::sync::Semaphore;
@@ -32,6 +33,7 @@ use tower_http::compression::predicate::SizeAbove;
 use tower_http::cors::{Any, CorsLayer};
 
 use self::params::Form;
+pub use self::params::selector;
 use self::reply::{Failure, Reply, error_type};
 use self::telemetry::Metrics;
 use crate::error::Result;
@@ -90,6 +92,14 @@ pub fn routes(engine: Engine, options: ApiOptions) -> Router {
         ("series", both("series", |api, form| async move { series::series(&api, &form).await })),
         ("labels", both("labels", |api, form| async move { series::label_names(&api, &form).await })),
         ("label/{name}/values", get(values)),
+        (
+            "admin/tsdb/delete_series",
+            change("delete_series", |api, form| async move { admin::delete_series(&api, &form).await }),
+        ),
+        (
+            "admin/tsdb/clean_tombstones",
+            change("clean_tombstones", |api, _| async move { admin::clean_tombstones(&api).await }),
+        ),
         ("metadata", only_get("metadata", |api, form| async move { status::metadata(&api, &form).await })),
         ("rules", only_get("rules", |_, _| status::rules())),
         ("alerts", only_get("alerts", |_, _| status::alerts())),
@@ -138,6 +148,15 @@ where
     Fut: Future<Output = Result<Reply>> + Send + 'static,
 {
     get(handler(name, endpoint))
+}
+
+/// An endpoint that changes something, for POST and PUT.
+fn change<F, Fut>(name: &'static str, endpoint: F) -> MethodRouter<Arc<Api>>
+where
+    F: Fn(Arc<Api>, Form) -> Fut + Clone + Send + Sync + 'static,
+    Fut: Future<Output = Result<Reply>> + Send + 'static,
+{
+    post(handler(name, endpoint.clone())).put(handler(name, endpoint))
 }
 
 fn handler<F, Fut>(

@@ -44,7 +44,37 @@ fn values_are_read_in_their_text_form() {
         c.insecure = Switch(true);
         c.http = Listen::at("0.0.0.0:7300");
     });
+    check("retention = \"400d\"", |c| c.retention = Seconds(400.0 * 86400.0));
     check("log_format = \"json\"", |c| c.log_format = LogFormat::Json);
+}
+
+#[test]
+fn retention_rules() {
+    fn check(text: &str, expected: &str) {
+        let rules = match RetentionRules::parse(text) {
+            Ok(parsed) => {
+                assert_eq!(parsed.show(), text);
+                let rule = |r: &engine::RetentionRule| {
+                    let matchers: Vec<String> =
+                        r.matchers.iter().map(|m| format!("{} {:?} {}", m.name(), m.op(), m.value())).collect();
+                    format!("{} [{}] {:?}", r.table_id, matchers.join(", "), r.age.map(|a| a.as_secs()))
+                };
+                parsed.rules.iter().map(rule).collect::<Vec<_>>().join("; ")
+            }
+            Err(e) => e,
+        };
+        assert!(rules.contains(expected) && rules.is_empty() == expected.is_empty(), "{text}: {rules}");
+    }
+    check("", "");
+    check("samples: 7d", "1 [] Some(604800)");
+    check(r#"samples{namespace="dev"}: 7d; exemplars : 0;"#, "1 [namespace Eq dev] Some(604800); 3 [] None");
+    check(r#"samples{a="x:y;z\"\\", b!='"'} : 1h"#, r#"1 [a Eq x:y;z"\, b Ne "] Some(3600)"#);
+    check("samples", "not of the form");
+    check("samples: 1d: 2d", "not of the form");
+    check("sample: 1d", "there are samples, histograms, exemplars");
+    check(r#"{a="b"}: 1d"#, "does not begin with a table");
+    check("samples: 1y", "\"1y\" is not a duration");
+    check("samples{: 1d", "parse error");
 }
 
 #[test]

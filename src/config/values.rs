@@ -4,7 +4,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use catalog::Secret;
+use catalog::tag::METRIC_NAME;
+use catalog::{MatchOp, Secret, tables};
+use engine::RetentionRule;
 
 /// A type that settings can have.
 pub trait Setting: Sized {
@@ -125,6 +127,11 @@ impl Seconds {
     pub fn duration(self) -> Duration {
         Duration::from_secs_f64(self.0)
     }
+
+    /// As a limit that zero lifts.
+    pub fn limit(self) -> Option<Duration> {
+        (self.0 > 0.0).then(|| self.duration())
+    }
 }
 
 impl Setting for Seconds {
@@ -149,6 +156,57 @@ impl Setting for Seconds {
             .find(|(_, factor)| self.0 > 0.0 && self.0 % factor == 0.0)
             .map_or_else(|| format!("{}ms", self.0 * 1000.0), |(unit, factor)| format!("{}{unit}", self.0 / factor))
     }
+}
+
+/// How long some series are kept: `table{matchers}: duration`, separated by semicolons.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct RetentionRules {
+    text: String,
+    /// What the text says.
+    pub rules: Vec<RetentionRule>,
+}
+
+impl Setting for RetentionRules {
+    const KIND: &'static str = "exceptions, such as `samples{namespace=\"dev\"}: 7d; exemplars: 30d`";
+
+    fn parse(text: &str) -> Result<Self, String> {
+        let rules = split(text, ';').into_iter().map(str::trim).filter(|rule| !rule.is_empty()).map(|rule| {
+            let [selector, age] = split(rule, ':')[..] else {
+                return Err(format!("{rule:?} is not of the form TABLE{{MATCHERS}}: DURATION"));
+            };
+            let mut matchers = promql::api::selector(selector.trim()).map_err(|e| format!("{selector:?}: {e}"))?;
+            // A table is written as PromQL writes a metric.
+            let name = matchers.iter().position(|m| (m.name(), m.op()) == (METRIC_NAME, MatchOp::Eq));
+            let table =
+                name.map(|at| matchers.remove(at)).and_then(|m| tables::by_name(m.value())).ok_or_else(|| {
+                    let known = tables::all().map(|t| t.name).join(", ");
+                    format!("{selector:?} does not begin with a table; there are {known}")
+                })?;
+            Ok(RetentionRule { table_id: table.id, matchers, age: Seconds::parse(age.trim())?.limit() })
+        });
+        Ok(Self { text: text.to_owned(), rules: rules.collect::<Result<_, String>>()? })
+    }
+
+    fn show(&self) -> String {
+        self.text.clone()
+    }
+}
+
+/// Splits a text at a separator, but not within quotes.
+fn split(text: &str, separator: char) -> Vec<&str> {
+    let (mut quote, mut escaped) = (None, false);
+    text.split(|c| {
+        match (quote, c) {
+            _ if escaped => escaped = false,
+            (Some('"' | '\''), '\\') => escaped = true,
+            (Some(open), _) if open == c => quote = None,
+            (None, '"' | '\'' | '`') => quote = Some(c),
+            (None, _) => return c == separator,
+            _ => {}
+        }
+        false
+    })
+    .collect()
 }
 
 /// Where a listener listens: an address with port, or nowhere.

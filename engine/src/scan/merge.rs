@@ -13,6 +13,7 @@ use arrow::datatypes::{SchemaRef, TimestampMillisecondType, UInt32Type};
 use catalog::{Error, Ordinal, Result};
 
 use super::gather::gather;
+use crate::cut::Cuts;
 use crate::memtable::Memtable;
 use crate::segment;
 
@@ -37,6 +38,8 @@ pub(crate) struct MemoryCursor {
     start_ms: i64,
     end_ms: i64,
     columns: Vec<usize>,
+    /// With the position of the time column.
+    cuts: Option<(Arc<Cuts>, usize)>,
 }
 
 impl MemoryCursor {
@@ -47,18 +50,28 @@ impl MemoryCursor {
         (start_ms, end_ms): (i64, i64),
         columns: Vec<usize>,
     ) -> Self {
-        Self { memtable, wanted, at: 0, chunk: 64, start_ms, end_ms, columns }
+        Self { memtable, wanted, at: 0, chunk: 64, start_ms, end_ms, columns, cuts: None }
+    }
+
+    /// The same, with what is left out of the series; the time is in column `ts` of the rows.
+    #[must_use]
+    pub fn cut(self, cuts: Option<Arc<Cuts>>, ts: usize) -> Self {
+        Self { cuts: cuts.map(|cuts| (cuts, ts)), ..self }
     }
 
     /// The next rows; `None` at the end.
     pub fn next(&mut self) -> Result<Option<RecordBatch>> {
         while self.at < self.wanted.len() {
             let end = (self.at + self.chunk).min(self.wanted.len());
-            let batch = self.memtable.read(&self.wanted[self.at..end], self.start_ms, self.end_ms, &self.columns)?;
+            let mut batch =
+                self.memtable.read(&self.wanted[self.at..end], self.start_ms, self.end_ms, &self.columns)?;
             // Series of one table differ little in length, so the last answer tells how many to ask for.
             let asked = end - self.at;
             self.chunk = (MEMORY_ROWS * asked / batch.num_rows().max(1)).clamp(1, asked * 8);
             self.at = end;
+            if let Some((cuts, ts)) = &self.cuts {
+                batch = cuts.apply(batch, *ts)?;
+            }
             if batch.num_rows() > 0 {
                 return Ok(Some(batch));
             }

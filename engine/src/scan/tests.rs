@@ -2,17 +2,29 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::time::Duration;
 
 use arrow::array::{ArrayRef, AsArray, Float64Array, RecordBatch, StringArray, TimestampMillisecondArray, UInt32Array};
 use arrow::datatypes::{Float64Type, TimestampMillisecondType, UInt32Type};
+use async_trait::async_trait;
 use catalog::tables::{EXEMPLARS, SAMPLES, time_type};
 use catalog::{ManualClock, MatchOp, Matcher, TableSchema};
 use datafusion::physical_plan::ExecutionPlan;
 use futures::TryStreamExt;
+use futures::stream::BoxStream;
 use object_store::memory::InMemory;
+use object_store::path::Path;
+use object_store::{
+    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMultipartOptions,
+    PutOptions, PutPayload, PutResult, Result as StoreResult,
+};
 use proptest::prelude::*;
 
-use crate::{Batch, Components, Engine, Extensions, Selection, SeriesScanExec, SeriesSet, Settings, Telemetry, Write};
+use crate::{
+    Batch, Components, Engine, Extensions, Retention, RetentionRule, Selection, SeriesScanExec, SeriesSet, Settings,
+    Telemetry, Write,
+};
 
 const NOON: i64 = 1_700_049_600_000;
 const HOUR: i64 = 3_600_000;
@@ -25,6 +37,7 @@ type Rows = BTreeMap<(String, i64), u64>;
 
 struct Fixture {
     engine: Engine,
+    retention: Retention,
     dir: tempfile::TempDir,
     store: Arc<InMemory>,
     clock: Arc<ManualClock>,
@@ -32,17 +45,33 @@ struct Fixture {
 
 impl Fixture {
     async fn new() -> Self {
+        Self::keeping(Retention::default()).await
+    }
+
+    async fn keeping(retention: Retention) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let store = Arc::new(InMemory::new());
         let clock = Arc::new(ManualClock::new(NOON + 30 * HOUR));
-        let engine = Self::open(&dir, &store, &clock).await;
-        Self { engine, dir, store, clock }
+        let engine = Self::open(&dir, store.clone(), &clock, &retention).await;
+        Self { engine, retention, dir, store, clock }
     }
 
-    async fn open(dir: &tempfile::TempDir, store: &Arc<InMemory>, clock: &Arc<ManualClock>) -> Engine {
-        let settings = Settings { data_dir: dir.path().to_owned(), ..Settings::default() };
+    async fn open(
+        dir: &tempfile::TempDir,
+        store: Arc<dyn ObjectStore>,
+        clock: &Arc<ManualClock>,
+        retention: &Retention,
+    ) -> Engine {
+        let settings = Settings {
+            data_dir: dir.path().to_owned(),
+            retention: retention.clone(),
+            // Only when a step says so.
+            flush_interval: Duration::from_secs(1 << 40),
+            delete_grace: Duration::ZERO,
+            ..Settings::default()
+        };
         let components = Components {
-            store: store.clone(),
+            store,
             fs: Arc::new(catalog::fs::Disk),
             clock: clock.clone(),
             entropy: Arc::new(catalog::SeededEntropy::new(1)),
@@ -52,8 +81,16 @@ impl Fixture {
     }
 
     async fn restart(&mut self) {
-        self.engine.shutdown(std::time::Duration::ZERO).await.unwrap();
-        self.engine = Self::open(&self.dir, &self.store, &self.clock).await;
+        self.engine.shutdown(Duration::ZERO).await.unwrap();
+        self.reopen().await;
+    }
+
+    async fn reopen(&mut self) {
+        self.reopen_over(self.store.clone()).await;
+    }
+
+    async fn reopen_over(&mut self, store: Arc<dyn ObjectStore>) {
+        self.engine = Self::open(&self.dir, store, &self.clock, &self.retention).await;
     }
 
     async fn write(&self, rows: &[Row]) {
@@ -99,16 +136,39 @@ impl Fixture {
     }
 
     async fn check(&self, model: &BTreeMap<(usize, i64), u64>) {
+        self.check_rows(model, |_, _, _| true).await;
+        let mut known: Vec<usize> = model.keys().map(|k| k.0).collect();
+        known.dedup();
+        assert_eq!(self.visited().await, known);
+    }
+
+    /// The series that are known of samples.
+    async fn visited(&self) -> Vec<usize> {
+        let mut visited = Vec::new();
+        let selection = Selection { table: SAMPLES.clone(), matchers: vec![], start_ms: i64::MIN, end_ms: i64::MAX };
+        let visit = |s: &Arc<catalog::Series>| {
+            visited.push(s.tags.get("n").unwrap().parse::<usize>().unwrap());
+            true
+        };
+        self.engine.visit(&selection, visit).await.unwrap();
+        visited.sort_unstable();
+        visited
+    }
+
+    /// Compares with those rows of the model that `kept` says are still there, by table.
+    async fn check_rows(&self, model: &BTreeMap<(usize, i64), u64>, kept: impl Fn(&TableSchema, usize, i64) -> bool) {
         let text = |s: usize| {
             format!("{:?}", [("__name__", format!("m{}", s % 3)), ("job", format!("j{}", s % 2)), ("n", s.to_string())])
         };
-        let expected = |keep: &dyn Fn(usize, i64) -> bool| -> Rows {
-            model.iter().filter(|((s, t), _)| keep(*s, *t)).map(|((s, t), v)| ((text(*s), *t), *v)).collect()
+        let of = |table: &TableSchema, keep: &dyn Fn(usize, i64) -> bool| -> Rows {
+            let rows = model.iter().filter(|((s, t), _)| kept(table, *s, *t) && keep(*s, *t));
+            rows.map(|((s, t), v)| ((text(*s), *t), *v)).collect()
         };
+        let expected = |keep: &dyn Fn(usize, i64) -> bool| of(&SAMPLES, keep);
         let all = (i64::MIN, i64::MAX);
         let name = |op, value: &str| Matcher::new("__name__", op, value).unwrap();
         assert_eq!(self.rows(&SAMPLES, vec![], all.0, all.1).await, expected(&|_, _| true));
-        assert_eq!(self.rows(&EXEMPLARS, vec![], all.0, all.1).await, expected(&|_, _| true));
+        assert_eq!(self.rows(&EXEMPLARS, vec![], all.0, all.1).await, of(&EXEMPLARS, &|_, _| true));
         let m1 = vec![name(MatchOp::Eq, "m1")];
         let range = (NOON - 2 * HOUR, NOON + 13 * HOUR);
         assert_eq!(
@@ -120,17 +180,6 @@ impl Fixture {
             self.rows(&SAMPLES, some, NOON, all.1).await,
             expected(&|s, t| s % 3 != 1 && !(0..=4).contains(&s) && t >= NOON)
         );
-        let mut visited = Vec::new();
-        let selection = Selection { table: SAMPLES.clone(), matchers: vec![], start_ms: all.0, end_ms: all.1 };
-        let visit = |s: &Arc<catalog::Series>| {
-            visited.push(s.tags.get("n").unwrap().parse::<usize>().unwrap());
-            true
-        };
-        self.engine.visit(&selection, visit).await.unwrap();
-        visited.sort_unstable();
-        let mut known: Vec<usize> = model.keys().map(|k| k.0).collect();
-        known.dedup();
-        assert_eq!(visited, known);
     }
 }
 
@@ -214,8 +263,172 @@ proptest! {
             fixture.check(&model).await;
             fixture.engine.compact().await.unwrap();
             fixture.check(&model).await;
-            fixture.engine.shutdown(std::time::Duration::ZERO).await.unwrap();
+            fixture.engine.shutdown(Duration::ZERO).await.unwrap();
         });
+    }
+}
+
+/// Whose rows a delete or a rule of retention means.
+#[derive(Debug, Clone, Copy)]
+enum Who {
+    Number(usize),
+    Job(usize),
+    Metric(usize),
+    /// Numbers from 0 to 4.
+    Few,
+    /// Numbers of one digit.
+    Most,
+}
+
+impl Who {
+    fn matchers(self) -> Vec<Matcher> {
+        let matcher = |name: &str, op, value: String| Matcher::new(name, op, value).unwrap();
+        match self {
+            Self::Number(n) => vec![matcher("n", MatchOp::Eq, n.to_string())],
+            Self::Job(j) => vec![matcher("job", MatchOp::Eq, format!("j{j}")), matcher("n", MatchOp::Re, ".".into())],
+            Self::Metric(m) => {
+                vec![matcher("__name__", MatchOp::Eq, format!("m{m}")), matcher("n", MatchOp::Nre, "..+".into())]
+            }
+            Self::Few => vec![matcher("n", MatchOp::Re, "[0-4]".into()), matcher("absent", MatchOp::Eq, String::new())],
+            Self::Most => vec![matcher("__name__", MatchOp::Re, "m.*".into()), matcher("n", MatchOp::Re, ".".into())],
+        }
+    }
+
+    fn means(self, series: usize) -> bool {
+        series < 10
+            && match self {
+                Self::Number(n) => series == n,
+                Self::Job(j) => series % 2 == j,
+                Self::Metric(m) => series % 3 == m,
+                Self::Few => series < 5,
+                Self::Most => true,
+            }
+    }
+}
+
+fn who() -> impl Strategy<Value = Who> {
+    prop_oneof![
+        3 => (0usize..9).prop_map(Who::Number),
+        1 => (0usize..2).prop_map(Who::Job),
+        1 => (0usize..3).prop_map(Who::Metric),
+        1 => Just(Who::Few),
+        1 => Just(Who::Most),
+    ]
+}
+
+#[derive(Debug, Clone)]
+enum Life {
+    Write(Vec<Row>),
+    Flush,
+    Compact,
+    Restart,
+    /// A restart without a clean stop.
+    Crash,
+    /// Of samples and exemplars, between two minutes since noon.
+    Delete(Who, i64, i64),
+    Fold,
+    /// Some hours go by.
+    Later(i64),
+}
+
+fn lives() -> impl Strategy<Value = Vec<Life>> {
+    let range = prop_oneof![4 => (-200i64..200, 0i64..60), 1 => Just((-10_000, 20_000))];
+    let life = prop_oneof![
+        6 => rows().prop_map(Life::Write),
+        4 => Just(Life::Flush),
+        2 => Just(Life::Compact),
+        1 => Just(Life::Restart),
+        1 => Just(Life::Crash),
+        4 => (who(), range).prop_map(|(who, (from, length))| Life::Delete(who, from, from + length)),
+        1 => Just(Life::Fold),
+        1 => (1i64..9).prop_map(Life::Later),
+    ];
+    prop::collection::vec(life, 1..18)
+}
+
+/// A series that no delete means; its rows show how late it is.
+const WITNESS: usize = 100;
+
+fn hours(n: u64) -> Option<Duration> {
+    Some(Duration::from_secs(n * 3600))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(8))]
+    #[test]
+    fn what_is_deleted_or_old_is_gone_everywhere(lives in lives(), old in any::<bool>(), first in who(), second in who()) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let rule = |table: &Arc<TableSchema>, who: Option<Who>, age| RetentionRule {
+                table_id: table.id,
+                matchers: who.map_or(vec![], Who::matchers),
+                age,
+            };
+            let rules = vec![rule(&SAMPLES, Some(first), None), rule(&SAMPLES, Some(second), hours(20)), rule(&EXEMPLARS, None, hours(30))];
+            let retention = if old { Retention { age: hours(26), rules, bytes: None } } else { Retention::default() };
+            let age = |table: &TableSchema, s: usize| match table.id {
+                _ if !old => None,
+                id if id == EXEMPLARS.id => Some(30),
+                _ if first.means(s) => None,
+                _ if second.means(s) => Some(20),
+                _ => Some(26),
+            };
+            let mut fixture = Fixture::keeping(retention).await;
+            let mut now = NOON + 30 * HOUR;
+            let mut model = BTreeMap::new();
+            let witness = |model: &mut BTreeMap<_, _>, now| {
+                model.insert((WITNESS, now), 1);
+                vec![(WITNESS, now, 1)]
+            };
+            // Rows reach further ahead than the clock, but not so far that it is doubted.
+            let newest = |rows: &[Row]| rows.iter().map(|r| r.1).max().unwrap_or(0);
+            fixture.write(&witness(&mut model, now)).await;
+            fixture.restart().await;
+            for life in lives {
+                match life {
+                    Life::Write(rows) => {
+                        let rows: Vec<Row> = rows.into_iter().filter(|r| r.1 <= now).collect();
+                        prop_assert!(newest(&rows) <= now);
+                        if !rows.is_empty() {
+                            fixture.write(&rows).await;
+                        }
+                        model.extend(rows.iter().map(|(s, t, v)| ((*s, *t), *v)));
+                    }
+                    Life::Flush => fixture.engine.flush().await.unwrap(),
+                    Life::Compact => fixture.engine.compact().await.unwrap(),
+                    Life::Restart => fixture.restart().await,
+                    Life::Crash => fixture.reopen().await,
+                    Life::Delete(who, from, to) => {
+                        let (start_ms, end_ms) = (NOON + from * 600_000, NOON + to * 600_000);
+                        let selection = |table: &Arc<TableSchema>| Selection {
+                            table: table.clone(), matchers: who.matchers(), start_ms, end_ms,
+                        };
+                        fixture.engine.delete(vec![selection(&SAMPLES), selection(&EXEMPLARS)]).await.unwrap();
+                        model.retain(|(s, t), _| !(who.means(*s) && (start_ms..=end_ms).contains(t)));
+                    }
+                    Life::Fold => fixture.engine.fold_deletes().await.unwrap(),
+                    Life::Later(hours) => {
+                        now += hours * HOUR;
+                        fixture.clock.set(now);
+                        fixture.write(&witness(&mut model, now)).await;
+                        fixture.restart().await;
+                    }
+                }
+                let kept = |table: &TableSchema, s: usize, t: i64| age(table, s).is_none_or(|h| t >= now - h * HOUR);
+                fixture.check_rows(&model, kept).await;
+            }
+            fixture.engine.flush().await.unwrap();
+            fixture.engine.compact().await.unwrap();
+            let kept = |table: &TableSchema, s: usize, t: i64| age(table, s).is_none_or(|h| t >= now - h * HOUR);
+            fixture.check_rows(&model, kept).await;
+            // Nothing is in memory any more, and what has no row is not known.
+            fixture.restart().await;
+            fixture.check_rows(&model, kept).await;
+            if !old {
+                fixture.check(&model).await;
+            }
+            Ok(())
+        })?;
     }
 }
 
@@ -271,5 +484,153 @@ fn a_set_can_be_restricted_and_explained() {
         assert!(batches.iter().all(|b| b.schema() == exec.schema()));
         let none = Arc::new(set.restrict(|_| false));
         assert!(scan(&fixture.engine, none).await.is_empty());
+    });
+}
+
+#[test]
+fn the_oldest_days_go_when_there_is_too_much() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        for (bytes, days) in [(u64::MAX, 4), (1, 1)] {
+            let fixture = Fixture::keeping(Retention { bytes: Some(bytes), ..Retention::default() }).await;
+            let rows: Vec<Row> = (0..40).map(|i| (i % 3, NOON - (i as i64 % 4) * 24 * HOUR + i as i64, 7)).collect();
+            let mut model: BTreeMap<(usize, i64), u64> = rows.iter().map(|(s, t, v)| ((*s, *t), *v)).collect();
+            fixture.write(&rows).await;
+            fixture.engine.flush().await.unwrap();
+            fixture.check(&model).await;
+            fixture.engine.compact().await.unwrap();
+            model.retain(|(_, t), _| *t > NOON - days * 24 * HOUR + HOUR);
+            fixture.check(&model).await;
+        }
+    });
+}
+
+#[test]
+fn a_clock_that_is_set_takes_nothing() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        const NEW_YEAR_2100: i64 = 4_102_444_800_000;
+        for clock in [NEW_YEAR_2100, 0, NOON + 29 * HOUR, NOON + 32 * HOUR] {
+            let mut fixture = Fixture::keeping(Retention { age: hours(26), ..Retention::default() }).await;
+            // The oldest have half an hour to live.
+            let rows: Vec<Row> = (0..40).map(|i| (i % 3, NOON + 30 * HOUR - i as i64 * 39 * 60_000, 7)).collect();
+            let model: BTreeMap<(usize, i64), u64> = rows.iter().map(|(s, t, v)| ((*s, *t), *v)).collect();
+            fixture.write(&rows).await;
+            fixture.engine.flush().await.unwrap();
+            fixture.clock.set(clock);
+            fixture.engine.compact().await.unwrap();
+            fixture.check(&model).await;
+            fixture.restart().await;
+            fixture.engine.compact().await.unwrap();
+            fixture.check(&model).await;
+        }
+    });
+}
+
+/// A bucket whose puts never end once some were made: where a process stands when it is killed.
+#[derive(Debug)]
+struct Stuck {
+    store: Arc<InMemory>,
+    left: AtomicUsize,
+    reached: tokio::sync::Notify,
+}
+
+impl std::fmt::Display for Stuck {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Stuck({})", self.store)
+    }
+}
+
+#[async_trait]
+impl ObjectStore for Stuck {
+    async fn put_opts(&self, to: &Path, payload: PutPayload, options: PutOptions) -> StoreResult<PutResult> {
+        if self.left.fetch_update(SeqCst, SeqCst, |n| n.checked_sub(1)).is_err() {
+            self.reached.notify_one();
+            std::future::pending::<()>().await;
+        }
+        self.store.put_opts(to, payload, options).await
+    }
+
+    async fn put_multipart_opts(
+        &self,
+        to: &Path,
+        options: PutMultipartOptions,
+    ) -> StoreResult<Box<dyn MultipartUpload>> {
+        self.store.put_multipart_opts(to, options).await
+    }
+
+    async fn get_opts(&self, from: &Path, options: GetOptions) -> StoreResult<GetResult> {
+        self.store.get_opts(from, options).await
+    }
+
+    fn delete_stream(&self, paths: BoxStream<'static, StoreResult<Path>>) -> BoxStream<'static, StoreResult<Path>> {
+        self.store.delete_stream(paths)
+    }
+
+    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, StoreResult<ObjectMeta>> {
+        self.store.list(prefix)
+    }
+
+    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> StoreResult<ListResult> {
+        self.store.list_with_delimiter(prefix).await
+    }
+
+    async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> StoreResult<()> {
+        self.store.copy_opts(from, to, options).await
+    }
+}
+
+/// Objects of tables and tag sets that no catalog entry names.
+async fn orphans(fixture: &Fixture) -> usize {
+    let objects: Vec<ObjectMeta> = fixture.store.list(None).try_collect().await.unwrap();
+    let version = fixture.select(&SAMPLES, vec![], 0, 0).await.version.clone();
+    let files = version.tables.iter().flat_map(|t| t.files.iter().map(|f| f.path.clone()));
+    let named: Vec<String> = files.chain(version.parts.iter().map(|p| p.path.clone())).collect();
+    let unnamed = |o: &&ObjectMeta| {
+        let path = o.location.as_ref();
+        path.ends_with(".parquet") && !named.iter().any(|n| path.ends_with(n.as_str()))
+    };
+    objects.iter().filter(unnamed).count()
+}
+
+#[test]
+fn a_kill_between_object_and_commit_loses_and_leaves_nothing() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let mut left_behind = 0;
+        for puts in 0..10 {
+            let mut fixture = Fixture::new().await;
+            let rows: Vec<Row> =
+                (0..40).map(|i| (i % 4, NOON - (i as i64 % 2) * 24 * HOUR + i as i64, i as u64)).collect();
+            let model: BTreeMap<(usize, i64), u64> = rows.iter().map(|(s, t, v)| ((*s, *t), *v)).collect();
+            fixture.write(&rows[..20]).await;
+            fixture.engine.flush().await.unwrap();
+            fixture.write(&rows[20..]).await;
+            fixture.engine.shutdown(Duration::ZERO).await.unwrap();
+            // A flush that is killed, and a merge.
+            let (left, reached) = (AtomicUsize::new(usize::MAX), tokio::sync::Notify::new());
+            let stuck = Arc::new(Stuck { store: fixture.store.clone(), left, reached });
+            fixture.reopen_over(stuck.clone()).await;
+            stuck.left.store(puts, SeqCst);
+            let work = async {
+                fixture.engine.flush().await.unwrap();
+                fixture.engine.compact().await.unwrap();
+            };
+            tokio::select! {
+                () = work => {}
+                () = stuck.reached.notified() => {}
+            }
+            fixture.reopen().await;
+            left_behind += orphans(&fixture).await;
+            fixture.check(&model).await;
+            // The first round sees them, the second deletes them. What was superseded goes by the clock.
+            for round in 0..3 {
+                fixture.clock.set(NOON + (31 + round) * HOUR);
+                fixture.engine.compact().await.unwrap();
+            }
+            assert_eq!(orphans(&fixture).await, 0, "after {puts} puts");
+            fixture.check(&model).await;
+        }
+        assert!(left_behind > 0);
     });
 }

@@ -26,6 +26,7 @@ use super::footer::{self, Group, Manifest};
 use super::runs::{Piece, Run};
 use super::write::with_type;
 use super::{BATCH_ROWS, Key, RunIndex};
+use crate::cut::Cuts;
 use crate::layout::{self, Params, RUN_ROWS_MAX};
 use crate::memtable::read_schema;
 use crate::scan::gather::gather;
@@ -53,7 +54,7 @@ struct Footer {
 }
 
 /// What a cursor is to return.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Request {
     pub table: Arc<TableSchema>,
     /// Ascending; positions in it are the `series` of the rows.
@@ -65,6 +66,8 @@ pub(crate) struct Request {
     pub end_ms: i64,
     /// Indexes into the table's columns.
     pub columns: Vec<usize>,
+    /// What is left out of the series, by their positions in `keys`.
+    pub cuts: Option<Arc<Cuts>>,
 }
 
 impl Segments {
@@ -280,6 +283,24 @@ impl Segments {
                 keys.extend_from_slice(&index.keys[again..]);
             }
             Ok(keys)
+        };
+        work.await.map_err(|e| in_file(e, file))
+    }
+
+    /// Whether a file may hold rows that the cuts of a request leave out.
+    pub async fn loses(&self, request: &Request, file: &DataFile) -> Result<bool> {
+        let Some(cuts) = &request.cuts else { return Ok(false) };
+        let work = async {
+            let footer = self.footer(&request.table, file).await?;
+            for group in 0..footer.manifest.groups.len() {
+                let index = self.index(&request.table, file, &footer, group).await?;
+                let pieces = index.plan(&request.keys, request.range.clone(), i64::MIN, i64::MAX);
+                let run = |p: &Piece| index.runs[p.run as usize];
+                if pieces.iter().any(|p| cuts.touch(p.key as usize, run(p).ts_first, run(p).ts_last)) {
+                    return Ok(true);
+                }
+            }
+            Ok(false)
         };
         work.await.map_err(|e| in_file(e, file))
     }
@@ -535,7 +556,11 @@ impl Cursor {
     async fn open(&mut self, footer: Arc<Footer>, group: usize) -> Result<Option<GroupReader>> {
         let r = &self.request;
         let index = self.segments.index(&r.table, &self.file, &footer, group).await?;
-        let pieces = index.plan(&r.keys, r.range.clone(), r.start_ms, r.end_ms);
+        let mut pieces = index.plan(&r.keys, r.range.clone(), r.start_ms, r.end_ms);
+        if let Some(cuts) = &r.cuts {
+            let run = |p: &Piece| index.runs[p.run as usize];
+            pieces.retain(|p| !cuts.cover(p.key as usize, run(p).ts_first, run(p).ts_last));
+        }
         if pieces.is_empty() {
             return Ok(None);
         }
@@ -598,9 +623,14 @@ impl GroupReader {
             if run.ts_last > request.end_ms {
                 rows.end = rows.start + ts[rows.clone()].partition_point(|t| *t <= request.end_ms);
             }
-            if !rows.is_empty() {
+            let mut keep = |rows: Range<usize>| {
                 total += rows.len();
                 kept.push(Kept { key: piece.key, run: piece.run, rows });
+            };
+            match &request.cuts {
+                Some(cuts) => cuts.keep(piece.key as usize, ts, rows, keep),
+                None if rows.is_empty() => {}
+                None => keep(rows),
             }
             at += take;
             if take == left {

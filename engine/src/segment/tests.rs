@@ -81,6 +81,7 @@ fn request(table: &Arc<TableSchema>, keys: &[Key], range: Range<usize>, time: (i
         start_ms: time.0,
         end_ms: time.1,
         columns: (1..table.columns.len()).collect(),
+        cuts: None,
     }
 }
 

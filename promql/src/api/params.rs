@@ -143,7 +143,7 @@ impl Form {
 
     /// The selectors of all `match[]`, each a list of matchers that must all hold.
     pub(super) fn selectors(&self) -> Result<Vec<Vec<Matcher>>> {
-        let sets: Vec<Vec<Matcher>> = self.all("match[]").map(parse_selector).collect::<Result<_>>()?;
+        let sets: Vec<Vec<Matcher>> = self.all("match[]").map(selector).collect::<Result<_>>()?;
         if sets.iter().any(|set| set.iter().all(|m| m.matches(""))) {
             return Err(QueryError::bad_data(MATCHES_EVERYTHING));
         }
@@ -233,7 +233,11 @@ pub(super) fn parse_integer(text: &str) -> Result<i64, String> {
 }
 
 /// The matchers of a selector such as `up{job="x"}`.
-fn parse_selector(selector: &str) -> Result<Vec<Matcher>> {
+/// The matchers of a metric selector such as `up{job="x"}`.
+///
+/// # Errors
+/// `BadData` when it is none.
+pub fn selector(selector: &str) -> Result<Vec<Matcher>> {
     let expr = plan::parse(selector).map_err(|e| match e.message.ends_with("at least one non-empty matcher") {
         true => QueryError::bad_data(MATCHES_EVERYTHING),
         false => e,

@@ -415,3 +415,47 @@ async fn nested_queries() {
         }
     }
 }
+
+#[tokio::test]
+async fn deleting_series() {
+    let server = serve().await;
+    let form = "application/x-www-form-urlencoded";
+    let delete = |text: &'static str| server.post("admin/tsdb/delete_series", form, text);
+    let count = async || {
+        let data = server.data("query?query=sum(count_over_time({__name__=~\".%2B\"}[2h]))&time=1767323045").await;
+        data["result"][0]["value"][1].as_str().map_or(0, |v| v.parse::<i64>().expect("a number"))
+    };
+    assert_eq!(count().await, 4 * 61);
+    // What is refused, in Prometheus's words.
+    for (text, message) in [
+        ("", "no match[] parameter provided"),
+        (
+            "match[]=up&start=x",
+            "invalid parameter \"start\": invalid time value for 'start': cannot parse \"x\" to a valid timestamp",
+        ),
+        ("match[]=up{", "invalid parameter \"match[]\": parse error"),
+        ("match[]={}", "invalid parameter \"match[]\": match[] must contain at least one non-empty matcher"),
+    ] {
+        let (status, body) = delete(text).await;
+        assert_eq!((status, &body["errorType"]), (StatusCode::BAD_REQUEST, &json!("bad_data")), "{text}: {body}");
+        assert!(body["error"].as_str().is_some_and(|e| e.starts_with(message)), "{text}: {body}");
+    }
+    assert_eq!(server.get("admin/tsdb/delete_series?match[]=up").await.0, StatusCode::METHOD_NOT_ALLOWED);
+    assert_eq!(count().await, 4 * 61);
+    // Both ends are part of the range.
+    let ten_minutes = "match[]=up{instance=\"a:1\"}&match[]=nothing&start=1767322445&end=1767323045";
+    assert_eq!(delete(ten_minutes).await, (StatusCode::NO_CONTENT, Value::Null));
+    assert_eq!(count().await, 4 * 61 - 11);
+    let put = Request::put("/api/v1/admin/tsdb/delete_series?match[]=requests").body(Body::empty()).expect("a request");
+    assert_eq!(server.send(put).await.status(), StatusCode::NO_CONTENT);
+    assert_eq!(count().await, 2 * 61 - 11);
+    let exemplars = "query_exemplars?query=requests&start=0&end=1767323045";
+    assert_eq!(server.data(exemplars).await, json!([]));
+    assert_eq!(server.post("admin/tsdb/clean_tombstones", form, "").await.0, StatusCode::NO_CONTENT);
+    assert_eq!(count().await, 2 * 61 - 11);
+    // What has no row left has no name, once it is out of files and memory.
+    assert_eq!(server.data("label/__name__/values").await, json!(["up"]));
+    // A row that comes later stays.
+    fill(&server.engine).await;
+    assert_eq!(count().await, 4 * 61);
+}
