@@ -6,15 +6,18 @@
 use std::fmt::Write as _;
 use std::sync::{Arc, OnceLock};
 
-use axum::Router;
+use access::{Access, Declared, Routes, Scope};
 use axum::extract::{Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use axum::{Json, Router};
 use engine::{Engine, Error, ErrorKind, Telemetry};
+use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
+use crate::config::Config;
 use crate::memory;
 
 /// The way from the listener to what is behind it, if it is there.
@@ -23,17 +26,18 @@ pub struct Gate {
     behind: Arc<OnceLock<Router>>,
     stopping: CancellationToken,
     telemetry: Arc<Telemetry>,
+    access: Access,
 }
 
 impl Gate {
     /// A gate that is closed until [`Gate::open`], and again from the moment `stopping` is cancelled.
-    pub fn new(stopping: CancellationToken, telemetry: Arc<Telemetry>) -> Self {
-        Self { behind: Arc::default(), stopping, telemetry }
+    pub fn new(stopping: CancellationToken, telemetry: Arc<Telemetry>, access: Access) -> Self {
+        Self { behind: Arc::default(), stopping, telemetry, access }
     }
 
-    /// Lets requests through to `router`. The first call counts.
-    pub fn open(&self, router: Router) {
-        let _ = self.behind.set(router);
+    /// Lets requests through to `routes`, and to two more that describe the server. The first call counts.
+    pub fn open(&self, routes: Routes, config: &Config) {
+        let _ = self.behind.set(described(routes, config).behind(self.access.clone()));
     }
 
     fn closed(&self) -> Option<Response> {
@@ -49,20 +53,39 @@ impl Gate {
 
     /// The router of the listener.
     pub fn router(self) -> Router {
-        Router::new()
-            .route("/-/healthy", get(|| async { "healthy\n" }))
-            .route("/-/ready", get(ready))
-            .route("/metrics", get(metrics))
-            .fallback(through)
-            .with_state(self)
+        let access = self.access.clone();
+        probes().with_state(self.clone()).behind(access).fallback(move |request| through(self.clone(), request))
     }
+}
+
+/// The routes that are there before the database is.
+fn probes() -> Routes<Gate> {
+    Routes::new()
+        .route(Scope::Public, "/-/healthy", get(|| async { "healthy\n" }))
+        .route(Scope::Public, "/-/ready", get(ready))
+        .route(Scope::Read, "/metrics", get(metrics))
+}
+
+/// Adds what shows the settings, and all routes with their scopes.
+fn described(routes: Routes, config: &Config) -> Routes {
+    const CONFIG: &str = "/api/v1/status/config";
+    const ROUTES: &str = "/api/v1/admin/routes";
+    let settings: String = config.shown().iter().map(|(name, value)| format!("{name}: {}\n", json!(value))).collect();
+    let settings = json!({ "status": "success", "data": { "yaml": settings } });
+    let routes = routes.route(Scope::Admin, CONFIG, get(move || async move { Json(settings) }));
+    let mut table = [routes.table(), probes().table()].concat();
+    table.push(Declared { path: ROUTES.to_owned(), scope: Scope::Admin });
+    table.sort();
+    let lines: Vec<Value> = table.iter().map(|d| json!({ "path": d.path, "scope": d.scope.name() })).collect();
+    let table = json!({ "status": "success", "data": lines });
+    routes.route(Scope::Admin, ROUTES, get(move || async move { Json(table) }))
 }
 
 async fn ready(State(gate): State<Gate>) -> Response {
     gate.closed().unwrap_or_else(|| "ready\n".into_response())
 }
 
-async fn through(State(gate): State<Gate>, request: Request) -> Response {
+async fn through(gate: Gate, request: Request) -> Response {
     match (gate.closed(), gate.behind.get()) {
         (None, Some(router)) => router.clone().oneshot(request).await.unwrap_or_else(|never| match never {}),
         (closed, _) => closed.unwrap_or_else(|| StatusCode::SERVICE_UNAVAILABLE.into_response()),
@@ -96,13 +119,12 @@ fn process(out: &mut String) {
 }
 
 /// Flush and compaction on request; both return when done.
-pub fn routes(engine: Engine) -> Router {
-    Router::new()
-        .route("/api/v1/admin/flush", post(|State(engine): State<Engine>| async move { done(engine.flush().await) }))
-        .route(
-            "/api/v1/admin/compact",
-            post(|State(engine): State<Engine>| async move { done(engine.compact().await) }),
-        )
+pub fn routes(engine: Engine) -> Routes {
+    let flush = post(|State(engine): State<Engine>| async move { done(engine.flush().await) });
+    let compact = post(|State(engine): State<Engine>| async move { done(engine.compact().await) });
+    Routes::new()
+        .route(Scope::Admin, "/api/v1/admin/flush", flush)
+        .route(Scope::Admin, "/api/v1/admin/compact", compact)
         .with_state(engine)
 }
 

@@ -85,7 +85,20 @@ settings! {
     /// Whether to listen as well on the ports that agents of other systems expect. No receiver of this version needs
     /// one, so no such port is opened yet.
     standard_ports: Switch = Switch(true);
-    /// Allows listening on addresses that other machines reach although requests aren't authenticated.
+    /// File with the tokens and users that may use the server (`docs/security.md`). With it every request needs
+    /// credentials, on loopback too, except for the probes. It is read again when it changes and on SIGHUP. Empty means
+    /// that nobody is asked.
+    auth_file: String = String::new();
+    /// PEM file with the certificate chain of the HTTP and gRPC listeners, the server's own first. Empty means no TLS.
+    /// Like `tls_key` and `tls_client_ca` it is read again when it changes and on SIGHUP.
+    tls_cert: String = String::new();
+    /// PEM file with the private key of the certificate.
+    tls_key: String = String::new();
+    /// PEM file with the certificates of authorities. With it only clients that show a certificate of one of them may
+    /// connect; they need credentials all the same if `auth_file` is set.
+    tls_client_ca: String = String::new();
+    /// Allows listening on addresses that other machines reach although requests aren't authenticated, or passwords
+    /// travel without encryption.
     insecure: Switch = Switch(false);
     /// Memory that memtables, caches and queries share. Zero means half of what the machine (or its control group)
     /// has.
@@ -198,12 +211,20 @@ impl Config {
         if self.insecure.0 {
             return Ok(());
         }
-        for (name, listen) in [("http", &self.http), ("grpc", &self.grpc), ("postgres", &self.postgres)] {
+        let authenticated = !self.auth_file.is_empty();
+        for (name, listen) in [("http", &self.http), ("grpc", &self.grpc)] {
             let Some(address) = listen.address() else { continue };
             ensure!(
-                listen.is_loopback(),
+                listen.is_loopback() || authenticated,
                 "{name} = {address:?} can be reached by other machines and requests aren't authenticated; \
-                 listen on a loopback address such as 127.0.0.1, or accept that with --insecure"
+                 set auth_file, listen on a loopback address such as 127.0.0.1, or accept that with --insecure"
+            );
+        }
+        if let Some(address) = self.postgres.address() {
+            ensure!(
+                self.postgres.is_loopback(),
+                "postgres = {address:?} can be reached by other machines and this endpoint encrypts nothing, passwords \
+                 included; listen on a loopback address such as 127.0.0.1, or accept that with --insecure"
             );
         }
         Ok(())

@@ -1,16 +1,28 @@
-//! The HTTP listener: accepts connections, bounds how long and how many, and stops in order.
+//! The HTTP and gRPC listeners: accept connections, encrypt them, bound how long and how many, and stop in order.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use access::Peer;
 use axum::Router;
+use axum::http::{HeaderValue, header};
+use axum::middleware::map_response;
+use axum::response::Response;
+use hyper::Request;
+use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tower::Layer as _;
+use tower::util::MapRequestLayer;
+
+use crate::tls::Tls;
 
 /// A client that has not sent its request's head after this long is a fault or an attack.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
@@ -21,8 +33,10 @@ const CONNECTIONS_MAX: usize = 8192;
 /// The largest head: long PromQL queries travel in URLs.
 const HEAD_BYTES_MAX: usize = 128 << 10;
 
-/// Serves `router` over HTTP/1.1 and HTTP/2 without TLS until `shutdown`, then lets requests under way end.
-pub async fn serve(listener: TcpListener, router: Router, shutdown: CancellationToken) {
+/// Serves `router` over HTTP/1.1 and HTTP/2, encrypted if there is `tls`, until `shutdown`, then lets requests under way
+/// end.
+pub async fn serve(listener: TcpListener, router: Router, tls: Option<Arc<Tls>>, shutdown: CancellationToken) {
+    let router = router.layer(map_response(guarded_from_browsers));
     let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let mut connections = JoinSet::new();
     loop {
@@ -31,7 +45,7 @@ pub async fn serve(listener: TcpListener, router: Router, shutdown: Cancellation
             accepted = accept(&listener, &slots) => accepted,
             Some(_) = connections.join_next() => continue,
         };
-        let (stream, slot) = match accepted {
+        let (stream, peer, slot) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
                 // Too many open files, mostly: without a pause the loop would spin on the same connection.
@@ -40,9 +54,15 @@ pub async fn serve(listener: TcpListener, router: Router, shutdown: Cancellation
                 continue;
             }
         };
-        let (router, shutdown) = (router.clone(), shutdown.clone());
+        let (router, tls, shutdown) = (router.clone(), tls.clone(), shutdown.clone());
         connections.spawn(async move {
-            connection(stream, router, shutdown).await;
+            match tls {
+                None => connection(stream, peer, router, shutdown).await,
+                Some(tls) => match tls.accept(stream).await {
+                    Ok(stream) => connection(stream, peer, router, shutdown).await,
+                    Err(error) => tracing::debug!(%error, %peer, "TLS handshake failed"),
+                },
+            }
             drop(slot);
         });
     }
@@ -55,16 +75,35 @@ pub async fn serve(listener: TcpListener, router: Router, shutdown: Cancellation
 async fn accept(
     listener: &TcpListener,
     slots: &Arc<Semaphore>,
-) -> std::io::Result<(TcpStream, Option<tokio::sync::OwnedSemaphorePermit>)> {
+) -> std::io::Result<(TcpStream, SocketAddr, Option<tokio::sync::OwnedSemaphorePermit>)> {
     // The semaphore is never closed, so a permit always comes.
     let slot = Arc::clone(slots).acquire_owned().await.ok();
-    let (stream, _) = listener.accept().await?;
+    let (stream, peer) = listener.accept().await?;
     stream.set_nodelay(true)?;
-    Ok((stream, slot))
+    Ok((stream, peer, slot))
 }
 
-async fn connection(stream: TcpStream, router: Router, shutdown: CancellationToken) {
-    let service = TowerToHyperService::new(router);
+/// What browsers are told about every answer: labels are hostile text, and nothing here is a page.
+async fn guarded_from_browsers(mut response: Response) -> Response {
+    let headers = response.headers_mut();
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    let policy = HeaderValue::from_static("default-src 'none'; frame-ancestors 'none'");
+    headers.insert(header::CONTENT_SECURITY_POLICY, policy);
+    headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    response
+}
+
+async fn connection(
+    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    peer: SocketAddr,
+    router: Router,
+    shutdown: CancellationToken,
+) {
+    let with_peer = MapRequestLayer::new(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(Peer(peer.ip()));
+        request
+    });
+    let service = TowerToHyperService::new(with_peer.layer(router));
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(HEAD_BYTES_MAX);
     builder.http2().timer(TokioTimer::new()).max_header_list_size(HEAD_BYTES_MAX as u32).max_concurrent_streams(128);

@@ -5,7 +5,9 @@ mod ask;
 mod config;
 mod http;
 mod memory;
+mod reload;
 mod serve;
+mod tls;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -5,8 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use access::{Access, Credentials, Routes, Scope};
 use anyhow::{Context, Result, bail};
-use axum::Router;
+use axum::routing::any_service;
 use catalog::fs::Disk;
 use catalog::{FileSystem, SystemClock, SystemEntropy};
 use engine::{Components, Engine, Retention, Settings, Telemetry};
@@ -20,6 +21,8 @@ use tracing_subscriber::EnvFilter;
 
 use crate::admin::{self, Gate};
 use crate::config::{Config, Listen, LogFormat};
+use crate::reload::{self, Seen, Watched};
+use crate::tls::{self, Tls};
 use crate::{http, memory};
 
 /// What a stop may spend on writing memory to data files; the rest is in the log.
@@ -61,32 +64,38 @@ fn log_to_stderr(config: &Config) {
 
 async fn serve(config: &Config) -> Result<()> {
     let mut stop = Stop::new()?;
+    let mut watched = Vec::new();
+    let access = access(config, &mut watched)?;
+    let tls = encryption(config, &mut watched)?;
     let _lock = claim(&config.data_dir)?;
     let listeners = Listeners::bind(config).await?;
     listeners.announce(config)?;
 
     let telemetry = Arc::new(Telemetry::default());
+    telemetry.register("access_denied", "Requests denied, by reason", access.denied());
     let stopping = CancellationToken::new();
-    let gate = Gate::new(stopping.clone(), Arc::clone(&telemetry));
+    let gate = Gate::new(stopping.clone(), Arc::clone(&telemetry), access.clone());
     let mut tasks = JoinSet::new();
-    let (router, token) = (gate.clone().router(), stopping.clone());
+    let (router, http_tls, token) = (gate.clone().router(), tls.clone(), stopping.clone());
     tasks.spawn(async move {
-        http::serve(listeners.http, router, token).await;
+        http::serve(listeners.http, router, http_tls, token).await;
         Ok(())
     });
+    let (self_metrics, token) = (Arc::clone(&telemetry), stopping.clone());
+    tasks.spawn(async move { reload::run(watched, &self_metrics, token).await });
 
     let engine = tokio::select! {
         engine = open(config, telemetry) => engine?,
         () = stop.signal() => return Ok(()),
     };
     if let Some(listener) = listeners.postgres {
-        let (engine, token) = (engine.clone(), stopping.clone());
-        tasks.spawn(async move { Ok(sql::pg::serve(listener, engine, token).await?) });
+        let (engine, access, token) = (engine.clone(), access.clone(), stopping.clone());
+        tasks.spawn(async move { Ok(sql::pg::serve(listener, engine, access, token).await?) });
     }
     if let Some(listener) = listeners.grpc {
-        tasks.spawn(grpc(listener, stopping.clone()));
+        tasks.spawn(grpc(listener, access, tls, stopping.clone()));
     }
-    gate.open(routes(&engine)?);
+    gate.open(routes(&engine)?, config);
     tracing::info!("ready");
 
     let failed = tokio::select! {
@@ -110,11 +119,43 @@ async fn serve(config: &Config) -> Result<()> {
     }
 }
 
+/// Who may use the server, kept up to date with its file.
+fn access(config: &Config, watched: &mut Vec<Watched>) -> Result<Access> {
+    if config.auth_file.is_empty() {
+        return Ok(Access::open());
+    }
+    let path = std::path::PathBuf::from(&config.auth_file);
+    let file = path.clone();
+    let load = move || -> Result<Credentials> {
+        let text =
+            std::fs::read_to_string(&file).with_context(|| format!("cannot read auth_file {}", file.display()))?;
+        Credentials::parse(&text).with_context(|| format!("in auth_file {}", file.display()))
+    };
+    let seen = Seen::now(vec![path]);
+    let access = Access::with(load()?);
+    let of_entry = access.clone();
+    watched.push(Watched::new("auth_file", seen, move || {
+        of_entry.replace(load()?);
+        Ok(())
+    }));
+    Ok(access)
+}
+
+/// What encrypts connections, kept up to date with its files.
+fn encryption(config: &Config, watched: &mut Vec<Watched>) -> Result<Option<Arc<Tls>>> {
+    let Some(files) = tls::Files::of(config)? else { return Ok(None) };
+    let seen = Seen::now(files.paths());
+    let tls = Arc::new(Tls::open(files)?);
+    let of_entry = Arc::clone(&tls);
+    watched.push(Watched::new("tls", seen, move || of_entry.reload()));
+    Ok(Some(tls))
+}
+
 /// All paths of the HTTP listener that need the database.
-fn routes(engine: &Engine) -> Result<Router> {
+fn routes(engine: &Engine) -> Result<Routes> {
     // Bodies in flight are memory that no query can have.
     let bodies = Bodies::new(engine.settings().memory_limit / 8);
-    Ok(Router::new()
+    Ok(Routes::new()
         .merge(receivers::prometheus::routes(engine.clone(), bodies))
         .merge(promql::api::routes(engine.clone(), ApiOptions::default()))
         .merge(sql::http::routes(engine)?)
@@ -191,9 +232,10 @@ impl Listeners {
         let http = self.http.local_addr()?;
         let data_dir = std::fs::canonicalize(&config.data_dir)?;
         println!("thalweg {}", env!("CARGO_PKG_VERSION"));
-        println!("send    Prometheus remote write   http://{http}/api/v1/write");
-        println!("ask     Prometheus API, Grafana   http://{http}");
-        println!("        SQL over HTTP             http://{http}/api/v1/sql");
+        let scheme = if config.tls_cert.is_empty() { "http" } else { "https" };
+        println!("send    Prometheus remote write   {scheme}://{http}/api/v1/write");
+        println!("ask     Prometheus API, Grafana   {scheme}://{http}");
+        println!("        SQL over HTTP             {scheme}://{http}/api/v1/sql");
         if let Some(postgres) = &self.postgres {
             let address = postgres.local_addr()?;
             println!("        SQL, PostgreSQL clients   postgres://{address}/thalweg");
@@ -219,12 +261,15 @@ async fn bind(name: &str, listen: &Listen) -> Result<Option<TcpListener>> {
 }
 
 /// The gRPC listener: the health service, until receivers join it.
-async fn grpc(listener: TcpListener, stopping: CancellationToken) -> Result<()> {
+///
+/// gRPC clients read an HTTP status where there is no gRPC status, so that unknown methods and denied requests need
+/// nothing of their own.
+async fn grpc(listener: TcpListener, access: Access, tls: Option<Arc<Tls>>, stopping: CancellationToken) -> Result<()> {
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
-    let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
-    let server = tonic::transport::Server::builder().add_service(health);
-    server.serve_with_incoming_shutdown(incoming, stopping.cancelled()).await.context("the gRPC listener failed")
+    let routes = Routes::new().route(Scope::Public, "/grpc.health.v1.Health/{method}", any_service(health));
+    http::serve(listener, routes.behind(access), tls, stopping).await;
+    Ok(())
 }
 
 /// SIGTERM and SIGINT.

@@ -20,7 +20,7 @@ mod telemetry;
 use std::future::Future;
 use std::sync::Arc;
 
-use axum::Router;
+use access::{Routes, Scope};
 use axum::extract::{Path, State};
 use axum::http::{Method, header};
 use axum::routing::{MethodRouter, get, post};
@@ -74,7 +74,7 @@ struct Api {
 }
 
 /// The API's endpoints.
-pub fn routes(engine: Engine, options: ApiOptions) -> Router {
+pub fn routes(engine: Engine, options: ApiOptions) -> Routes {
     let slots = Semaphore::new(options.concurrency_max.clamp(1, Semaphore::MAX_PERMITS));
     let metrics = Metrics::new(engine.telemetry());
     let started_ms = engine.now_ms();
@@ -109,10 +109,10 @@ pub fn routes(engine: Engine, options: ApiOptions) -> Router {
         ("status/flags", only_get("flags", |api, _| async move { status::flags(&api).await })),
         ("status/tsdb", only_get("tsdb", |api, form| async move { status::tsdb(&api, &form).await })),
     ];
-    let router = endpoints
-        .into_iter()
-        .fold(Router::new(), |router, (path, endpoint)| router.route(&format!("/api/v1/{path}"), endpoint));
-    router
+    let routes = endpoints.into_iter().fold(Routes::new(), |routes, (path, endpoint)| {
+        routes.route(Scope::Read, &format!("/api/v1/{path}"), endpoint)
+    });
+    routes
         .with_state(api)
         .layer(
             CompressionLayer::new()

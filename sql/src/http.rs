@@ -7,9 +7,9 @@
 
 use std::sync::Arc;
 
+use access::{Routes, Scope};
 use arrow::datatypes::Schema;
 use arrow::record_batch::RecordBatch;
-use axum::Router;
 use axum::body::Body;
 use axum::extract::{DefaultBodyLimit, RawQuery, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -37,10 +37,10 @@ const USER: &str = "http";
 ///
 /// # Errors
 /// When the SQL side of the engine can't be built.
-pub fn routes(engine: &Engine) -> Result<Router> {
+pub fn routes(engine: &Engine) -> Result<Routes> {
     let frontend = Frontend::new(engine)?;
-    let router = Router::new().route("/api/v1/sql", get(by_get).post(by_post));
-    Ok(router.layer(DefaultBodyLimit::max(STATEMENT_BYTES_MAX)).with_state(frontend))
+    let routes = Routes::new().route(Scope::Read, "/api/v1/sql", get(by_get).post(by_post));
+    Ok(routes.layer(DefaultBodyLimit::max(STATEMENT_BYTES_MAX)).with_state(frontend))
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

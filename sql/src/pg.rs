@@ -5,7 +5,8 @@
 //! server's shutdown, and for the client going away, and drops the work at once when one of them happens
 //! ([`connection`]). Rows are streamed; none are kept for later ([`answer`]). What a value looks like is [`rows`]'s.
 //!
-//! There is no TLS and no password yet: the server listens on loopback unless it is told to be insecure.
+//! There is no TLS yet, so the server listens on loopback unless it is told to be insecure. Where credentials are needed
+//! clients are asked for a password in clear text: that of a user, or a token with the token's name as the user.
 
 mod answer;
 mod connection;
@@ -16,6 +17,7 @@ pub use rows::wire_type;
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use access::Access;
 use engine::Engine;
 use parking_lot::Mutex;
 use pgwire::api::RandomPidSecretKeyGenerator;
@@ -34,9 +36,10 @@ const CONNECTIONS_MAX: usize = 1000;
 ///
 /// # Errors
 /// When the SQL side of the engine can't be built.
-pub async fn serve(listener: TcpListener, engine: Engine, shutdown: CancellationToken) -> Result<()> {
+pub async fn serve(listener: TcpListener, engine: Engine, access: Access, shutdown: CancellationToken) -> Result<()> {
     let server = Arc::new(Server {
         frontend: Frontend::new(&engine)?,
+        access,
         running: Mutex::default(),
         keys: RandomPidSecretKeyGenerator::default(),
         shutdown: shutdown.clone(),
@@ -67,6 +70,7 @@ pub async fn serve(listener: TcpListener, engine: Engine, shutdown: Cancellation
 /// What connections share.
 struct Server {
     frontend: Arc<Frontend>,
+    access: Access,
     running: Mutex<HashMap<i32, Running>>,
     keys: RandomPidSecretKeyGenerator,
     shutdown: CancellationToken,

@@ -45,6 +45,11 @@ fn values_are_read_in_their_text_form() {
         c.http = Listen::at("0.0.0.0:7300");
     });
     check("retention = \"400d\"", |c| c.retention = Seconds(400.0 * 86400.0));
+    check("http = \"0.0.0.0:7300\"\ngrpc = \"[::]:4317\"\nauth_file = \"/x\"", |c| {
+        c.http = Listen::at("0.0.0.0:7300");
+        c.grpc = Listen::at("[::]:4317");
+        c.auth_file = "/x".to_owned();
+    });
     check("log_format = \"json\"", |c| c.log_format = LogFormat::Json);
 }
 
@@ -90,6 +95,9 @@ fn mistakes_are_named() {
     check("http = \"off\"", &[], "http must be an address");
     check("http = \"0.0.0.0:7300\"", &[], "can be reached by other machines");
     check("http = \"example.org:7300\"", &[], "can be reached by other machines");
+    check("grpc = \"0.0.0.0:4317\"", &[], "grpc = \"0.0.0.0:4317\" can be reached by other machines");
+    check("postgres = \"[::]:5433\"", &[], "postgres = \"[::]:5433\" can be reached by other machines");
+    check("postgres = \"[::]:5433\"\nauth_file = \"x\"", &[], "encrypts nothing");
     check("memory_limit = \"5 parsecs\"", &[], "allowed units are KiB, MiB, GiB, TiB");
     check("memory_limit = \"99999999999TiB\"", &[], "more than 2^64 bytes");
     check("query_timeout = \"-1s\"", &[], "is not a duration");

@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 
+use access::Access;
 use arrow::array::{ArrayRef, Float64Array, StringArray, TimestampMillisecondArray, UInt32Array};
 use arrow::record_batch::RecordBatch;
+use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::http::{Request, StatusCode, header};
 use axum::response::Response;
@@ -49,7 +51,8 @@ async fn serve() -> Server {
     };
     let engine = Engine::open(settings, components, crate::extensions()).await.expect("a database");
     fill(&engine).await;
-    Server { router: routes(engine.clone(), ApiOptions::default()), engine, _folder: folder }
+    let router = routes(engine.clone(), ApiOptions::default()).behind(Access::open());
+    Server { router, engine, _folder: folder }
 }
 
 async fn fill(engine: &Engine) {

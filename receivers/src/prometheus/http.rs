@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use axum::Router;
+use access::{Routes, Scope};
 use axum::body::Body as HttpBody;
 use axum::extract::{Request, State};
 use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER};
@@ -34,9 +34,10 @@ const RETRY_AFTER_SECONDS: HeaderValue = HeaderValue::from_static("1");
 const REJECTIONS_SHOWN: usize = 3;
 
 /// Mounts remote write over an engine.
-pub fn routes(engine: Engine, bodies: Bodies) -> Router {
+pub fn routes(engine: Engine, bodies: Bodies) -> Routes {
     let metrics = Metrics::new(engine.telemetry());
-    Router::new().route("/api/v1/write", post(write)).with_state(Arc::new(Receiver { engine, bodies, metrics }))
+    let receiver = Arc::new(Receiver { engine, bodies, metrics });
+    Routes::new().route(Scope::Write, "/api/v1/write", post(write)).with_state(receiver)
 }
 
 struct Receiver {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use access::{Denied, Peer, Scope};
 use futures::{SinkExt, StreamExt};
 use pgwire::api::auth::{protocol_negotiation, save_startup_parameters_to_metadata};
 use pgwire::api::query::ExtendedQueryHandler;
@@ -163,11 +164,12 @@ async fn fatal(connection: &mut Connection, error: PgWireError) -> io::Result<()
     connection.send(PgWireBackendMessage::ErrorResponse(info.into())).await
 }
 
-/// Greets a client: nobody is asked for a password.
+/// Greets a client.
 async fn start(server: &Server, connection: &mut Connection, startup: &Startup) -> PgWireResult<Answers> {
     protocol_negotiation(connection, startup).await?;
     save_startup_parameters_to_metadata(connection, startup);
     let user = connection.metadata().get(METADATA_USER).cloned().ok_or(PgWireError::UserNameRequired)?;
+    log_in(server, connection, &user).await?;
     let session = server.frontend.session(&user);
     for (name, value) in &startup.parameters {
         let of_protocol = ["user", "database", "replication", "options"].contains(&name.as_str());
@@ -187,6 +189,31 @@ async fn start(server: &Server, connection: &mut Connection, startup: &Startup) 
     connection.send(PgWireBackendMessage::ReadyForQuery(ready)).await?;
     connection.set_state(PgWireConnectionState::ReadyForQuery);
     Ok(Answers::new(Arc::new(session)))
+}
+
+/// Asks for a password where credentials are needed. All that SQL does is read.
+async fn log_in(server: &Server, connection: &mut Connection, user: &str) -> PgWireResult<()> {
+    if !server.access.asks() {
+        return Ok(());
+    }
+    connection.set_state(PgWireConnectionState::AuthenticationInProgress);
+    connection.send(PgWireBackendMessage::Authentication(Authentication::CleartextPassword)).await?;
+    let password = match tokio::time::timeout(STARTUP_TIMEOUT, connection.next()).await {
+        Ok(Some(Ok(PgWireFrontendMessage::PasswordMessageFamily(message)))) => message.into_password()?.password,
+        Ok(Some(Err(e))) => return Err(e),
+        _ => return Err(pg_error(SqlError::new("28000", "no password was sent"))),
+    };
+    let address = connection.socket_addr().ip();
+    server.access.log_in(Scope::Read, user, &password, address).await.map(drop).map_err(|denied| {
+        server.access.count(denied, Some(Peer(address)), "PostgreSQL");
+        pg_error(match denied {
+            Denied::Missing | Denied::Wrong => {
+                SqlError::new("28P01", format!("password authentication failed for user {user:?}"))
+            }
+            Denied::Scope(_) | Denied::Origin => SqlError::new("42501", denied.to_string()),
+            Denied::Throttled(_) | Denied::Busy => SqlError::new("53300", denied.to_string()),
+        })
+    })
 }
 
 /// How the answer to a message ended.
