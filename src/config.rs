@@ -107,6 +107,15 @@ settings! {
     series_limit: u64 = 5_000_000;
     /// Samples further ahead of the clock than this are refused.
     future_max: Seconds = Seconds(600.0);
+    /// The label, an external label of Prometheus, that tells identical servers apart. Of those with the same value of
+    /// `ha_cluster_label` one is elected: its series are stored without this label, those of the others are left out.
+    /// Series without both labels are stored as they are. Empty turns this off.
+    ha_replica_label: String = "__replica__".to_owned();
+    /// The label that identical Prometheus servers have in common.
+    ha_cluster_label: String = "cluster".to_owned();
+    /// Another server is elected when nothing came from the elected one for this long, which must exceed its longest
+    /// scrape interval.
+    ha_failover: Seconds = Seconds(30.0);
     /// Rows are written from memory to data files after this long at the latest.
     flush_interval: Seconds = Seconds(3600.0);
     /// Deadline of a query that doesn't set its own.

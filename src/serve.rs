@@ -13,6 +13,7 @@ use catalog::{FileSystem, SystemClock, SystemEntropy};
 use engine::{Components, Engine, Retention, Settings, Telemetry};
 use promql::api::ApiOptions;
 use receivers::body::Bodies;
+use receivers::prometheus::Replicas;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
@@ -95,7 +96,7 @@ async fn serve(config: &Config) -> Result<()> {
     if let Some(listener) = listeners.grpc {
         tasks.spawn(grpc(listener, access, tls, stopping.clone()));
     }
-    gate.open(routes(&engine)?, config);
+    gate.open(routes(&engine, config)?, config);
     tracing::info!("ready");
 
     let failed = tokio::select! {
@@ -152,11 +153,13 @@ fn encryption(config: &Config, watched: &mut Vec<Watched>) -> Result<Option<Arc<
 }
 
 /// All paths of the HTTP listener that need the database.
-fn routes(engine: &Engine) -> Result<Routes> {
+fn routes(engine: &Engine, config: &Config) -> Result<Routes> {
     // Bodies in flight are memory that no query can have.
     let bodies = Bodies::new(engine.settings().memory_limit / 8);
+    let (cluster, replica) = (&config.ha_cluster_label, &config.ha_replica_label);
+    let replicas = Replicas::new(cluster, replica, config.ha_failover.duration(), engine.telemetry());
     Ok(Routes::new()
-        .merge(receivers::prometheus::routes(engine.clone(), bodies))
+        .merge(receivers::prometheus::routes(engine.clone(), bodies, replicas))
         .merge(promql::api::routes(engine.clone(), ApiOptions::default()))
         .merge(sql::http::routes(engine)?)
         .merge(admin::routes(engine.clone())))

@@ -21,3 +21,5 @@ mod remote_write;
 mod sql;
 /// Rules of the source tree that no compiler checks.
 mod tidy;
+/// A pair of identical Prometheus servers: one is stored, the other when the first is gone.
+mod replicas;

@@ -11,9 +11,9 @@ use receivers::prometheus::{Decoded, Limits, decode_v1, decode_v2};
 const SERIES: usize = 100_000;
 const PER_REQUEST: usize = 2_000;
 const NOW: i64 = 1_795_239_025_000;
-const LIMITS: Limits = Limits { now_ms: NOW, future_max_ms: 600_000 };
+const LIMITS: Limits<'_> = Limits { now_ms: NOW, future_max_ms: 600_000, replicas: None };
 
-type Decode = fn(&[u8], Encoder<'_>, Limits) -> Result<Decoded>;
+type Decode = fn(&[u8], Encoder<'_>, Limits<'_>) -> Result<Decoded>;
 
 fn varint(mut v: u64, out: &mut Vec<u8>) {
     while v >= 0x80 {

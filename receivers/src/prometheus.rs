@@ -4,12 +4,15 @@
 //! its labels and look all hashes up at once; for what was met before no label is decoded at all, and only times and
 //! values are read. Rows go to columns that become Arrow arrays without a copy.
 //!
+//! Of several identical senders one is stored: [`Replicas`].
+//!
 //! What always holds: a request that is not protobuf is refused whole; otherwise each series is accepted or refused on
 //! its own, refused ones are named with the field and the reason, and nothing of them is registered or stored. Values
 //! keep their bits. [`routes`] mounts both versions at `/api/v1/write`.
 
 mod histogram;
 mod http;
+mod replica;
 mod rows;
 mod v1;
 mod v2;
@@ -24,11 +27,13 @@ use catalog::{Encoder, Error, ErrorKind, Result};
 use engine::Write;
 
 pub use http::routes;
+pub use replica::Replicas;
 pub use rows::Mark as Counts;
 pub use v1::decode_v1;
 pub use v2::decode_v2;
 
 use histogram::Histogram;
+use replica::Sources;
 use rows::Rows;
 
 /// Most series of a request.
@@ -52,13 +57,15 @@ const SERIES_TEXT_MAX: usize = 256;
 /// The year 1 in milliseconds since the epoch: dates before have no text form in SQL or PromQL.
 const TS_MIN: i64 = -62_135_596_800_000;
 
-/// The time frame of a request.
+/// What a request is judged by.
 #[derive(Debug, Clone, Copy)]
-pub struct Limits {
+pub struct Limits<'r> {
     /// Now, milliseconds since the epoch.
     pub now_ms: i64,
     /// Rows further ahead of now than this many milliseconds are refused.
     pub future_max_ms: i64,
+    /// Elects one of several identical senders, when they are told apart.
+    pub replicas: Option<&'r Replicas>,
 }
 
 /// Why something was refused.
@@ -158,6 +165,8 @@ pub struct Decoded {
     pub rejected: Rejected,
     /// Samples, histograms and exemplars in `write`.
     pub counts: Counts,
+    /// The same of replicas that are not elected: neither in `write` nor in `rejected`.
+    pub left_out: Counts,
 }
 
 /// What both versions share while a request is decoded.
@@ -168,13 +177,19 @@ struct Request<'r> {
     metadata: Vec<engine::MetricMetadata>,
     histogram: Histogram,
     json: String,
-    limits: Limits,
+    limits: Limits<'r>,
+    /// The request's senders, when replicas are told apart.
+    sources: Option<Sources<'r>>,
+    /// The wire forms of series with a replica label are told apart from those of all others: what they stand for is a
+    /// series without that label.
+    replica_forms: bool,
+    left_out: Counts,
     /// Rows after this are refused, milliseconds since the epoch.
     ts_max: i64,
 }
 
 impl<'r> Request<'r> {
-    fn new(encoder: Encoder<'r>, limits: Limits, series: usize) -> Self {
+    fn new(encoder: Encoder<'r>, limits: Limits<'r>, sources: Option<Sources<'r>>, series: usize) -> Self {
         Self {
             encoder,
             rows: Rows::with_capacity(series),
@@ -183,6 +198,9 @@ impl<'r> Request<'r> {
             histogram: Histogram::default(),
             json: String::new(),
             limits,
+            sources,
+            replica_forms: false,
+            left_out: Counts::default(),
             ts_max: limits.now_ms.saturating_add(limits.future_max_ms),
         }
     }
@@ -213,21 +231,43 @@ impl<'r> Request<'r> {
         }
     }
 
-    /// Decides on the rows of a series whose wire form is not known, given its decoded labels. False when it is refused.
+    /// Leaves out the rows of the series that was begun last, for it is of a replica that is not elected.
+    fn leave_out(&mut self) {
+        self.left_out += self.rows.pending();
+        self.rows.abort();
+    }
+
+    /// Decides on the rows of a series whose wire form is not known, given its decoded labels. False when it is refused
+    /// or left out.
+    ///
+    /// # Errors
+    /// When replicas can't be elected.
     #[cold]
-    fn resolve(&mut self, labels: &mut [(&str, &str)], wire: Option<u128>) -> bool {
+    fn resolve(&mut self, labels: &mut Vec<(&str, &str)>, mut wire: Option<u128>) -> Result<bool> {
+        if let Some(sources) = &mut self.sources {
+            let raw = labels.iter().map(|(name, value)| (name.as_bytes(), value.as_bytes()));
+            if let Some(source) = sources.replicas().source(raw) {
+                if !sources.stored(source)? {
+                    self.leave_out();
+                    return Ok(false);
+                }
+                let replica_label = sources.replicas().replica_label();
+                labels.retain(|(name, _)| *name != replica_label);
+                wire = wire.filter(|_| self.replica_forms);
+            }
+        }
         if let Err(message) = check_labels(labels) {
             self.refuse(Reason::Labels, "labels", || series_text(labels), message);
-            return false;
+            return Ok(false);
         }
         // Without rows there is nothing to register.
         if self.rows.pending().is_empty() {
-            return true;
+            return Ok(true);
         }
         match self.encoder.tags(labels, wire) {
             Ok(series) => {
                 self.rows.commit(series);
-                true
+                Ok(true)
             }
             Err(e) => {
                 let reason = match e.kind() {
@@ -236,7 +276,7 @@ impl<'r> Request<'r> {
                     _ => Reason::Collision,
                 };
                 self.refuse(reason, "labels", || series_text(labels), e.message().to_owned());
-                false
+                Ok(false)
             }
         }
     }
@@ -305,7 +345,7 @@ impl<'r> Request<'r> {
     fn finish(self) -> Result<Decoded> {
         let counts = self.rows.len();
         let write = Write { tags: self.encoder.finish(), batches: self.rows.finish()?, metadata: self.metadata };
-        Ok(Decoded { write, rejected: self.rejected, counts })
+        Ok(Decoded { write, rejected: self.rejected, counts, left_out: self.left_out })
     }
 }
 

@@ -17,7 +17,7 @@ use engine::{Engine, Telemetry};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 
-use super::{Counts, Decoded, Limits, Reason, Rejected, decode_v1, decode_v2};
+use super::{Counts, Decoded, Limits, Reason, Rejected, Replicas, decode_v1, decode_v2};
 use crate::body::{Bodies, Encoding};
 
 #[cfg(test)]
@@ -33,16 +33,17 @@ const RETRY_AFTER_SECONDS: HeaderValue = HeaderValue::from_static("1");
 /// Rejections that an answer spells out: Prometheus logs the first line up to 1 KiB.
 const REJECTIONS_SHOWN: usize = 3;
 
-/// Mounts remote write over an engine.
-pub fn routes(engine: Engine, bodies: Bodies) -> Routes {
+/// Mounts remote write over an engine; `replicas` elects one of several identical senders.
+pub fn routes(engine: Engine, bodies: Bodies, replicas: Option<Replicas>) -> Routes {
     let metrics = Metrics::new(engine.telemetry());
-    let receiver = Arc::new(Receiver { engine, bodies, metrics });
+    let receiver = Arc::new(Receiver { engine, bodies, replicas: replicas.map(Arc::new), metrics });
     Routes::new().route(Scope::Write, "/api/v1/write", post(write)).with_state(receiver)
 }
 
 struct Receiver {
     engine: Engine,
     bodies: Bodies,
+    replicas: Option<Arc<Replicas>>,
     metrics: Metrics,
 }
 
@@ -119,13 +120,15 @@ impl Receiver {
 
         let registry = self.engine.registry().clone();
         let future_max_ms = i64::try_from(self.engine.settings().future_max.as_millis()).unwrap_or(i64::MAX);
-        let limits = Limits { now_ms: self.engine.now_ms(), future_max_ms };
+        let now_ms = self.engine.now_ms();
+        let replicas = self.replicas.clone();
         let inflated_bytes = self.metrics.inflated_bytes.clone();
         let (decoded, body) = self
             .engine
             .compute(move || {
                 let decoded = body.inflate(encoding, |bytes| {
                     inflated_bytes.inc_by(bytes.len() as u64);
+                    let limits = Limits { now_ms, future_max_ms, replicas: replicas.as_deref() };
                     match version {
                         Version::V1 => decode_v1(bytes, registry.encoder(), limits),
                         Version::V2 => decode_v2(bytes, registry.encoder(), limits),
@@ -134,7 +137,8 @@ impl Receiver {
                 (decoded, body)
             })
             .await;
-        let Decoded { mut write, rejected, counts } = decoded?;
+        let Decoded { mut write, rejected, counts, left_out } = decoded?;
+        self.metrics.left_out.inc_by((left_out.samples + left_out.histograms + left_out.exemplars) as u64);
         for reason in Reason::ALL {
             self.metrics.rejected(reason).inc_by(rejected.count(reason));
         }
@@ -145,7 +149,10 @@ impl Receiver {
         }
         // The body's share of the budget stands for the rows, too.
         drop(body);
-        Ok(answer(&rejected, counts))
+        let mut outcome = answer(&rejected, counts);
+        // A sender counts what was not written as failed, and its owner would be alarmed by a pair that works.
+        outcome.counts += left_out;
+        Ok(outcome)
     }
 }
 
@@ -221,6 +228,7 @@ struct Metrics {
     rejected: Vec<Counter>,
     bytes: Counter,
     inflated_bytes: Counter,
+    left_out: Counter,
 }
 
 impl Metrics {
@@ -237,6 +245,11 @@ impl Metrics {
             inflated_bytes: telemetry.register(
                 "remote_write_inflated_bytes",
                 "Bytes of bodies after decompression",
+                Counter::default(),
+            ),
+            left_out: telemetry.register(
+                "remote_write_replica_left_out",
+                "Samples, histograms and exemplars of replicas that are not elected",
                 Counter::default(),
             ),
         }

@@ -54,6 +54,14 @@ impl Mark {
     }
 }
 
+impl std::ops::AddAssign for Mark {
+    fn add_assign(&mut self, other: Self) {
+        self.samples += other.samples;
+        self.histograms += other.histograms;
+        self.exemplars += other.exemplars;
+    }
+}
+
 #[derive(Debug, Default)]
 struct Samples {
     series: Vec<TagRef>,

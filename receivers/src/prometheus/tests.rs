@@ -12,15 +12,16 @@ mod differential;
 pub(crate) mod messages;
 mod mutation;
 mod refusals;
+mod replicas;
 
 const NOW: i64 = 1_795_239_025_000;
-const LIMITS: Limits = Limits { now_ms: NOW, future_max_ms: 600_000 };
+const LIMITS: Limits<'_> = Limits { now_ms: NOW, future_max_ms: 600_000, replicas: None };
 
 fn registry() -> Registry {
     Registry::new(TagHasher::new(7), 1000)
 }
 
-type Decode = fn(&[u8], Encoder<'_>, Limits) -> Result<Decoded>;
+type Decode = fn(&[u8], Encoder<'_>, Limits<'_>) -> Result<Decoded>;
 
 /// Makes the tag sets of a decoded request known, as the log's committer does.
 fn publish(registry: &Registry, decoded: &Decoded) {

@@ -2,11 +2,13 @@
 
 use catalog::{Encoder, Result, TagHasher, TagRef};
 
-use super::{Decoded, Limits, RawLabel, Reason, Request, check_series_count, keep, lossy_text, utf8};
+use super::{Counts, Decoded, Limits, RawLabel, Reason, Request, Sources, check_series_count, keep, lossy_text, utf8};
 use crate::wire::{self, Cursor, fixed64_key, len_key, varint_key};
 
 /// The wire forms of this version in the encoder.
 const DOMAIN: u8 = 1;
+/// The wire forms of series that are stored without their replica label.
+const REPLICA_DOMAIN: u8 = 4;
 /// The last field of a 1.0 histogram.
 const HISTOGRAM_FIELDS: u32 = 16;
 
@@ -16,21 +18,31 @@ const SERIES_BYTES: usize = 200;
 const TIMESERIES: u32 = len_key(1);
 const METADATA: u32 = len_key(3);
 const LABEL: u32 = len_key(1);
+const SAMPLE: u32 = len_key(2);
+const EXEMPLAR: u32 = len_key(3);
+const HISTOGRAM: u32 = len_key(4);
 
 /// Decodes an uncompressed request of remote write 1.0.
 ///
 /// # Errors
 /// `Invalid` when the bytes are not protobuf; `LimitExceeded` when the request holds too much.
-pub fn decode_v1(body: &[u8], encoder: Encoder<'_>, limits: Limits) -> Result<Decoded> {
-    let forms = forms(body, encoder.hasher())?;
-    let mut request = Request::new(encoder, limits, forms.wires.len());
+pub fn decode_v1(body: &[u8], encoder: Encoder<'_>, limits: Limits<'_>) -> Result<Decoded> {
+    let mut sources = limits.replicas.map(|replicas| Sources::new(replicas, limits.now_ms));
+    let forms = forms(body, encoder.hasher(), sources.as_mut())?;
+    let mut request = Request::new(encoder, limits, sources, forms.wires.len());
+    request.replica_forms = forms.replicas.is_some();
     let known = request.encoder.lookup(&forms.wires);
     let mut next = 0;
     let mut c = Cursor::new(body);
     while let Some(key) = c.key()? {
         match key {
             TIMESERIES => {
-                let form = Form { wire: forms.wires[next], labels: forms.labels[next] as usize, known: known[next] };
+                let form = Form {
+                    wire: forms.wires[next],
+                    labels: forms.labels[next] as usize,
+                    known: known[next],
+                    left_out: forms.replicas.as_ref().is_some_and(|left_out| left_out[next]),
+                };
                 series(&mut request, c.message()?, &form)?;
                 next += 1;
             }
@@ -48,6 +60,9 @@ struct Forms {
     wires: Vec<u128>,
     /// How many bytes these are.
     labels: Vec<u32>,
+    /// Whether the series is left out, where the request's first series names a replica. All series of a sender do or
+    /// none; so nobody else pays for looking.
+    replicas: Option<Vec<bool>>,
 }
 
 struct Form {
@@ -55,11 +70,14 @@ struct Form {
     labels: usize,
     /// The series, when it was met in this form.
     known: Option<TagRef>,
+    /// It is of a replica that is not elected.
+    left_out: bool,
 }
 
-fn forms(body: &[u8], hasher: &TagHasher) -> Result<Forms> {
+fn forms(body: &[u8], hasher: &TagHasher, mut sources: Option<&mut Sources<'_>>) -> Result<Forms> {
     let room = body.len() / SERIES_BYTES;
-    let mut forms = Forms { wires: Vec::with_capacity(room), labels: Vec::with_capacity(room) };
+    let mut forms = Forms { wires: Vec::with_capacity(room), labels: Vec::with_capacity(room), replicas: None };
+    let mut raw = Vec::new();
     let mut c = Cursor::new(body);
     while let Some(key) = c.key()? {
         if key != TIMESERIES {
@@ -78,7 +96,26 @@ fn forms(body: &[u8], hasher: &TagHasher) -> Result<Forms> {
             rest.bytes()?;
         }
         let len = message.rest().len() - rest.rest().len();
-        forms.wires.push(hasher.wire(DOMAIN, &message.rest()[..len]));
+        let labels = &message.rest()[..len];
+        let mut domain = DOMAIN;
+        if let Some(sources) = &mut sources
+            && (forms.wires.is_empty() || forms.replicas.is_some())
+        {
+            raw.clear();
+            read_labels(Cursor::new(labels), &mut raw)?;
+            let source = sources.replicas().source(raw.iter().copied());
+            if source.is_some() {
+                domain = REPLICA_DOMAIN;
+                forms.replicas.get_or_insert_default();
+            }
+            if let Some(left_out) = &mut forms.replicas {
+                left_out.push(match source {
+                    Some(source) => !sources.stored(source)?,
+                    None => false,
+                });
+            }
+        }
+        forms.wires.push(hasher.wire(domain, labels));
         // A body of 4 GiB is refused long before.
         forms.labels.push(len as u32);
     }
@@ -91,9 +128,9 @@ fn skip_known(c: &mut Cursor<'_>, key: u32) -> wire::Result<()> {
 }
 
 fn series(request: &mut Request<'_>, message: Cursor<'_>, form: &Form) -> Result<()> {
-    const SAMPLE: u32 = len_key(2);
-    const EXEMPLAR: u32 = len_key(3);
-    const HISTOGRAM: u32 = len_key(4);
+    if form.left_out {
+        return leave_out(request, message);
+    }
     request.rows.begin();
     let mut c = message.clone();
     c.advance(form.labels);
@@ -141,13 +178,29 @@ fn series(request: &mut Request<'_>, message: Cursor<'_>, form: &Form) -> Result
     }
 }
 
+/// Counts the rows of a series of a replica that is not elected.
+fn leave_out(request: &mut Request<'_>, mut c: Cursor<'_>) -> Result<()> {
+    let mut rows = Counts::default();
+    while let Some(key) = c.key()? {
+        match key {
+            SAMPLE => rows.samples += 1,
+            EXEMPLAR => rows.exemplars += 1,
+            HISTOGRAM => rows.histograms += 1,
+            _ => {}
+        }
+        c.skip(key, 0..=0)?;
+    }
+    request.left_out += rows;
+    Ok(())
+}
+
 /// A series whose labels were not met in this form.
 #[cold]
 fn unknown(request: &mut Request<'_>, message: &Cursor<'_>, wire: Option<u128>) -> Result<()> {
     let raw = raw_labels(message.clone())?;
     match utf8(&raw) {
         Ok(mut labels) => {
-            request.resolve(&mut labels, wire);
+            request.resolve(&mut labels, wire)?;
         }
         Err(what) => request.refuse(Reason::Labels, "labels", || lossy_text(&raw), what),
     }
@@ -234,16 +287,21 @@ fn label<'a>(mut c: Cursor<'a>) -> wire::Result<RawLabel<'a>> {
 }
 
 /// The labels of a series, wherever they are in its message.
-fn raw_labels<'a>(mut series: Cursor<'a>) -> wire::Result<Vec<RawLabel<'a>>> {
+fn raw_labels<'a>(series: Cursor<'a>) -> wire::Result<Vec<RawLabel<'a>>> {
     let mut labels = Vec::new();
+    read_labels(series, &mut labels)?;
+    Ok(labels)
+}
+
+fn read_labels<'a>(mut series: Cursor<'a>, labels: &mut Vec<RawLabel<'a>>) -> wire::Result<()> {
     while let Some(key) = series.key()? {
         if key == LABEL {
-            keep(&mut labels, label(series.message()?)?);
+            keep(labels, label(series.message()?)?);
         } else {
             series.skip(key, 1..=1)?;
         }
     }
-    Ok(labels)
+    Ok(())
 }
 
 /// The series for a message about it.

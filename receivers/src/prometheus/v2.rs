@@ -9,11 +9,16 @@ use std::collections::HashSet;
 use catalog::tag::METRIC_NAME;
 use catalog::{Encoder, Error, Result, TagHasher, TagRef};
 
-use super::{Decoded, LABELS_MAX, Limits, RawLabel, Reason, Request, check_series_count, cut, keep, lossy_text, utf8};
+use super::{
+    Counts, Decoded, LABELS_MAX, Limits, RawLabel, Reason, Replicas, Request, Sources, check_series_count, cut, keep,
+    lossy_text, utf8,
+};
 use crate::wire::{self, Cursor, fixed64_key, len_key, varint_key};
 
 /// The wire forms of this version in the encoder.
 const DOMAIN: u8 = 2;
+/// The wire forms of series that are stored without their replica label.
+const REPLICA_DOMAIN: u8 = 5;
 /// The hashes of symbols; apart from what [`DOMAIN`] hashes.
 const SYMBOL_DOMAIN: u8 = 3;
 /// The last field of a 2.0 histogram.
@@ -25,6 +30,9 @@ const SYMBOL: u32 = len_key(4);
 const TIMESERIES: u32 = len_key(5);
 const REFS: u32 = len_key(1);
 const REF: u32 = varint_key(1);
+const SAMPLE: u32 = len_key(2);
+const HISTOGRAM: u32 = len_key(3);
+const EXEMPLAR: u32 = len_key(4);
 
 #[derive(Clone, Copy)]
 struct Symbol<'a> {
@@ -48,20 +56,32 @@ struct Symbols<'a> {
 /// # Errors
 /// `Invalid` when the bytes are not protobuf or the symbol table does not begin with an empty text; `LimitExceeded` when
 /// the request holds too much.
-pub fn decode_v2(body: &[u8], encoder: Encoder<'_>, limits: Limits) -> Result<Decoded> {
+pub fn decode_v2(body: &[u8], encoder: Encoder<'_>, limits: Limits<'_>) -> Result<Decoded> {
     let (table, series_count) = symbols(body, encoder.hasher())?;
     let empty_request = table.is_empty() && series_count == 0;
     if !empty_request && table.first().is_none_or(|s| !s.text.is_empty()) {
         return Err(Error::invalid("symbols: the first symbol must be the empty text"));
     }
     let mut symbols = Symbols { table, refs: Vec::new(), hashes: Vec::new(), described: HashSet::new() };
-    let wires = wires(body, &mut symbols, series_count, encoder.hasher())?;
-    let mut request = Request::new(encoder, limits, series_count);
+    // Without the symbol no series can name a replica.
+    let replicas = limits.replicas.filter(|r| symbols.table.iter().any(|s| s.text == r.replica_label().as_bytes()));
+    let mut sources = replicas.map(|replicas| Sources::new(replicas, limits.now_ms));
+    let Forms { wires, left_out } = forms(body, &mut symbols, series_count, encoder.hasher(), sources.as_mut())?;
+    let mut request = Request::new(encoder, limits, sources, series_count);
+    request.replica_forms = replicas.is_some();
     let mut known = request.encoder.lookup(&wires).into_iter();
+    let mut left_out = left_out.into_iter();
     let mut c = Cursor::new(body);
     while let Some(key) = c.key()? {
         match key {
-            TIMESERIES => series(&mut request, &mut symbols, c.message()?, known.next().flatten())?,
+            TIMESERIES => {
+                let known = known.next().flatten();
+                if left_out.next() == Some(true) {
+                    leave_out(&mut request, c.message()?)?;
+                } else {
+                    series(&mut request, &mut symbols, c.message()?, known)?;
+                }
+            }
             SYMBOL => drop(c.bytes()?),
             key => c.skip(key, 4..=5)?,
         }
@@ -96,10 +116,23 @@ fn symbols<'a>(body: &'a [u8], hasher: &TagHasher) -> Result<(Vec<Symbol<'a>>, u
     Ok((table, series))
 }
 
-/// For each series the hash of its labels, if its references are the first thing in it, as all writers put them; zero,
-/// under which nothing is found, for others and for references that are wrong.
-fn wires(body: &[u8], symbols: &mut Symbols<'_>, count: usize, hasher: &TagHasher) -> Result<Vec<u128>> {
-    let mut wires = Vec::with_capacity(count);
+/// What is known of all series by their references alone.
+struct Forms {
+    /// For each the hash of its labels, if its references are the first thing in it, as all writers put them; zero, under
+    /// which nothing is found, for others and for references that are wrong.
+    wires: Vec<u128>,
+    /// Whether it is of a replica that is not elected; empty when there are no replicas.
+    left_out: Vec<bool>,
+}
+
+fn forms(
+    body: &[u8],
+    symbols: &mut Symbols<'_>,
+    count: usize,
+    hasher: &TagHasher,
+    mut sources: Option<&mut Sources<'_>>,
+) -> Result<Forms> {
+    let mut forms = Forms { wires: Vec::with_capacity(count), left_out: Vec::new() };
     let mut c = Cursor::new(body);
     while let Some(key) = c.key()? {
         match key {
@@ -110,16 +143,42 @@ fn wires(body: &[u8], symbols: &mut Symbols<'_>, count: usize, hasher: &TagHashe
                     message.key()?;
                     read_refs(message.message()?, &mut symbols.refs)?;
                 }
-                wires.push(match symbols.hash() {
-                    Ok(()) => hasher.wire(DOMAIN, &symbols.hashes),
-                    Err(_) => 0,
-                });
+                let hashed = symbols.hash().is_ok();
+                let source = sources.as_ref().filter(|_| hashed).and_then(|s| symbols.source(s.replicas()));
+                if let Some(sources) = &mut sources {
+                    forms.left_out.push(match source {
+                        Some(source) => !sources.stored(source)?,
+                        None => false,
+                    });
+                }
+                forms.wires.push(if hashed { hasher.wire(domain(source), &symbols.hashes) } else { 0 });
             }
             SYMBOL => drop(c.bytes()?),
             key => c.skip(key, 4..=5)?,
         }
     }
-    Ok(wires)
+    Ok(forms)
+}
+
+/// The domain of a series' wire form.
+fn domain(source: Option<RawLabel<'_>>) -> u8 {
+    if source.is_some() { REPLICA_DOMAIN } else { DOMAIN }
+}
+
+/// Counts the rows of a series of a replica that is not elected.
+fn leave_out(request: &mut Request<'_>, mut c: Cursor<'_>) -> Result<()> {
+    let mut rows = Counts::default();
+    while let Some(key) = c.key()? {
+        match key {
+            SAMPLE => rows.samples += 1,
+            HISTOGRAM => rows.histograms += 1,
+            EXEMPLAR => rows.exemplars += 1,
+            _ => {}
+        }
+        c.skip(key, 0..=0)?;
+    }
+    request.left_out += rows;
+    Ok(())
 }
 
 impl<'a> Symbols<'a> {
@@ -143,6 +202,12 @@ impl<'a> Symbols<'a> {
             self.hashes.extend_from_slice(&symbol.hash.to_le_bytes());
         }
         Ok(())
+    }
+
+    /// The cluster and the replica that `refs` name.
+    fn source(&self, replicas: &Replicas) -> Option<RawLabel<'a>> {
+        let label = |pair: &[u32]| Some((self.text(pair[0])?, self.text(pair[1])?));
+        replicas.source(self.refs.chunks_exact(2).filter_map(label))
     }
 
     /// The labels that references name; those out of range as text that says so.
@@ -181,9 +246,6 @@ fn series<'a>(
     message: Cursor<'a>,
     known: Option<TagRef>,
 ) -> Result<()> {
-    const SAMPLE: u32 = len_key(2);
-    const HISTOGRAM: u32 = len_key(3);
-    const EXEMPLAR: u32 = len_key(4);
     const METADATA: u32 = len_key(5);
     const CREATED: u32 = varint_key(6);
     request.rows.begin();
@@ -245,7 +307,7 @@ fn series<'a>(
         }
         None => {
             symbols.read(&message)?;
-            if !unknown(request, symbols) {
+            if !unknown(request, symbols)? {
                 return Ok(());
             }
         }
@@ -253,24 +315,31 @@ fn series<'a>(
     if described { describe(request, symbols, metadata) } else { Ok(()) }
 }
 
-/// A series whose labels were not met in this form when the request began; false when it is refused.
+/// A series whose labels were not met in this form when the request began; false when it is refused or left out.
 #[cold]
-fn unknown(request: &mut Request<'_>, symbols: &mut Symbols<'_>) -> bool {
+fn unknown(request: &mut Request<'_>, symbols: &mut Symbols<'_>) -> Result<bool> {
     if let Err(what) = symbols.hash() {
         request.refuse(Reason::Labels, "labels_refs", || symbols.series_text(), what);
-        return false;
+        return Ok(false);
     }
-    let (known, wire) = request.encoder.wire(DOMAIN, &symbols.hashes);
+    let source = request.sources.as_ref().and_then(|s| symbols.source(s.replicas()));
+    if let (Some(sources), Some(source)) = (&mut request.sources, source)
+        && !sources.stored(source)?
+    {
+        request.leave_out();
+        return Ok(false);
+    }
+    let (known, wire) = request.encoder.wire(domain(source), &symbols.hashes);
     if let Some(series) = known {
         request.rows.commit(series);
-        return true;
+        return Ok(true);
     }
     let raw = symbols.labels(&symbols.refs);
     match utf8(&raw) {
         Ok(mut labels) => request.resolve(&mut labels, Some(wire)),
         Err(what) => {
             request.refuse(Reason::Labels, "labels_refs", || lossy_text(&raw), what);
-            false
+            Ok(false)
         }
     }
 }

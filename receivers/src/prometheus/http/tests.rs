@@ -53,7 +53,7 @@ async fn serve(series_limit: usize) -> Server {
     let engine = Engine::open(settings, components, Extensions::default()).await.unwrap();
     let bodies = Bodies::new(BUDGET).with_idle_max(Duration::from_millis(200));
     let metrics = Metrics::new(engine.telemetry());
-    let receiver = Arc::new(Receiver { engine: engine.clone(), bodies: bodies.clone(), metrics });
+    let receiver = Arc::new(Receiver { engine: engine.clone(), bodies: bodies.clone(), replicas: None, metrics });
     Server { receiver, engine, bodies, _folder: folder }
 }
 
@@ -291,4 +291,25 @@ async fn recorded_requests() {
     assert_eq!(server.engine.metadata(None).len(), 449);
     server.engine.flush().await.unwrap();
     assert!(server.stored().await.len() > 500);
+}
+
+/// A pair of servers: both are told that all was stored, as Prometheus counts the rest as failed.
+#[tokio::test]
+async fn replicas() {
+    let mut server = serve(1000).await;
+    let replicas = Replicas::new("cluster", "__replica__", Duration::from_secs(30), server.engine.telemetry());
+    Arc::get_mut(&mut server.receiver).unwrap().replicas = replicas.map(Arc::new);
+    for replica in ["a", "b", "a"] {
+        let labels = [("__name__", "m"), ("__replica__", replica), ("cluster", "c")];
+        let body = request(vec![with_sample(&labels, NOW, 1.0)]);
+        for (content_type, body) in [(V1, body.encode_to_vec()), (V2, upgrade(&body).encode_to_vec())] {
+            let answer = server.send(with(content_type, "snappy"), snappy(&body)).await;
+            assert_eq!((answer.status, answer.written), (204, [1, 0, 0]), "{answer:?}");
+        }
+    }
+    assert_eq!(server.stored().await, ["m"]);
+    let metrics = server.engine.telemetry().encode();
+    for line in ["thalweg_remote_write_replica_left_out_total 2", "thalweg_remote_write_replica_failovers_total 0"] {
+        assert!(metrics.contains(line), "{line} is not in\n{metrics}");
+    }
 }
