@@ -143,8 +143,8 @@ settings! {
 /// The prefix of environment variables.
 const PREFIX: &str = "THALWEG_";
 
-/// Variables with the prefix that aren't settings: the file's path, and the server that `thalweg query` asks.
-const OTHER_VARIABLES: [&str; 2] = ["THALWEG_CONFIG", "THALWEG_SERVER"];
+/// Variables with the prefix that aren't settings: the file's path, and what client commands talk to with which rights.
+const OTHER_VARIABLES: [&str; 4] = ["THALWEG_CONFIG", "THALWEG_SERVER", "THALWEG_TOKEN", "THALWEG_SOURCE_TOKEN"];
 
 impl Config {
     /// Resolves all settings: default, then file, then environment, then flags (name and text).

@@ -4,6 +4,7 @@ mod admin;
 mod ask;
 mod config;
 mod http;
+mod import;
 mod memory;
 mod reload;
 mod serve;
@@ -41,6 +42,15 @@ enum Command {
     Query(ask::Question),
     /// Print the version.
     Version,
+    /// Ask a running server whether it is ready; the exit status tells.
+    Health {
+        /// The server's HTTP address.
+        #[arg(long, env = "THALWEG_SERVER", default_value = "http://127.0.0.1:7300", value_name = "URL")]
+        server: String,
+    },
+    /// Import the data of another system into a running server.
+    #[command(subcommand)]
+    Import(import::Import),
 }
 
 /// Where settings come from; the flags are the few settings that differ from start to start.
@@ -121,6 +131,8 @@ fn run(command: Command) -> Result<()> {
         Command::Query(question) => ask::run(&question),
         Command::Version => {
             println!("thalweg {}", env!("CARGO_PKG_VERSION"));
+        Command::Health { server } => health::run(&server),
+        Command::Import(import) => import::run(&import),
             Ok(())
         }
     }

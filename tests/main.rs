@@ -11,6 +11,12 @@ mod crash;
 mod deletes;
 /// DuckDB attaches the file catalog while the server runs and sees what our SQL sees.
 mod duckdb;
+/// The history of a real Prometheus, imported from its folder and over remote read.
+mod import;
+/// The operator's manual and alert rules name only what exists.
+mod operations;
+/// The Debian package, the systemd unit, the Helm chart.
+mod packaging;
 /// Prometheus scrapes, writes to us, and we answer as it does.
 mod prometheus;
 /// Runs the scripts of `tests/promql`, which are in Prometheus's own test language.

@@ -21,7 +21,8 @@ pub fn series(metric: &str, labels: &[(&str, &str)], samples: &[(i64, f64)]) -> 
     Series { labels, samples: samples.to_vec() }
 }
 
-fn varint(out: &mut Vec<u8>, mut value: u64) {
+/// Writes a number of 7 bits a byte.
+pub fn varint(out: &mut Vec<u8>, mut value: u64) {
     while value >= 0x80 {
         out.push(value as u8 | 0x80);
         value >>= 7;
@@ -29,7 +30,8 @@ fn varint(out: &mut Vec<u8>, mut value: u64) {
     out.push(value as u8);
 }
 
-fn field(out: &mut Vec<u8>, number: u8, body: &[u8]) {
+/// Writes a field that states its length.
+pub fn field(out: &mut Vec<u8>, number: u8, body: &[u8]) {
     out.push(number << 3 | 2);
     varint(out, body.len() as u64);
     out.extend_from_slice(body);
