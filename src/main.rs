@@ -3,9 +3,11 @@
 mod admin;
 mod ask;
 mod config;
+mod health;
 mod http;
 mod import;
 mod memory;
+mod notify;
 mod reload;
 mod serve;
 mod tls;
@@ -40,8 +42,6 @@ enum Command {
     },
     /// Ask a running server.
     Query(ask::Question),
-    /// Print the version.
-    Version,
     /// Ask a running server whether it is ready; the exit status tells.
     Health {
         /// The server's HTTP address.
@@ -51,6 +51,8 @@ enum Command {
     /// Import the data of another system into a running server.
     #[command(subcommand)]
     Import(import::Import),
+    /// Print the version.
+    Version,
 }
 
 /// Where settings come from; the flags are the few settings that differ from start to start.
@@ -129,10 +131,10 @@ fn run(command: Command) -> Result<()> {
             Ok(())
         }
         Command::Query(question) => ask::run(&question),
-        Command::Version => {
-            println!("thalweg {}", env!("CARGO_PKG_VERSION"));
         Command::Health { server } => health::run(&server),
         Command::Import(import) => import::run(&import),
+        Command::Version => {
+            println!("thalweg {}", env!("CARGO_PKG_VERSION"));
             Ok(())
         }
     }

@@ -24,7 +24,7 @@ use crate::admin::{self, Gate};
 use crate::config::{Config, Listen, LogFormat};
 use crate::reload::{self, Seen, Watched};
 use crate::tls::{self, Tls};
-use crate::{http, memory};
+use crate::{http, memory, notify};
 
 /// What a stop may spend on writing memory to data files; the rest is in the log.
 const FLUSH_WITHIN: Duration = Duration::from_secs(8);
@@ -98,12 +98,14 @@ async fn serve(config: &Config) -> Result<()> {
     }
     gate.open(routes(&engine, config)?, config);
     tracing::info!("ready");
+    notify::tell(notify::READY);
 
     let failed = tokio::select! {
         () = stop.signal() => None,
         ended = tasks.join_next() => Some(ended),
     };
     tracing::info!("stopping");
+    notify::tell(notify::STOPPING);
     stopping.cancel();
     let stopped = async {
         while tasks.join_next().await.is_some() {}

@@ -23,9 +23,9 @@ mod prometheus;
 mod promql_scripts;
 /// Remote write as clients and attackers send it: statuses, headers, bodies that must be refused.
 mod remote_write;
+/// A pair of identical Prometheus servers: one is stored, the other when the first is gone.
+mod replicas;
 /// `psql` against the PostgreSQL endpoint, and the scripts of `tests/sql`.
 mod sql;
 /// Rules of the source tree that no compiler checks.
 mod tidy;
-/// A pair of identical Prometheus servers: one is stored, the other when the first is gone.
-mod replicas;
