@@ -113,9 +113,8 @@ impl Options {
             Some(text) => parse_time(text),
             None => Ok(default),
         };
-        let selector = |text: &String| {
-            promql::api::selector(text).map_err(|e| anyhow::anyhow!("--match {text:?}: {}", e.message))
-        };
+        let selector =
+            |text: &String| promql::api::selector(text).map_err(|e| anyhow::anyhow!("--match {text:?}: {}", e.message));
         let selectors = self.selectors.iter().map(selector).collect::<Result<_>>()?;
         Ok(Range { start_ms: time(&self.start, i64::MIN)?, end_ms: time(&self.end, i64::MAX)?, selectors })
     }

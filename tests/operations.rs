@@ -26,7 +26,7 @@ fn sources() -> String {
         }
     }
     let mut files = Vec::new();
-    for folder in ["src", "catalog/src", "engine/src", "receivers/src", "promql/src", "sql/src"] {
+    for folder in ["src", "access/src", "catalog/src", "engine/src", "receivers/src", "promql/src", "sql/src"] {
         walk(&root().join(folder), &mut files);
     }
     let mut out = String::new();

@@ -255,6 +255,7 @@ fn the_helm_chart_renders() {
     assert_eq!(names(&pod["volumes"]), ["tmp", "auth"]);
     assert_eq!(names(&server["volumeMounts"]), ["data", "tmp", "auth"]);
     assert_eq!(pod["volumes"][1]["secret"]["secretName"], "release-auth");
+    settings_are_accepted(server);
 
     let open = Chart::new(|values| values["auth"]["insecure"] = true.into()).expect("YAML");
     assert!(open.render("secret.yaml").expect("YAML").is_empty());
