@@ -6,7 +6,7 @@ DATA ?= data
 VENV := $(TARGET_DIR)/venv
 
 # What the tests run beside the server: real clients and a real Prometheus.
-PACKAGES := prometheus prometheus-node-exporter postgresql-client python3-venv
+PACKAGES := libfaketime prometheus prometheus-node-exporter postgresql-client python3-venv
 PYTHON_PACKAGES := duckdb==1.5.5 duckdb-extension-ducklake==1.5.5 duckdb-extension-sqlite-scanner==1.5.5
 
 .PHONY: run build test lint deny clients

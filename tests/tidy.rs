@@ -15,11 +15,13 @@ fn files() -> Vec<(PathBuf, String)> {
     fn walk(dir: &Path, out: &mut Vec<(PathBuf, String)>) {
         for entry in std::fs::read_dir(dir).expect("a readable folder").flatten() {
             let (path, name) = (entry.path(), entry.file_name());
+            // In a second work tree `.git` is a file that holds a path.
+            let skipped = [".git", "target", "data", "payloads", "node_modules"];
+            if skipped.iter().any(|s| name == *s) {
+                continue;
+            }
             if path.is_dir() {
-                let skipped = [".git", "target", "data", "payloads", "node_modules"];
-                if !skipped.iter().any(|s| name == *s) {
-                    walk(&path, out);
-                }
+                walk(&path, out);
             } else if let Ok(text) = std::fs::read_to_string(&path) {
                 out.push((path.strip_prefix(root()).expect("below the root").to_owned(), text));
             }

@@ -10,6 +10,7 @@
 
 mod answer;
 mod connection;
+mod frames;
 mod rows;
 
 pub use rows::wire_type;

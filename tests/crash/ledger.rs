@@ -8,9 +8,9 @@ use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crate::harness::{Client, Random, Response, Series, Server, now_ms, series};
+use crate::harness::{Client, Random, Response, Series, Server, now_ms, series, wait_for};
 
 /// Series of a writer at a time, which is the samples of a request.
 pub const WIDTH: u64 = 5;
@@ -42,6 +42,10 @@ pub struct Writer {
     requests: Vec<State>,
     /// Answers that no request of ours may get.
     faults: Vec<String>,
+    /// How long acknowledgements took.
+    pub acknowledged_after: Vec<Duration>,
+    /// How long refusals took.
+    pub refused_after: Vec<Duration>,
 }
 
 /// All writers.
@@ -52,6 +56,8 @@ pub struct Ledger {
     pub writers: Vec<Writer>,
     /// Whether writers delete some of what they wrote.
     pub deletes: bool,
+    /// Whether flushes and compactions are asked for while they write.
+    pub upkeep: bool,
     /// Answers to flushes and compactions that must not be.
     faults: Vec<String>,
 }
@@ -118,8 +124,15 @@ impl Writer {
     /// Half of the writers speak remote write 1.0, the others 2.0.
     fn send(&mut self, client: &mut Client, number: u64) -> State {
         let body = self.request(number);
+        let begun = Instant::now();
         let answer = if self.number.is_multiple_of(2) { client.write(&body) } else { client.write_v2(&body) };
-        self.judge(answer, "a write")
+        let state = self.judge(answer, "a write");
+        match state {
+            State::Acknowledged => self.acknowledged_after.push(begun.elapsed()),
+            State::Refused => self.refused_after.push(begun.elapsed()),
+            _ => {}
+        }
+        state
     }
 
     /// What an answer says. Anything but success and a refusal that clients retry is a fault.
@@ -205,8 +218,10 @@ impl Ledger {
             random: Random(random.number()),
             requests: Vec::new(),
             faults: Vec::new(),
+            acknowledged_after: Vec::new(),
+            refused_after: Vec::new(),
         };
-        Self { base_ms, writers: (0..writers).map(writer).collect(), deletes: false, faults: Vec::new() }
+        Self { base_ms, writers: (0..writers).map(writer).collect(), deletes: false, upkeep: true, faults: Vec::new() }
     }
 
     /// Writes with all writers at once, and asks for flushes and compactions, while `during` runs. It may set the flag
@@ -223,7 +238,9 @@ impl Ledger {
                 scope.spawn(move || writer.run(Client::new(address), deletes, stop));
             }
             let faults = &mut self.faults;
-            scope.spawn(move || disturb(Client::new(address), disturber, faults, stop));
+            if self.upkeep {
+                scope.spawn(move || disturb(Client::new(address), disturber, faults, stop));
+            }
             // However `during` ends, the threads do, or the scope would wait for ever.
             let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| during(stop)));
             stop.store(true, Ordering::Relaxed);
@@ -241,6 +258,32 @@ impl Ledger {
                 assert_eq!(state, State::Acknowledged, "{:?}", writer.faults);
             }
         }
+    }
+
+    /// Sends what is open until all of it is acknowledged, as clients that retry do.
+    pub fn settle(&mut self, server: &Server) {
+        let mut client = server.client();
+        for writer in &mut self.writers {
+            for number in 0..writer.requests.len() {
+                if matches!(writer.requests[number], State::Refused | State::Unknown) {
+                    wait_for("an acknowledgement", || {
+                        (writer.send(&mut client, number as u64) == State::Acknowledged).then_some(())
+                    });
+                    writer.requests[number] = State::Acknowledged;
+                }
+            }
+        }
+    }
+
+    /// Samples that are acknowledged so far.
+    pub fn acknowledged(&self) -> u64 {
+        let requests = self.writers.iter().flat_map(|w| &w.requests);
+        requests.filter(|s| **s == State::Acknowledged).count() as u64 * WIDTH
+    }
+
+    /// Requests that got no answer.
+    pub fn unanswered(&self) -> usize {
+        self.writers.iter().flat_map(|w| &w.requests).filter(|s| **s == State::Unknown).count()
     }
 
     /// Reads everything back and compares; the same totals must come from PromQL.

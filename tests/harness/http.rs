@@ -10,6 +10,7 @@ use serde_json::Value;
 #[derive(Debug)]
 pub struct Client {
     address: SocketAddr,
+    timeout: Duration,
     connection: Option<BufReader<TcpStream>>,
 }
 
@@ -44,7 +45,12 @@ impl Response {
 impl Client {
     /// A client without a connection yet.
     pub fn new(address: SocketAddr) -> Self {
-        Self { address, connection: None }
+        Self::with_timeout(address, Duration::from_secs(120))
+    }
+
+    /// The same, with how long it waits for an answer.
+    pub fn with_timeout(address: SocketAddr, timeout: Duration) -> Self {
+        Self { address, timeout, connection: None }
     }
 
     /// GET.
@@ -87,7 +93,7 @@ impl Client {
             none => {
                 let stream = TcpStream::connect_timeout(&self.address, Duration::from_secs(10))?;
                 stream.set_nodelay(true)?;
-                stream.set_read_timeout(Some(Duration::from_secs(120)))?;
+                stream.set_read_timeout(Some(self.timeout))?;
                 none.insert(BufReader::new(stream))
             }
         };

@@ -19,6 +19,13 @@ pub fn program(name: &str) -> Option<PathBuf> {
     found.or_else(|| skip(&format!("{name} is not installed")))
 }
 
+/// A library below the folders of the system's libraries, or nothing when it is not installed.
+pub fn library(name: &str) -> Option<PathBuf> {
+    let folders = ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib"];
+    let found = folders.iter().map(|dir| Path::new(dir).join(name)).find(|file| file.is_file());
+    found.or_else(|| skip(&format!("{name} is not installed")))
+}
+
 /// A Python that can import DuckDB, or nothing when there is none and the test is to be skipped.
 pub fn python() -> Option<PathBuf> {
     let python = std::env::var_os("TEST_PYTHON").map_or_else(

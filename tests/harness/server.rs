@@ -216,6 +216,11 @@ impl Server {
         self.child.wait().expect("a child has a state")
     }
 
+    /// What is needed to start it again, once it has ended.
+    pub fn down(&self) -> Down {
+        self.down.clone()
+    }
+
     /// SIGTERM, then a start on the same folder.
     pub fn stop_and_restart(mut self) -> Self {
         let status = self.terminate();

@@ -25,6 +25,7 @@ use tokio_util::codec::Framed;
 use tokio_util::sync::CancellationToken;
 
 use super::answer::{Answers, Prepared, pg_error};
+use super::frames::Checked;
 use super::{Running, Server};
 use crate::error::SqlError;
 
@@ -38,7 +39,7 @@ const GONE_INTERVAL: Duration = Duration::from_millis(200);
 const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
 const GSS_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 48];
 
-type Connection = Framed<Socket, PgWireMessageServerCodec<Arc<Prepared>>>;
+type Connection = Framed<Checked<Socket>, PgWireMessageServerCodec<Arc<Prepared>>>;
 
 /// A socket that can be watched while it is read and written.
 struct Socket(Arc<TcpStream>);
@@ -108,7 +109,7 @@ async fn serve(server: &Server, mut stream: TcpStream, admitted: bool) -> io::Re
     }
     let stream = Arc::new(stream);
     let codec = PgWireMessageServerCodec::new(DefaultClient::new(address, false));
-    let mut connection: Connection = Framed::new(Socket(stream.clone()), codec);
+    let mut connection: Connection = Framed::new(Checked::new(Socket(stream.clone())), codec);
     connection.set_state(PgWireConnectionState::AwaitingStartup);
     let first = match tokio::time::timeout(STARTUP_TIMEOUT, connection.next()).await {
         Ok(Some(first)) => first.map_err(io::Error::from)?,
@@ -140,10 +141,10 @@ async fn serve(server: &Server, mut stream: TcpStream, admitted: bool) -> io::Re
 async fn refuse_encryption(stream: &mut TcpStream) -> io::Result<()> {
     let mut head = [0u8; 8];
     loop {
-        stream.readable().await?;
+        let closed = stream.ready(Interest::READABLE).await?.is_read_closed();
         let seen = stream.peek(&mut head).await?;
         if seen < head.len() {
-            if seen == 0 || !SSL_REQUEST.starts_with(&head[..seen]) {
+            if closed || seen == 0 || !SSL_REQUEST.starts_with(&head[..seen]) {
                 return Ok(());
             }
             // The rest of a request that came in pieces.
@@ -237,6 +238,9 @@ async fn answer_all(
         };
         let message = match message {
             None | Some(Ok(PgWireFrontendMessage::Terminate(_))) => return Ok(()),
+            Some(Err(PgWireError::IoError(e))) if e.kind() == io::ErrorKind::InvalidData => {
+                return fatal(connection, pg_error(SqlError::new("08P01", e.to_string()))).await;
+            }
             Some(Err(e)) => return fatal(connection, e).await,
             Some(Ok(message)) => message,
         };

@@ -1,0 +1,183 @@
+//! Little memory: new series without end and queries that want everything, within a control group. The kernel has no
+//! reason to kill the server, good queries are answered, and nothing that was acknowledged is lost. Then bodies that
+//! inflate to a gigabyte. `CRASH_MEMORY_MIB` sets the size of the group.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use super::group::Group;
+use super::hostile;
+use super::ledger::Ledger;
+use super::{extent, figures};
+use crate::harness::remote_write::HEADERS;
+use crate::harness::{Client, Down, Random, Series, Server, Setup, now_ms, series};
+
+const WRITERS: u64 = 2;
+/// Series of one request of the churn.
+const CHURN: u64 = 200;
+
+/// Writes series that nobody has seen before until told to stop. Gives the number of series that were stored.
+fn churn(address: SocketAddr, number: u64, stop: &AtomicBool) -> u64 {
+    let mut client = Client::new(address);
+    let mut stored = 0;
+    for request in 0.. {
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
+        let one = |item: u64| {
+            let id = format!("{number}-{request}-{item}-0123456789abcdef0123456789abcdef");
+            let pod = format!("pod-{}", id.len() as u64 * request);
+            series("churn", &[("id", &id), ("namespace", "default"), ("pod", &pod)], &[(now_ms(), item as f64)])
+        };
+        let all: Vec<Series> = (0..CHURN).map(one).collect();
+        // That the server is gone is found at the end.
+        let Ok(answer) = client.write(&all) else { break };
+        match answer.status {
+            204 => stored += CHURN,
+            // At the limit of series new ones are refused for good, and under pressure all of them for now.
+            400 => {}
+            503 => std::thread::sleep(Duration::from_millis(20)),
+            _ => panic!("new series got {}: {}", answer.status, answer.text()),
+        }
+    }
+    stored
+}
+
+fn ask_hostile(address: SocketAddr, mut random: Random, stop: &AtomicBool) -> (u64, u64) {
+    let mut client = Client::new(address);
+    let (mut answered, mut refused) = (0, 0);
+    while !stop.load(Ordering::Relaxed) {
+        match hostile::everything(&mut client, random.number()) {
+            Ok(answer) if answer.status == 200 => answered += 1,
+            Ok(answer) if matches!(answer.status, 400..=499 | 503 | 504) => refused += 1,
+            Ok(answer) => panic!("a hostile query got {}: {}", answer.status, answer.text()),
+            // An answer that had begun breaks off when memory is short.
+            Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => refused += 1,
+            Err(_) => break,
+        }
+    }
+    (answered, refused)
+}
+
+fn ask_good(client: &mut Client) -> bool {
+    let answer = client.try_get("/api/v1/query?query=sum+by+(writer)+(ledger)");
+    answer.is_ok_and(|answer| answer.status == 200)
+}
+
+fn run(seed: u64, mib: u64, seconds: u64) {
+    let Some(group) = Group::memory(mib << 20) else { return };
+    let mut random = Random(seed);
+    let mut ledger = Ledger::new(WRITERS, &mut random);
+    let expected = vec![String::new()];
+    let mut server = Down::new(Setup { wrapper: group.wrapper(), expected, ..Setup::default() }).start();
+    let address = server.http;
+    let (stop, own) = (&AtomicBool::new(false), Random(random.number()));
+    let (mut good, mut asked) = (0u64, 0u64);
+    let (stored, hostile) = std::thread::scope(|scope| {
+        let churns: Vec<_> = (0..2).map(|number| scope.spawn(move || churn(address, number, stop))).collect();
+        let asking: Vec<_> = (0..2u64)
+            .map(|number| {
+                let random = Random(own.0 ^ number);
+                scope.spawn(move || ask_hostile(address, random, stop))
+            })
+            .collect();
+        ledger.write_during(address, &mut random, |_| {
+            let (begun, mut client) = (Instant::now(), Client::new(address));
+            while begun.elapsed() < Duration::from_secs(seconds) && server.ended().is_none() {
+                asked += 1;
+                good += u64::from(ask_good(&mut client));
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        });
+        stop.store(true, Ordering::Relaxed);
+        let stored: u64 = churns.into_iter().map(|t| t.join().expect("the churn ended well")).sum();
+        let hostile = asking.into_iter().map(|t| t.join().expect("the queries ended well"));
+        (stored, hostile.fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1)))
+    });
+    assert_eq!(group.memory_kills(), 0, "the kernel killed for want of memory: {}", server.log());
+    assert_eq!(server.ended(), None, "the server ended: {}", server.log());
+    let findings = ledger.check(&server);
+    findings.assert_none(&format!("{mib} MiB, seed {seed}"));
+    let peak = hostile::memory(server.pid(), "VmHWM:");
+    let mut server = server.kill().start();
+    ledger.check(&server).assert_none(&format!("{mib} MiB, seed {seed}, killed"));
+    assert_eq!(server.ended(), None);
+    drop(server);
+    figures(
+        &format!("memory, {mib} MiB"),
+        seed,
+        &[
+            ("seconds", seconds.to_string()),
+            ("kills", group.memory_kills().to_string()),
+            ("acknowledged samples", findings.acknowledged.to_string()),
+            ("open requests", findings.open.to_string()),
+            ("new series", stored.to_string()),
+            ("good queries", format!("{good} of {asked}")),
+            ("hostile answered, refused", format!("{}, {}", hostile.0, hostile.1)),
+            ("peak", format!("{} MiB", peak >> 20)),
+        ],
+    );
+    assert!(good * 100 >= asked * 95, "only {good} of {asked} good queries were answered");
+}
+
+#[test]
+fn little_memory_is_enough() {
+    for seed in 0..extent("CRASH_SEEDS", 1) {
+        run(seed, extent("CRASH_MEMORY_MIB", 512), extent("CRASH_SECONDS", 4));
+    }
+}
+
+/// A snappy block that inflates to so many zeros, 21 times as large as itself.
+fn bomb(inflated: usize) -> Vec<u8> {
+    let mut out = declared(inflated as u64);
+    // A literal of one zero, then copies of 64 bytes from one byte back.
+    out.extend_from_slice(&[0, 0]);
+    out.extend(std::iter::repeat_n([(63 << 2) | 2, 1, 0], (inflated - 1) / 64).flatten());
+    out
+}
+
+/// The head of a snappy block: how long it is inflated.
+fn declared(mut length: u64) -> Vec<u8> {
+    let mut out = Vec::new();
+    while length >= 0x80 {
+        out.push(length as u8 | 0x80);
+        length >>= 7;
+    }
+    out.push(length as u8);
+    out
+}
+
+#[test]
+fn bombs_are_refused_before_they_go_off() {
+    let server = Server::start();
+    let now = now_ms();
+    server.write(&[series("m", &[], &[(now, 1.0)])]);
+    let (idle, address) = (hostile::memory(server.pid(), "VmRSS:"), server.http);
+    let send = |body: &[u8]| {
+        let answer = Client::new(address).request("POST", "/api/v1/write", &HEADERS, body).expect("an answer");
+        assert!((400..500).contains(&answer.status), "a bomb got {}: {}", answer.status, answer.text());
+    };
+    let gibibyte = bomb(1 << 30);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| send(&gibibyte));
+        }
+    });
+    for length in [3 << 30, 4 << 30, 1 << 63, u64::MAX] {
+        let mut body = declared(length);
+        body.extend_from_slice(&[0; 64]);
+        std::thread::scope(|scope| {
+            for _ in 0..64 {
+                scope.spawn(|| send(&body));
+            }
+        });
+    }
+    // Just small enough to be let in by its size on the wire.
+    send(&bomb(300 << 20));
+    let peak = hostile::memory(server.pid(), "VmHWM:");
+    let cells = [("idle", format!("{} MiB", idle >> 20)), ("peak", format!("{} MiB", peak >> 20))];
+    figures("bombs", 0, &cells);
+    assert!(peak <= idle + (256 << 20), "{} MiB at rest became {} MiB", idle >> 20, peak >> 20);
+    assert_eq!(server.sql("SELECT value FROM prometheus.m"), ["1"]);
+}
