@@ -1,11 +1,11 @@
 //! Queries that want too much: deep, long, wide and endless ones. Each is answered or refused, and the server is as well
-//! as before. `CRASH_QUERY_SECONDS` is the server's deadline.
+//! as before. `CRASH_QUERIES` says how many of them are tried, `CRASH_QUERY_SECONDS` is the server's deadline.
 
 use std::io;
 use std::time::{Duration, Instant};
 
 use super::{extent, figures};
-use crate::harness::{Client, Down, Response, Series, Setup, now_ms, series};
+use crate::harness::{Client, Down, Random, Response, Series, Setup, now_ms, series, wait_for};
 
 /// A bound against hanging: the server's own deadline is shorter.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -191,6 +191,14 @@ pub fn everything(client: &mut Client, number: u64) -> io::Result<Response> {
     }
 }
 
+fn ask_path(client: &mut Client, path: &str) -> io::Result<Response> {
+    client.try_get(path)
+}
+
+type Ask = fn(&mut Client, &str) -> io::Result<Response>;
+/// Name, way and text of a query.
+type Case = (&'static str, Ask, String);
+
 #[test]
 fn every_hostile_query_ends() {
     let seconds = extent("CRASH_QUERY_SECONDS", 1).to_string();
@@ -221,9 +229,19 @@ fn every_hostile_query_ends() {
         slowest.push((begun.elapsed(), name));
         if Client::new(server.http).try_get("/-/healthy").is_err() {
             faults.push(format!("{name}: the server is gone: {}", server.log().lines().last().unwrap_or_default()));
+            wait_for("its end", || server.ended());
             server = server.down().start();
         }
     };
+    let mut cases: Vec<Case> = Vec::new();
+    cases.extend(promql().into_iter().map(|(name, text)| (name, ask_promql as Ask, text)));
+    cases.extend(sql().into_iter().map(|(name, text)| (name, ask_sql as Ask, text)));
+    cases.extend(parameters().into_iter().map(|(name, text)| (name, ask_path as Ask, text)));
+    let mut random = Random(extent("CRASH_SEEDS", 1));
+    for _ in 0..(extent("CRASH_QUERIES", 25) as usize).min(cases.len()) {
+        let (name, ask, text) = cases.swap_remove(random.below(cases.len() as u64) as usize);
+        try_one(name, &|client| ask(client, &text));
+    }
     slowest.sort_unstable_by(|a, b| b.cmp(a));
     let shown: Vec<String> =
         slowest.iter().take(5).map(|(t, name)| format!("{name} {:.1} s", t.as_secs_f64())).collect();

@@ -58,6 +58,8 @@ pub struct Ledger {
     pub deletes: bool,
     /// Whether flushes and compactions are asked for while they write.
     pub upkeep: bool,
+    /// Whether the disk is going to fail, which flushes and compactions may say.
+    pub disk_fails: bool,
     /// Answers to flushes and compactions that must not be.
     faults: Vec<String>,
 }
@@ -221,7 +223,14 @@ impl Ledger {
             acknowledged_after: Vec::new(),
             refused_after: Vec::new(),
         };
-        Self { base_ms, writers: (0..writers).map(writer).collect(), deletes: false, upkeep: true, faults: Vec::new() }
+        Self {
+            base_ms,
+            writers: (0..writers).map(writer).collect(),
+            deletes: false,
+            upkeep: true,
+            disk_fails: false,
+            faults: Vec::new(),
+        }
     }
 
     /// Writes with all writers at once, and asks for flushes and compactions, while `during` runs. It may set the flag
@@ -237,9 +246,9 @@ impl Ledger {
             for writer in &mut self.writers {
                 scope.spawn(move || writer.run(Client::new(address), deletes, stop));
             }
-            let faults = &mut self.faults;
+            let (faults, disk_fails) = (&mut self.faults, self.disk_fails);
             if self.upkeep {
-                scope.spawn(move || disturb(Client::new(address), disturber, faults, stop));
+                scope.spawn(move || disturb(Client::new(address), disturber, disk_fails, faults, stop));
             }
             // However `during` ends, the threads do, or the scope would wait for ever.
             let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| during(stop)));
@@ -383,12 +392,12 @@ pub fn read(client: &mut Client) -> Result<Vec<Row>, String> {
     answer.text().lines().skip(1).map(|line| parse(line).ok_or_else(|| format!("an odd row: {line:?}"))).collect()
 }
 
-fn disturb(mut client: Client, mut random: Random, faults: &mut Vec<String>, stop: &AtomicBool) {
+fn disturb(mut client: Client, mut random: Random, disk_fails: bool, faults: &mut Vec<String>, stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
         std::thread::sleep(Duration::from_millis(random.below(150)));
         let path = if random.below(3) == 0 { "/api/v1/admin/compact" } else { "/api/v1/admin/flush" };
         match client.request("POST", path, &[], b"") {
-            Ok(answer) if !matches!(answer.status, 204 | 503) => {
+            Ok(answer) if !matches!(answer.status, 204 | 503) && !disk_fails => {
                 faults.push(format!("{path} got {}: {}", answer.status, answer.text()));
             }
             // A server that is gone may come back.

@@ -15,6 +15,7 @@ fn run(seed: u64, cuts: u64) {
     let Some(disk) = Disk::ext4(MIB) else { return };
     let mut random = Random(seed);
     let mut ledger = Ledger::new(WRITERS, &mut random);
+    ledger.disk_fails = true;
     // A disk that is gone is worth any number of warnings.
     let expected = vec![String::new()];
     let mut server = Down::new(Setup { data_dir: Some(disk.data_dir()), expected, ..Setup::default() }).start();
