@@ -333,6 +333,11 @@ impl Engine {
         on(&self.inner().cpu, async move { crate::compact::all(&inner).await }).await
     }
 
+    /// The first time of a table's rows that retention keeps of any series; rows before it need not be written.
+    pub fn keeps_from_ms(&self, table: &TableSchema) -> i64 {
+        self.inner().version().table(table.id).map_or(i64::MIN, |t| t.floors.least())
+    }
+
     /// Deletes the rows of each selection that were acknowledged before; durable and no longer visible when it returns.
     /// Rows that are written from then on stay, whatever their time. Compaction frees the space.
     ///

@@ -92,14 +92,6 @@ pub fn routes(engine: Engine, options: ApiOptions) -> Routes {
         ("series", both("series", |api, form| async move { series::series(&api, &form).await })),
         ("labels", both("labels", |api, form| async move { series::label_names(&api, &form).await })),
         ("label/{name}/values", get(values)),
-        (
-            "admin/tsdb/delete_series",
-            change("delete_series", |api, form| async move { admin::delete_series(&api, &form).await }),
-        ),
-        (
-            "admin/tsdb/clean_tombstones",
-            change("clean_tombstones", |api, _| async move { admin::clean_tombstones(&api).await }),
-        ),
         ("metadata", only_get("metadata", |api, form| async move { status::metadata(&api, &form).await })),
         ("rules", only_get("rules", |_, _| status::rules())),
         ("alerts", only_get("alerts", |_, _| status::alerts())),
@@ -109,10 +101,16 @@ pub fn routes(engine: Engine, options: ApiOptions) -> Routes {
         ("status/flags", only_get("flags", |api, _| async move { status::flags(&api).await })),
         ("status/tsdb", only_get("tsdb", |api, form| async move { status::tsdb(&api, &form).await })),
     ];
-    let routes = endpoints.into_iter().fold(Routes::new(), |routes, (path, endpoint)| {
-        routes.route(Scope::Read, &format!("/api/v1/{path}"), endpoint)
-    });
-    routes
+    let delete = change("delete_series", |api, form| async move { admin::delete_series(&api, &form).await });
+    let clean = change("clean_tombstones", |api, _| async move { admin::clean_tombstones(&api).await });
+    let changing = [("admin/tsdb/delete_series", delete), ("admin/tsdb/clean_tombstones", clean)];
+    let reading = endpoints.into_iter().map(|(path, endpoint)| (Scope::Read, path, endpoint));
+    let changing = changing.into_iter().map(|(path, endpoint)| (Scope::Admin, path, endpoint));
+    reading
+        .chain(changing)
+        .fold(Routes::new(), |routes, (scope, path, endpoint)| {
+            routes.route(scope, &format!("/api/v1/{path}"), endpoint)
+        })
         .with_state(api)
         .layer(
             CompressionLayer::new()

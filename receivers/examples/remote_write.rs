@@ -11,7 +11,7 @@ use receivers::prometheus::{Decoded, Limits, decode_v1, decode_v2};
 const SERIES: usize = 100_000;
 const PER_REQUEST: usize = 2_000;
 const NOW: i64 = 1_795_239_025_000;
-const LIMITS: Limits<'_> = Limits { now_ms: NOW, future_max_ms: 600_000, replicas: None };
+const LIMITS: Limits<'_> = Limits { now_ms: NOW, future_max_ms: 600_000, kept_from_ms: i64::MIN, replicas: None };
 
 type Decode = fn(&[u8], Encoder<'_>, Limits<'_>) -> Result<Decoded>;
 

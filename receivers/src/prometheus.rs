@@ -64,6 +64,8 @@ pub struct Limits<'r> {
     pub now_ms: i64,
     /// Rows further ahead of now than this many milliseconds are refused.
     pub future_max_ms: i64,
+    /// Rows before this time are refused: retention would take them at once. Milliseconds since the epoch.
+    pub kept_from_ms: i64,
     /// Elects one of several identical senders, when they are told apart.
     pub replicas: Option<&'r Replicas>,
 }
@@ -73,7 +75,7 @@ pub struct Limits<'r> {
 pub enum Reason {
     /// Labels are malformed, missing, repeated, too many or too long.
     Labels,
-    /// A time is too far ahead, or before the year 1.
+    /// A time is too far ahead, older than retention keeps, or before the year 1.
     Time,
     /// A native histogram contradicts itself.
     Histogram,
@@ -186,6 +188,8 @@ struct Request<'r> {
     left_out: Counts,
     /// Rows after this are refused, milliseconds since the epoch.
     ts_max: i64,
+    /// Rows before this are refused.
+    ts_min: i64,
 }
 
 impl<'r> Request<'r> {
@@ -202,18 +206,21 @@ impl<'r> Request<'r> {
             replica_forms: false,
             left_out: Counts::default(),
             ts_max: limits.now_ms.saturating_add(limits.future_max_ms),
+            ts_min: limits.kept_from_ms.max(TS_MIN),
         }
     }
 
     /// True when rows of this time are accepted.
     fn in_time(&self, ts: i64) -> bool {
-        (TS_MIN..=self.ts_max).contains(&ts)
+        (self.ts_min..=self.ts_max).contains(&ts)
     }
 
     #[cold]
     fn out_of_time(&mut self, field: &'static str, ts: i64, series: impl FnOnce() -> String) {
         let message = if ts < TS_MIN {
             format!("time {ts} ms lies before the year 1, the earliest that can be stored")
+        } else if ts < self.ts_min {
+            format!("time {ts} ms is older than retention keeps; rows from {} ms on are stored", self.ts_min)
         } else {
             let ahead = ts.saturating_sub(self.limits.now_ms);
             format!(

@@ -12,7 +12,7 @@ use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, RETRY_A
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
-use catalog::{Error, ErrorKind, Result};
+use catalog::{Error, ErrorKind, Result, tables};
 use engine::{Engine, Telemetry};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -121,6 +121,8 @@ impl Receiver {
         let registry = self.engine.registry().clone();
         let future_max_ms = i64::try_from(self.engine.settings().future_max.as_millis()).unwrap_or(i64::MAX);
         let now_ms = self.engine.now_ms();
+        let kept_from_ms = tables::all().map(|table| self.engine.keeps_from_ms(table)).into_iter().min();
+        let kept_from_ms = kept_from_ms.unwrap_or(i64::MIN);
         let replicas = self.replicas.clone();
         let inflated_bytes = self.metrics.inflated_bytes.clone();
         let (decoded, body) = self
@@ -128,7 +130,7 @@ impl Receiver {
             .compute(move || {
                 let decoded = body.inflate(encoding, |bytes| {
                     inflated_bytes.inc_by(bytes.len() as u64);
-                    let limits = Limits { now_ms, future_max_ms, replicas: replicas.as_deref() };
+                    let limits = Limits { now_ms, future_max_ms, kept_from_ms, replicas: replicas.as_deref() };
                     match version {
                         Version::V1 => decode_v1(bytes, registry.encoder(), limits),
                         Version::V2 => decode_v2(bytes, registry.encoder(), limits),

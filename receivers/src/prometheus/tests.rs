@@ -15,7 +15,7 @@ mod refusals;
 mod replicas;
 
 const NOW: i64 = 1_795_239_025_000;
-const LIMITS: Limits<'_> = Limits { now_ms: NOW, future_max_ms: 600_000, replicas: None };
+const LIMITS: Limits<'_> = Limits { now_ms: NOW, future_max_ms: 600_000, kept_from_ms: i64::MIN, replicas: None };
 
 fn registry() -> Registry {
     Registry::new(TagHasher::new(7), 1000)

@@ -5,7 +5,7 @@ use prost::Message;
 
 use super::messages::{BucketSpan, Count, Histogram, ZeroCount, series, upgrade, v1, v2, with_sample};
 use super::{LIMITS, NOW, decode, rows};
-use crate::prometheus::{Counts, Reason, TS_MIN, decode_v1, decode_v2};
+use crate::prometheus::{Counts, Limits, Reason, TS_MIN, decode_v1, decode_v2};
 
 const GOOD: &[(&str, &str)] = &[("__name__", "good"), ("job", "a")];
 
@@ -68,6 +68,21 @@ fn bad_times() {
     check(i64::MAX, "ahead of the server's clock");
     check(TS_MIN - 1, "lies before the year 1");
     check(i64::MIN, "lies before the year 1");
+}
+
+#[test]
+fn rows_that_retention_would_take() {
+    let registry = super::registry();
+    let mut s = with_sample(GOOD, NOW - 1001, 1.0);
+    s.samples.push(v1::Sample { value: 2.0, timestamp: NOW - 1000 });
+    let request = v1::WriteRequest { timeseries: vec![s], metadata: Vec::new() };
+    let limits = Limits { kept_from_ms: NOW - 1000, ..LIMITS };
+    let decoded = decode_v1(&request.encode_to_vec(), registry.encoder(), limits).unwrap();
+    assert_eq!(decoded.rejected.count(Reason::Time), 1);
+    assert_eq!(decoded.write.rows(), 1);
+    let message = &decoded.rejected.first[0].message;
+    let expected = format!("older than retention keeps; rows from {} ms on are stored", NOW - 1000);
+    assert!(message.contains(&expected), "{message}");
 }
 
 #[test]

@@ -29,7 +29,7 @@ impl Receiver {
     /// What becomes of a request at NOW plus `seconds`: its rows, and how many samples were left out.
     fn send(&self, decode: Decode, body: &[u8], seconds: i64) -> (Vec<String>, usize) {
         let now_ms = NOW + seconds * 1000;
-        let limits = Limits { now_ms, future_max_ms: 600_000, replicas: Some(&self.replicas) };
+        let limits = Limits { now_ms, future_max_ms: 600_000, kept_from_ms: i64::MIN, replicas: Some(&self.replicas) };
         let decoded = decode(body, self.registry.encoder(), limits).unwrap();
         assert_eq!(decoded.rejected.errors(), 0, "{:?}", decoded.rejected);
         publish(&self.registry, &decoded);
@@ -164,7 +164,8 @@ fn known_forms_and_rows_of_all_kinds() {
         let request = v1::WriteRequest { timeseries: vec![full], metadata: Vec::new() };
         let body = [request.encode_to_vec(), upgrade(&request).encode_to_vec()][version].clone();
         check(&receiver, version, &[UP_A], 0, &[UP], 0);
-        let limits = Limits { now_ms: NOW, future_max_ms: 600_000, replicas: Some(&receiver.replicas) };
+        let limits =
+            Limits { now_ms: NOW, future_max_ms: 600_000, kept_from_ms: i64::MIN, replicas: Some(&receiver.replicas) };
         let decoder = [decode_v1 as Decode, decode_v2][version];
         let decoded = decoder(&body, receiver.registry.encoder(), limits).unwrap();
         assert_eq!(decoded.left_out, Counts { samples: 1, histograms: 1, exemplars: 1 });
