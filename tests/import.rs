@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -138,15 +139,18 @@ fn histograms(ts: i64, i: u64) -> Vec<u8> {
     out
 }
 
-/// Runs the import; its state is `name` in the source's folder.
-fn import(source: &Source, name: &str, server: &Server, from: &str, more: &[&str]) -> Output {
-    let state = source.dir.path().join(name);
-    Command::new(env!("CARGO_BIN_EXE_thalweg"))
+/// The import; its state is `name` in the source's folder.
+fn command(source: &Source, name: &str, server: &Server, from: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_thalweg"));
+    command
         .args(["import", "prometheus", from, "--server", &format!("http://{}", server.http), "--state"])
-        .arg(state)
-        .args(more)
-        .output()
-        .expect("the import runs")
+        .arg(source.dir.path().join(name));
+    command
+}
+
+/// Runs it to its end.
+fn import(source: &Source, name: &str, server: &Server, from: &str, more: &[&str]) -> Output {
+    command(source, name, server, from).args(more).output().expect("the import runs")
 }
 
 fn text(output: &Output) -> String {
@@ -220,6 +224,24 @@ fn everything_of_a_prometheus_is_imported() {
         text(&again)
     );
     check_samples("folder again", &expected, &server, source.times);
+
+    // Killed again and again, it goes on where it was.
+    let server = Server::start();
+    for round in 0..6 {
+        let mut killed = command(&source, "killed", &server, &dir)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("the import runs");
+        std::thread::sleep(Duration::from_millis(20 * round));
+        // It may have ended by itself, which is no failure here.
+        let _ = killed.kill();
+        let _ = killed.wait();
+    }
+    let out = import(&source, "killed", &server, &dir, &[]);
+    assert!(out.status.success(), "{}", text(&out));
+    check_samples("killed", &expected, &server, source.times);
+    check_histograms(&server);
 
     // The log as a block.
     let answer = Client::new(source.prometheus).post("/api/v1/admin/tsdb/snapshot", &[], b"").json();
