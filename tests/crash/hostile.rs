@@ -112,7 +112,7 @@ fn sql() -> Vec<(&'static str, String)> {
         ("a recursion without end", "WITH RECURSIVE t AS (SELECT 1 AS n UNION ALL SELECT n + 1 FROM t) SELECT sum(n) FROM t".to_owned()),
         ("a recursion that doubles", "WITH RECURSIVE t AS (SELECT 1 AS n UNION ALL SELECT a.n FROM t a, (SELECT 1 UNION ALL SELECT 2) b) SELECT count(*) FROM t".to_owned()),
         ("a text of a gigabyte", "SELECT length(repeat('x', 1000000000))".to_owned()),
-        ("a text that doubles", format!("SELECT length({}'x'{})", "concat(".repeat(1), ", repeat(repeat('x', 100000), 100000))")),
+        ("a text that doubles", format!("SELECT length(concat('x'{})", ", repeat(repeat('x', 100000), 100000))")),
         ("a padded text", "SELECT lpad('x', 2147483647)".to_owned()),
         ("an array of everything", "SELECT array_agg(a.tags) FROM samples a, samples b".to_owned()),
         ("a text of everything", "SELECT string_agg(cast(a.tags AS text), ',') FROM samples a, samples b".to_owned()),
