@@ -7,7 +7,7 @@ VENV := $(TARGET_DIR)/venv
 
 # What the tests run beside the server: real clients and a real Prometheus.
 PACKAGES := libfaketime prometheus prometheus-node-exporter postgresql-client python3-venv
-PYTHON_PACKAGES := duckdb==1.5.5 duckdb-extension-ducklake==1.5.5 duckdb-extension-sqlite-scanner==1.5.5
+PYTHON_PACKAGES := duckdb==1.5.5 duckdb-extension-ducklake==1.5.5 duckdb-extension-sqlite-scanner==1.5.5 moto[server]==5.2.5
 
 .PHONY: run build test lint deny clients
 

@@ -73,8 +73,12 @@ settings! {
     /// Folder of the write-ahead log, the file catalog and, unless `object_store` says otherwise, the data files.
     /// It is created when absent. Two servers can't share one.
     data_dir: PathBuf = PathBuf::from("data");
-    /// Where data files live: a folder, or a URL such as `s3://bucket/prefix` (credentials come from the usual `AWS_*`
-    /// variables). Empty means `objects` within `data_dir`.
+    /// Where data files live: a folder, or a URL: `s3://bucket/prefix` for S3 and what speaks its protocol,
+    /// `gs://bucket/prefix` for Google Cloud Storage, `az://container/prefix` or
+    /// `abfss://container@account.dfs.core.windows.net/prefix` for Azure. Empty means `objects` within `data_dir`. A query
+    /// names what differs between installations: `s3://bucket/prefix?endpoint=http://minio:9000&region=eu-1`; options are
+    /// `endpoint`, for S3 `region` and `virtual_hosted_style`, for Azure `account`. Credentials come from the provider's
+    /// usual variables: `AWS_*`, `GOOGLE_*`, `AZURE_*`. The store must honour create-only puts, which is tried at start.
     object_store: String = String::new();
     /// Address of the HTTP listener: remote write, the Prometheus API, SQL over HTTP, `/metrics` and administration.
     http: Listen = Listen::at("127.0.0.1:7300");

@@ -170,7 +170,7 @@ fn routes(engine: &Engine, config: &Config) -> Result<Routes> {
 async fn open(config: &Config, telemetry: Arc<Telemetry>) -> Result<Engine> {
     let url = config.object_store_url();
     let fs: Arc<dyn FileSystem> = Arc::new(Disk);
-    let store = catalog::object::open(&fs, &url).with_context(|| format!("cannot open the object store {url}"))?;
+    let store = catalog::object::open(&fs, &url).context("cannot open the object store")?;
     let components =
         Components { store, fs, clock: Arc::new(SystemClock), entropy: Arc::new(SystemEntropy), telemetry };
     let extensions = promql::extensions().and(sql::extensions());
@@ -250,7 +250,7 @@ impl Listeners {
         }
         let objects = match config.object_store.as_str() {
             "" => data_dir.join("objects").display().to_string(),
-            url => url.to_owned(),
+            url => catalog::object::location(url)?,
         };
         println!("data    {} (data files: {objects})", data_dir.display());
         Ok(())

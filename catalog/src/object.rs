@@ -1,42 +1,40 @@
 //! Object stores: where segments, tag parts and the database's description live.
 //!
 //! Every store offers the same three things that the engine builds on: a put that is durable when it returns, a put that
-//! fails when the object exists or has changed, and ranged reads. S3 has them; for a local folder [`LocalStore`] adds
-//! what `object_store`'s own local store leaves out.
+//! fails when the object exists, and ranged reads. S3, Google Cloud Storage and Azure have them; for a local folder
+//! [`LocalStore`] adds what `object_store`'s own local store leaves out. A service that only looks like one of them is
+//! found out by [`probe`] before anything relies on it.
 
+mod cloud;
 mod local;
 
-use std::path::{Path, PathBuf};
+use std::path::{Path as FsPath, PathBuf};
 use std::sync::Arc;
 
-use object_store::ObjectStore;
-use object_store::aws::AmazonS3Builder;
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt};
 use object_store::memory::InMemory;
-use object_store::prefix::PrefixStore;
+use object_store::path::Path;
+use object_store::{Error as StoreError, ObjectStore, ObjectStoreExt, PutMode, PutPayload};
 
+use cloud::Place;
 pub use local::LocalStore;
 
 use crate::{Error, FileSystem, Result};
 
-/// Opens the store at a path, `file://`, `s3://bucket[/prefix]` or `memory://`. S3 takes its region, endpoint and
-/// credentials from the `AWS_*` environment variables; a folder is written through `fs`.
+/// Opens the store at a path, `file://`, `s3://bucket[/prefix]`, `gs://bucket[/prefix]`, `az://container[/prefix]`,
+/// `abfss://container@account.dfs.core.windows.net[/prefix]` or `memory://`. A query may name `endpoint` and `region`
+/// (`s3://bucket/prefix?endpoint=http://127.0.0.1:9000`), credentials come from the environment: `AWS_*`, `GOOGLE_*`,
+/// `AZURE_*`. A folder is written through `fs`.
 ///
 /// # Errors
-/// `Invalid` for an unknown scheme or a missing bucket; `Unavailable` when a folder can't be made.
+/// `Invalid` for an unknown scheme, a missing bucket or settings that contradict each other; `Unavailable` when a folder
+/// can't be made.
 pub fn open(fs: &Arc<dyn FileSystem>, url_or_path: &str) -> Result<Arc<dyn ObjectStore>> {
     match Location::parse(url_or_path)? {
         Location::Memory => Ok(Arc::new(InMemory::new())),
         Location::Folder(folder) => Ok(Arc::new(LocalStore::open(fs.clone(), &folder)?)),
-        Location::S3 { bucket, prefix } => {
-            let store = AmazonS3Builder::from_env()
-                .with_bucket_name(bucket)
-                .build()
-                .map_err(|e| Error::invalid(format!("object store {url_or_path:?} is not usable")).with_source(e))?;
-            if prefix.is_empty() {
-                return Ok(Arc::new(store));
-            }
-            Ok(Arc::new(PrefixStore::new(store, prefix)))
-        }
+        Location::Cloud(place) => place.open(),
     }
 }
 
@@ -52,16 +50,79 @@ pub fn location(url_or_path: &str) -> Result<String> {
                 .map_err(|e| Error::from(e).context(format_args!("folder {}", folder.display())))?;
             format!("{}/", folder.display().to_string().trim_end_matches('/'))
         }
-        Location::S3 { bucket, prefix: "" } => format!("s3://{bucket}/"),
-        Location::S3 { bucket, prefix } => format!("s3://{bucket}/{prefix}/"),
+        Location::Cloud(place) => place.location(),
     })
+}
+
+/// Checks that the store refuses to create an object that exists, on which every commit relies. Leaves one small object,
+/// `<database>/probe`.
+///
+/// # Errors
+/// `Invalid` when the store overwrites; `Unavailable` when it can't be written to.
+pub async fn probe(store: &dyn ObjectStore, database: &str) -> Result<()> {
+    let location = Path::from(format!("{database}/probe"));
+    let create = || store.put_opts(&location, PutPayload::from_static(b"create-only\n"), PutMode::Create.into());
+    for _ in 0..2 {
+        match create().await {
+            Err(StoreError::AlreadyExists { .. }) => return Ok(()),
+            Ok(_) => {}
+            Err(e @ (StoreError::NotImplemented { .. } | StoreError::NotSupported { .. })) => {
+                return Err(unconditional().with_source(e));
+            }
+            Err(e) => return Err(Error::from(e).context(format_args!("object {location} can't be written"))),
+        }
+    }
+    Err(unconditional())
+}
+
+fn unconditional() -> Error {
+    Error::invalid(
+        "the object store overwrites an object that was to be created only if it does not exist (If-None-Match is not \
+         honoured); two servers could destroy each other's data there",
+    )
+}
+
+/// Bytes of one request of a large upload: it ends within its deadline on a slow line too.
+const PART_BYTES: usize = 16 << 20;
+/// Requests of one upload at a time.
+const PARTS_AT_ONCE: usize = 4;
+
+/// Stores an object of any size, replacing what has its name; it is durable when this returns.
+///
+/// # Errors
+/// Of the store; the object is whole or absent then.
+pub async fn put(store: &dyn ObjectStore, location: &Path, bytes: Bytes) -> Result<()> {
+    put_in_parts(store, location, bytes, PART_BYTES).await
+}
+
+async fn put_in_parts(store: &dyn ObjectStore, location: &Path, bytes: Bytes, part_bytes: usize) -> Result<()> {
+    if bytes.len() <= 2 * part_bytes {
+        store.put(location, bytes.into()).await?;
+        return Ok(());
+    }
+    let mut upload = store.put_multipart(location).await?;
+    let starts = (0..bytes.len()).step_by(part_bytes);
+    let parts: Vec<_> =
+        starts.map(|start| upload.put_part(bytes.slice(start..bytes.len().min(start + part_bytes)).into())).collect();
+    let sent = futures::stream::iter(parts).buffer_unordered(PARTS_AT_ONCE).try_collect::<Vec<()>>().await;
+    if let Err(e) = sent {
+        // What remains of it is for the store's own rules to remove.
+        let _ = upload.abort().await;
+        return Err(e.into());
+    }
+    let Err(e) = upload.complete().await else { return Ok(()) };
+    // The reply may be what was lost: then the object is there.
+    match store.head(location).await {
+        Ok(found) if found.size == bytes.len() as u64 => Ok(()),
+        _ => Err(e.into()),
+    }
 }
 
 #[derive(Debug, PartialEq)]
 enum Location<'a> {
     Memory,
     Folder(PathBuf),
-    S3 { bucket: &'a str, prefix: &'a str },
+    Cloud(Place<'a>),
 }
 
 impl<'a> Location<'a> {
@@ -70,44 +131,23 @@ impl<'a> Location<'a> {
             return Err(Error::invalid("object store location is empty; give a folder or an URL"));
         }
         let Some((scheme, rest)) = text.split_once("://") else {
-            return Ok(Self::Folder(Path::new(text).to_owned()));
+            return Ok(Self::Folder(FsPath::new(text).to_owned()));
         };
         match scheme {
             "memory" => Ok(Self::Memory),
-            "file" => Ok(Self::Folder(Path::new(rest).to_owned())),
-            "s3" => {
-                let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
-                if bucket.is_empty() {
-                    return Err(Error::invalid(format!("object store {text:?} names no bucket")));
-                }
-                Ok(Self::S3 { bucket, prefix: prefix.trim_matches('/') })
-            }
-            _ => Err(Error::invalid(format!(
-                "object store {text:?} has scheme {scheme:?}; known are file, s3, memory, and a folder without scheme"
-            ))),
+            "file" => Ok(Self::Folder(FsPath::new(rest).to_owned())),
+            _ => Place::parse(scheme, rest).map_or_else(
+                || {
+                    Err(Error::invalid(format!(
+                        "object store {text:?} has scheme {scheme:?}; known are file, s3, gs, az, abfs, abfss, memory, and \
+                         a folder without scheme"
+                    )))
+                },
+                |place| place.map(Self::Cloud),
+            ),
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn locations() {
-        let check = |text: &str, expected: Option<&str>| {
-            assert_eq!(location(text).ok().as_deref(), expected, "{text}");
-        };
-        check("/data/store", Some("/data/store/"));
-        check("/data/store/", Some("/data/store/"));
-        check("file:///data/store", Some("/data/store/"));
-        check("s3://bucket", Some("s3://bucket/"));
-        check("s3://bucket/", Some("s3://bucket/"));
-        check("s3://bucket/a/b/", Some("s3://bucket/a/b/"));
-        check("memory://", Some("memory://"));
-        check("s3:///x", None);
-        check("gopher://x", None);
-        check("", None);
-        assert!(location("relative").unwrap().starts_with('/'));
-    }
-}
+mod tests;

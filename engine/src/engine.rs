@@ -131,6 +131,7 @@ impl Engine {
         let now_ms = components.clock.now_ms();
         // The bucket says which database this is; the file catalog must be of the same one.
         let store = &components.store;
+        catalog::object::probe(store, &settings.database).await?;
         let described = database::open(store, &settings.database, random_seed(components.entropy.as_ref())?).await?;
         let metadata_log = MetadataLog::open(store, &settings.database).await?;
         let slash = if settings.store_location.ends_with('/') { "" } else { "/" };
