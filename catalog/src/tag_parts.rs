@@ -20,7 +20,7 @@ use object_store::ObjectStore;
 
 use crate::files::TagPart;
 use crate::tables::with_field_id;
-use crate::{Registry, Result, Series};
+use crate::{Error, ErrorKind, Registry, Result, Series, TagSet};
 
 use cache::Cache;
 
@@ -138,9 +138,7 @@ impl TagParts {
     pub async fn load(&self, parts: &[Arc<TagPart>], filter: MetricFilter<'_>) -> Result<Vec<Arc<Vec<Arc<Series>>>>> {
         let mut out = Vec::new();
         for part in parts {
-            self.load_part(part, filter, &mut out)
-                .await
-                .map_err(|e| e.context(format_args!("tag part {}/{}", self.prefix, part.path)))?;
+            self.load_part(part, filter, &mut out).await.map_err(|e| self.in_part(e, part))?;
         }
         Ok(out)
     }
@@ -152,13 +150,34 @@ impl TagParts {
     pub async fn merge(&self, header: &PartHeader, parts: &[Arc<TagPart>]) -> Result<EncodedPart> {
         let mut all = Vec::new();
         for part in parts {
-            let sets = self
-                .read_whole(part)
-                .await
-                .map_err(|e| e.context(format_args!("tag part {}/{}", self.prefix, part.path)))?;
-            all.extend(sets);
+            all.extend(self.read_whole(part).await.map_err(|e| self.in_part(e, part))?);
         }
         encode(header, &all)
+    }
+
+    /// Checks every byte of a part, past the cache; returns its sets in their order.
+    ///
+    /// # Errors
+    /// As [`TagParts::load`].
+    pub async fn check(&self, part: &TagPart) -> Result<Vec<Arc<Series>>> {
+        let work = async {
+            let sets = self.read_whole(part).await?;
+            let before = |a: &TagSet, b: &TagSet| (a.metric(), a.as_bytes()) < (b.metric(), b.as_bytes());
+            if !sets.is_sorted_by(|a, b| before(&a.tags, &b.tags)) {
+                return Err(Error::corrupt("tag sets are repeated or not in order"));
+            }
+            Ok(sets)
+        };
+        work.await.map_err(|e| self.in_part(e, part))
+    }
+
+    fn in_part(&self, e: Error, part: &TagPart) -> Error {
+        // What a store can't find is damage to the database, not a wrong request.
+        let e = match e.kind() {
+            ErrorKind::NotFound => Error::corrupt("object is missing").with_source(e),
+            _ => e,
+        };
+        e.context(format_args!("tag part {}/{}", self.prefix, part.path))
     }
 
     /// Bytes that the cache holds.

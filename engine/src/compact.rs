@@ -14,7 +14,7 @@ use std::sync::atomic::Ordering;
 
 use catalog::files::{Commit, DataFile, TagPart};
 use catalog::registry::PassThrough;
-use catalog::{Error, MetricFilter, PartHeader, Result, Series, TableSchema, tag_parts};
+use catalog::{Error, ErrorKind, MetricFilter, PartHeader, Result, Series, TableSchema, tag_parts};
 
 use crate::cut::Taken;
 use crate::delete::Tombstone;
@@ -81,17 +81,64 @@ async fn round(inner: &Arc<Inner>, all: bool) -> Result<()> {
         // Perhaps for want of space: what leaves rows out gives back more than it takes.
         lost.extend(fold(inner, all).await?);
     }
-    while let Some((table, files, level)) = next_merge(inner, all) {
-        if merge(inner, &table, &files, level).await? {
-            lost.extend(files.iter().map(|f| f.day));
+    let mut skipped = BTreeSet::new();
+    while let Some((table, files, level)) = next_merge(inner, all, &skipped) {
+        match merge(inner, &table, &files, level).await {
+            Ok(true) => lost.extend(files.iter().map(|f| f.day)),
+            Ok(false) => {}
+            Err(e) => {
+                if !set_aside_files(inner, &table, &files, e).await? {
+                    skipped.extend(files.iter().map(|f| (table.id, f.day)));
+                }
+            }
         }
     }
     lost.extend(fold(inner, all).await?);
     prune(inner, lost).await?;
     while let Some(parts) = next_parts(inner, all) {
-        merge_parts(inner, &parts).await?;
+        if let Err(e) = merge_parts(inner, &parts).await {
+            set_aside_parts(inner, &parts, e).await?;
+        }
     }
     orphans::sweep(inner).await
+}
+
+/// Finds out which of the files of a failed merge are damaged, so that the next one goes around them. False when the
+/// damage is elsewhere, in tag sets that the merge needed.
+///
+/// # Errors
+/// The merge's own, when it did not fail of damage.
+async fn set_aside_files(inner: &Inner, table: &TableSchema, files: &[Arc<DataFile>], e: Error) -> Result<bool> {
+    if e.kind() != ErrorKind::Corrupt {
+        return Err(e);
+    }
+    let mut found = false;
+    for f in files {
+        if let Err(e) = inner.segments.check(table, f).await
+            && e.kind() == ErrorKind::Corrupt
+        {
+            found = true;
+            inner.metrics.damaged.set(inner.days.set_aside(f.id, &e) as i64);
+        }
+    }
+    if !found {
+        tracing::error!(error = %e, table = table.name, "files of a day can't be merged");
+    }
+    Ok(found)
+}
+
+/// The same for tag parts, of which one must be damaged.
+async fn set_aside_parts(inner: &Inner, parts: &[Arc<TagPart>], e: Error) -> Result<()> {
+    let mut found = false;
+    for p in parts.iter().filter(|_| e.kind() == ErrorKind::Corrupt) {
+        if let Err(e) = inner.parts.check(p).await
+            && e.kind() == ErrorKind::Corrupt
+        {
+            found = true;
+            inner.metrics.damaged.set(inner.days.set_aside(p.id, &e) as i64);
+        }
+    }
+    if found { Ok(()) } else { Err(e) }
 }
 
 /// Deletes objects that were superseded longer ago than any query runs.
@@ -114,21 +161,27 @@ async fn clean(inner: &Inner) -> Result<()> {
 }
 
 /// Files that should become one now, and its level: the fewest bytes first after a round that failed, since outputs and
-/// inputs are there together for a while.
-fn next_merge(inner: &Inner, all: bool) -> Option<(Arc<TableSchema>, Vec<Arc<DataFile>>, u8)> {
+/// inputs are there together for a while. `skipped` are days of tables, by number.
+fn next_merge(
+    inner: &Inner,
+    all: bool,
+    skipped: &BTreeSet<(u16, i32)>,
+) -> Option<(Arc<TableSchema>, Vec<Arc<DataFile>>, u8)> {
     let version = inner.version();
     let tight = inner.days.tight.load(Ordering::Relaxed);
     let mut least = None;
     let mut least_bytes = u64::MAX;
     for table in &version.tables {
         let mut days: BTreeMap<i32, Vec<Arc<DataFile>>> = BTreeMap::new();
-        for f in table.files.iter() {
+        for f in table.files.iter().filter(|f| !skipped.contains(&(table.schema.id, f.day))) {
             days.entry(f.day).or_default().push(f.clone());
         }
         for (day, mut files) in days {
             files.sort_by_key(|f| (f.seq_max, f.id));
             let over = all || day_is_over(inner, table.schema.id, day);
-            if let Some(chosen) = choose(&files, over, all) {
+            // Only neighbours are merged, so a damaged file parts those before it from those after it.
+            for files in files.split(|f| inner.days.is_damaged(f.id)) {
+                let Some(chosen) = choose(files, over, all) else { continue };
                 // Only what holds the whole day is done; the rest is merged once more.
                 let level = if over && chosen.len() == files.len() { 2 } else { 1 };
                 let bytes = chosen.iter().map(|f| f.bytes).sum();
@@ -348,22 +401,37 @@ async fn fold(inner: &Arc<Inner>, now: bool) -> Result<BTreeSet<i32>> {
             let delete = table.deletes.iter().rev().find(|t| due && t.concerns(file)).map_or(0, |t| t.delete.id);
             let floors = table.floors.passed(file.ts_max);
             let seen = inner.days.checked.lock().get(&file.id).copied().unwrap_or_default();
-            if (seen.floors & floors == floors && seen.delete >= delete) || looks == 0 {
+            let done = seen.floors & floors == floors && seen.delete >= delete;
+            if done || looks == 0 || inner.days.is_damaged(file.id) {
                 continue;
             }
             looks -= 1;
-            let files = std::slice::from_ref(file);
-            let mut inputs = Inputs::new(inner, &table.schema, files).await?;
-            if inputs.loses(inner).await? {
-                inputs.merge(inner, file.level).await?;
-                lost.insert(file.day);
-            } else {
-                inner.days.checked.lock().insert(file.id, Checked { floors, delete });
+            match fold_file(inner, &table.schema, file).await {
+                Ok(true) => {
+                    lost.insert(file.day);
+                }
+                Ok(false) => {
+                    inner.days.checked.lock().insert(file.id, Checked { floors, delete });
+                }
+                // It stays as it is, and so do the deletes that concern it.
+                Err(e) => {
+                    set_aside_files(inner, &table.schema, std::slice::from_ref(file), e).await?;
+                }
             }
         }
     }
     forget_deletes(inner).await?;
     Ok(lost)
+}
+
+/// Writes a file again if it holds rows to leave out; returns whether it did.
+async fn fold_file(inner: &Arc<Inner>, table: &Arc<TableSchema>, file: &Arc<DataFile>) -> Result<bool> {
+    let mut inputs = Inputs::new(inner, table, std::slice::from_ref(file)).await?;
+    let loses = inputs.loses(inner).await?;
+    if loses {
+        inputs.merge(inner, file.level).await?;
+    }
+    Ok(loses)
 }
 
 /// Takes deletes out of the catalog that no file needs.
@@ -403,17 +471,26 @@ async fn prune(inner: &Arc<Inner>, mut days: BTreeSet<i32>) -> Result<()> {
     let filled: HashSet<i32> = version.tables.iter().flat_map(|t| t.files.iter().map(|f| f.day)).collect();
     days.extend(version.parts.iter().map(|p| p.day).filter(|day| !filled.contains(day)));
     for day in days {
-        // Now, so that they are at hand while flushes wait.
-        codes(inner, &version, day).await?;
-        let inner = inner.clone();
-        // It must not be left half way: a flush that ran beside the commit would count on sets that leave.
-        let work = tokio::spawn(async move {
-            let _flushing = inner.flushing.lock().await;
-            prune_day(&inner, day).await
-        });
-        work.await.map_err(|e| Error::internal("tag sets of a day were not pruned").with_source(e))??;
+        if let Err(e) = prune_now(inner, &version, day).await {
+            if e.kind() != ErrorKind::Corrupt {
+                return Err(e);
+            }
+            tracing::warn!(error = %e, day, "tag sets of a day are kept, since it can't be known which ones its rows have");
+        }
     }
     Ok(())
+}
+
+async fn prune_now(inner: &Arc<Inner>, version: &Version, day: i32) -> Result<()> {
+    // Now, so that they are at hand while flushes wait.
+    codes(inner, version, day).await?;
+    let inner = inner.clone();
+    // It must not be left half way: a flush that ran beside the commit would count on sets that leave.
+    let work = tokio::spawn(async move {
+        let _flushing = inner.flushing.lock().await;
+        prune_day(&inner, day).await
+    });
+    work.await.map_err(|e| Error::internal("tag sets of a day were not pruned").with_source(e))?
 }
 
 async fn prune_day(inner: &Arc<Inner>, day: i32) -> Result<()> {
@@ -460,7 +537,7 @@ fn next_parts(inner: &Inner, all: bool) -> Option<Vec<Arc<TagPart>>> {
     let today = day_of(inner.now_ms());
     let version = inner.version();
     let mut days: BTreeMap<i32, Vec<Arc<TagPart>>> = BTreeMap::new();
-    for p in version.parts.iter() {
+    for p in version.parts.iter().filter(|p| !inner.days.is_damaged(p.id)) {
         days.entry(p.day).or_default().push(p.clone());
     }
     days.into_iter()

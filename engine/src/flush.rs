@@ -12,7 +12,7 @@ use arrow::array::{ArrayRef, AsArray, RecordBatch};
 use arrow::datatypes::{TimestampMillisecondType, UInt32Type};
 use catalog::files::{Commit, DataFile, TagPart};
 use catalog::registry::PassThrough;
-use catalog::{Error, MetricFilter, Ordinal, PartHeader, Result, Series, TableSchema, tag_parts};
+use catalog::{Error, ErrorKind, MetricFilter, Ordinal, PartHeader, Result, Series, TableSchema, tag_parts};
 use parking_lot::Mutex;
 
 use crate::engine::Inner;
@@ -38,6 +38,8 @@ pub(crate) struct Days {
     written: Mutex<HashMap<i32, Codes>>,
     /// When a table's day last got a file by a flush, milliseconds since the epoch.
     changed: Mutex<HashMap<(u16, i32), i64>>,
+    /// Ids of files and tag parts that failed their checks; they are left out of merges.
+    damaged: Mutex<BTreeSet<i64>>,
     /// Held while files are merged.
     pub compacting: tokio::sync::Mutex<()>,
     /// Held from the moment at which a delete has a number until readers see it, and while a merge takes numbers for its
@@ -60,6 +62,20 @@ impl Days {
     /// Forgets which tag sets the parts of a day hold.
     pub fn forget(&self, day: i32) {
         self.written.lock().remove(&day);
+    }
+
+    /// Whether a file or tag part failed its checks since the start.
+    pub fn is_damaged(&self, id: i64) -> bool {
+        self.damaged.lock().contains(&id)
+    }
+
+    /// Leaves a file or tag part out of merges from now on, saying so the first time. Returns how many there are.
+    pub fn set_aside(&self, id: i64, e: &Error) -> usize {
+        let mut damaged = self.damaged.lock();
+        if damaged.insert(id) {
+            tracing::error!(error = %e, "stored object is damaged: queries that need it fail, compaction leaves it out");
+        }
+        damaged.len()
     }
 
     fn note(&self, table_id: u16, commit: &Commit, codes: Vec<(i32, Vec<i64>)>, now_ms: i64) {
@@ -282,8 +298,17 @@ async fn missing_sets<'a>(
 ) -> Result<Vec<Arc<Series>>> {
     if !inner.days.written.lock().contains_key(&day) {
         let parts: Vec<_> = inner.version().parts.iter().filter(|p| p.day == day).cloned().collect();
-        let known = inner.parts.load(&parts, MetricFilter::All).await?;
-        let codes = known.iter().flat_map(|p| p.iter()).map(|s| s.id.code.0).collect();
+        let mut codes = Codes::default();
+        for part in parts {
+            match inner.parts.load(std::slice::from_ref(&part), MetricFilter::All).await {
+                Ok(known) => codes.extend(known.iter().flat_map(|p| p.iter()).map(|s| s.id.code.0)),
+                // Sets that it held and that are still in use are written once more.
+                Err(e) if e.kind() == ErrorKind::Corrupt => {
+                    inner.metrics.damaged.set(inner.days.set_aside(part.id, &e) as i64);
+                }
+                Err(e) => return Err(e),
+            }
+        }
         inner.days.written.lock().insert(day, codes);
     }
     let written = inner.days.written.lock();

@@ -169,9 +169,28 @@ async fn damage_is_named() {
     flipped[100] ^= 1;
     check(&good.part, flipped, SEED, "CRC-32").await;
     check(&good.part, good.bytes[1..].to_vec(), SEED, "CRC-32").await;
+    check(&good.part, vec![], SEED, "CRC-32").await;
+    let nowhere =
+        TagParts::new(Arc::new(InMemory::new()), "db", Arc::new(Registry::new(TagHasher::new(SEED), 10)), 1 << 20);
+    let error = nowhere.load(&[Arc::new(good.part.clone())], MetricFilter::All).await.unwrap_err();
+    assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("object is missing"), "{error}");
     let other = encode(&header(2), &sets).unwrap();
     let part = TagPart { path: good.part.path.clone(), id: 1, ..other.part };
     check(&part, other.bytes.to_vec(), SEED, "is that of file Some(2)").await;
+}
+
+#[tokio::test]
+async fn a_newer_format_is_refused_by_name() {
+    let good = encode(&header(1), &fleet(1, 1)).unwrap();
+    let mut bytes = good.bytes.to_vec();
+    let format = b"thalweg.format\x18\x01";
+    let at = bytes.windows(format.len()).rposition(|w| w == format).unwrap() + format.len();
+    bytes[at] = b'2';
+    let part = TagPart { crc32: crc32fast::hash(&bytes), ..good.part };
+    let (_, reader, parts) = stored(&[EncodedPart { bytes: bytes.into(), part }], 1 << 20).await;
+    let error = reader.load(&parts, MetricFilter::All).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+    assert!(error.to_string().contains("tag_sets/20000/1.parquet: format 2 is newer than this version"), "{error}");
 }
 
 #[tokio::test]
@@ -203,7 +222,7 @@ async fn no_damage_gets_through() {
         let error = reader.load(&part, MetricFilter::All).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
     };
-    check(&encode(&header(1), &fleet(3, 4)).unwrap(), 7, 1 << 20).await;
+    check(&encode(&header(1), &fleet(3, 4)).unwrap(), 1, 1 << 20).await;
     check(&encode(&header(1), &fleet(20, 1000)).unwrap(), 50_021, 1 << 10).await;
 }
 

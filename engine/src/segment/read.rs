@@ -1,5 +1,7 @@
 //! Reading segments: from keys and a time range to rows in the form of a scan.
 
+mod check;
+
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
@@ -11,7 +13,7 @@ use catalog::files::DataFile;
 use catalog::tables::Layout;
 use catalog::{Error, ErrorKind, Part, Result, TableSchema};
 use object_store::path::Path as ObjectPath;
-use object_store::{ObjectStore, ObjectStoreExt, PutPayload};
+use object_store::{ObjectStore, ObjectStoreExt};
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{
     ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder, RowSelection,
@@ -92,9 +94,8 @@ impl Segments {
 
     /// Stores an object; it is durable when this returns.
     pub async fn put(&self, path: &str, bytes: Bytes) -> Result<()> {
-        let put = self.store.put(&self.object(path), PutPayload::from(bytes)).await;
-        put.map_err(|e| Error::from(e).context(format_args!("writing {path}")))?;
-        Ok(())
+        let put = catalog::object::put(&self.store, &self.object(path), bytes).await;
+        put.map_err(|e| e.context(format_args!("writing {path}")))
     }
 
     /// Deletes an object; one that is gone already is no error.
@@ -112,11 +113,22 @@ impl Segments {
     }
 
     async fn fetch(&self, file: &DataFile, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
-        let bytes = self.store.get_ranges(&self.object(&file.path), ranges).await.map_err(Error::from)?;
+        let bytes = match self.store.get_ranges(&self.object(&file.path), ranges).await {
+            Ok(bytes) => bytes,
+            Err(e) => return Err(self.truncated(file).await.unwrap_or_else(|| e.into())),
+        };
         if bytes.len() != ranges.len() || bytes.iter().zip(ranges).any(|(b, r)| b.len() as u64 != r.end - r.start) {
             return Err(Error::corrupt("object is shorter than the file catalog says"));
         }
         Ok(bytes)
+    }
+
+    /// The error of an object whose size is not the recorded one. Stores answer in many ways when asked for bytes that
+    /// are not there, and none of those is worth trying again.
+    async fn truncated(&self, file: &DataFile) -> Option<Error> {
+        let size = self.store.head(&self.object(&file.path)).await.ok()?.size;
+        (size != file.bytes)
+            .then(|| Error::corrupt(format!("object has {size} bytes; the file catalog says {}", file.bytes)))
     }
 
     async fn fetch_one(&self, file: &DataFile, range: Range<u64>) -> Result<Bytes> {

@@ -15,6 +15,7 @@ use bytes::Bytes;
 use catalog::tables::{EXEMPLARS, HISTOGRAMS, SAMPLES, time_type};
 use catalog::{ErrorKind, Result, TableSchema};
 use object_store::memory::InMemory;
+use parquet::file::metadata::ParquetMetaDataReader;
 use proptest::prelude::*;
 
 use super::write::Written;
@@ -220,6 +221,70 @@ fn other_tables_come_back() {
     assert!(Writer::new(&EXEMPLARS, description(&EXEMPLARS)).unwrap().finish().is_err());
 }
 
+/// A file that says of itself that it has format 2, and is sound otherwise.
+fn newer(written: &Written) -> Written {
+    let mut bytes = written.bytes.to_vec();
+    let put = |bytes: &mut [u8], after: &[u8], text: &[u8]| {
+        let at = bytes.windows(after.len()).rposition(|w| w == after).unwrap() + after.len();
+        bytes[at..at + text.len()].copy_from_slice(text);
+    };
+    // In the footer an entry is its key, a field's head, the length of its value, and the value.
+    put(&mut bytes, b"thalweg.format\x18\x01", b"2");
+    let meta = ParquetMetaDataReader::new().parse_and_finish(&Bytes::from(bytes.clone())).unwrap();
+    let mut crc = crc32fast::Hasher::new();
+    for e in meta.file_metadata().key_value_metadata().unwrap().iter().filter(|e| e.key != "thalweg.check") {
+        crc.update(e.key.as_bytes());
+        crc.update(e.value.as_ref().unwrap().as_bytes());
+    }
+    put(&mut bytes, b"thalweg.check\x18\x08", format!("{:08x}", crc.finalize()).as_bytes());
+    let footer = bytes.len() - written.file.footer_bytes as usize - 8;
+    let file = catalog::DataFile { crc32: crc32fast::hash(&bytes[footer..]), ..written.file.clone() };
+    Written { file, bytes: bytes.into() }
+}
+
+#[test]
+fn a_newer_format_is_refused_by_name() {
+    let keys = keys(1);
+    let newer = newer(&write(&SAMPLES, &keys, &[samples(&BTreeMap::from([((0, START), 0)]))]));
+    let e = read(&newer, newer.bytes.clone(), request(&SAMPLES, &keys, 0..1, (i64::MIN, i64::MAX))).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Invalid);
+    assert!(e.to_string().starts_with("segment f: segment has format 2, which this version does not know"), "{e}");
+}
+
+#[test]
+fn damage_is_confined_to_its_pages() {
+    // 100 series of 1,000 rows: four pages of values.
+    let keys: Vec<Key> = (0..100).map(|k| Key { metric: k, target: 0, series: k }).collect();
+    let rows = (0..100_000u32).map(|i| {
+        let (series, n) = (i / 1000, i64::from(i % 1000));
+        ((series, START + n * 1000), f64::from(i).sqrt().to_bits())
+    });
+    let written = write(&SAMPLES, &keys, &[samples(&rows.collect())]);
+    let one = |at: usize| request(&SAMPLES, &keys, at..at + 1, (i64::MIN, i64::MAX));
+    let mut damaged = 0;
+    // Somewhere in the doubles, which are all that is large here.
+    for at in (written.bytes.len() / 4..written.bytes.len() * 3 / 4).step_by(written.bytes.len() / 10) {
+        let mut bytes = written.bytes.to_vec();
+        bytes[at] ^= 1;
+        let answers: Vec<bool> = (0..100)
+            .map(|series| match read(&written, Bytes::from(bytes.clone()), one(series)) {
+                Ok(got) => {
+                    assert_eq!(got.num_rows(), 1000);
+                    true
+                }
+                Err(e) => {
+                    assert!(e.to_string().contains("page at byte"), "{e}");
+                    false
+                }
+            })
+            .collect();
+        let lost = answers.iter().filter(|ok| !**ok).count();
+        assert!((1..=34).contains(&lost), "byte {at}: {lost} of 100 series can't be read");
+        damaged += 1;
+    }
+    assert!(damaged >= 4);
+}
+
 fn description(table: &TableSchema) -> Description {
     Description {
         id: 1,
@@ -257,7 +322,40 @@ fn damage_is_an_error_and_never_another_value() {
     for len in (0..written.bytes.len()).step_by(7) {
         check(written.bytes[..len].to_vec(), &format!("cut at {len}"));
     }
-    // An object of another file in its place.
+    // What reads everything finds damage wherever it is, also where a query would not come across it.
+    let segments = Segments::new(Arc::new(InMemory::new()), "d", 0);
+    let whole = |bytes: &[u8], file: &catalog::DataFile| {
+        futures::executor::block_on(async {
+            segments.put("f", Bytes::copy_from_slice(bytes)).await?;
+            segments.forget(|_| false);
+            segments.check(&SAMPLES, file).await
+        })
+    };
+    let found = whole(&written.bytes, &written.file).unwrap();
+    assert_eq!(found, keys);
+    let mut bytes = written.bytes.to_vec();
+    for at in 0..bytes.len() {
+        bytes[at] ^= 1 << (at % 8);
+        let e = whole(&bytes, &written.file).unwrap_err();
+        assert!(e.kind() == ErrorKind::Corrupt && e.to_string().starts_with("segment f: "), "byte {at}: {e}");
+        bytes[at] ^= 1 << (at % 8);
+    }
+    for wrong in [
+        catalog::DataFile { rows: 299, ..written.file.clone() },
+        catalog::DataFile { ts_min: START - 1, ..written.file.clone() },
+        catalog::DataFile { metric_max: 9, ..written.file.clone() },
+        catalog::DataFile { seq_max: 6, ..written.file.clone() },
+        catalog::DataFile { level: 1, ..written.file.clone() },
+        catalog::DataFile { day: DAY + 1, ..written.file.clone() },
+        catalog::DataFile { bytes: written.file.bytes - 1, ..written.file.clone() },
+    ] {
+        assert_eq!(whole(&bytes, &wrong).unwrap_err().kind(), ErrorKind::Corrupt, "{wrong:?}");
+    }
+    // An object of another file in its place, an empty one, and one that is cut off: worth no second try.
+    for bytes in [&written.bytes[..0], &written.bytes[..written.bytes.len() - 1]] {
+        let e = read(&written, Bytes::copy_from_slice(bytes), all()).unwrap_err();
+        assert!(e.kind() == ErrorKind::Corrupt && e.to_string().contains("the file catalog says"), "{e}");
+    }
     let other = Written { file: catalog::DataFile { id: 8, ..written.file.clone() }, bytes: Bytes::new() };
     let e = read(&other, written.bytes.clone(), all()).unwrap_err();
     assert_eq!(e.kind(), ErrorKind::Corrupt);
