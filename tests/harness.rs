@@ -6,6 +6,7 @@
 pub mod http;
 pub mod programs;
 pub mod remote_write;
+pub mod s3;
 pub mod server;
 
 pub use http::{Client, Response};

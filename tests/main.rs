@@ -7,10 +7,14 @@ mod harness;
 mod command_line;
 /// Kills, power loss, full disks and damage: what was acknowledged is there exactly once.
 mod crash;
+/// A damaged object: its queries fail and name it, everything else goes on.
+mod damaged;
 /// Deleting by API and by age, seen through PromQL and SQL, over kills and restarts.
 mod deletes;
 /// DuckDB attaches the file catalog while the server runs and sees what our SQL sees.
 mod duckdb;
+/// Folders of earlier versions open and answer as they did; newer ones are refused by name.
+mod formats;
 /// The history of a real Prometheus, imported from its folder and over remote read.
 mod import;
 /// The operator's manual and alert rules name only what exists.
@@ -27,5 +31,7 @@ mod remote_write;
 mod replicas;
 /// `psql` against the PostgreSQL endpoint, and the scripts of `tests/sql`.
 mod sql;
+/// Data files on S3: sound, and behind a proxy that loses, delays and tears what passes.
+mod stores;
 /// Rules of the source tree that no compiler checks.
 mod tidy;

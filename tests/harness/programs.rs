@@ -28,6 +28,11 @@ pub fn library(name: &str) -> Option<PathBuf> {
 
 /// A Python that can import DuckDB, or nothing when there is none and the test is to be skipped.
 pub fn python() -> Option<PathBuf> {
+    python_with("duckdb")
+}
+
+/// A Python that can import a module, or nothing when there is none and the test is to be skipped.
+pub fn python_with(module: &str) -> Option<PathBuf> {
     let python = std::env::var_os("TEST_PYTHON").map_or_else(
         || {
             let target = Path::new(env!("CARGO_BIN_EXE_thalweg")).ancestors().nth(2);
@@ -35,8 +40,8 @@ pub fn python() -> Option<PathBuf> {
         },
         PathBuf::from,
     );
-    let imports = Command::new(&python).args(["-c", "import duckdb"]).output();
-    if imports.is_ok_and(|o| o.status.success()) { Some(python) } else { skip("Python has no duckdb") }
+    let imports = Command::new(&python).args(["-c", &format!("import {module}")]).output();
+    if imports.is_ok_and(|o| o.status.success()) { Some(python) } else { skip(&format!("Python has no {module}")) }
 }
 
 fn skip(why: &str) -> Option<PathBuf> {

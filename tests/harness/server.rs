@@ -221,12 +221,17 @@ impl Server {
         self.down.clone()
     }
 
-    /// SIGTERM, then a start on the same folder.
-    pub fn stop_and_restart(mut self) -> Self {
+    /// SIGTERM to a server that must end well.
+    pub fn stop(mut self) -> Down {
         let status = self.terminate();
         assert!(status.success(), "the server stopped with {status}: {}", self.log());
         self.check_log();
-        self.down.clone().start()
+        self.down.clone()
+    }
+
+    /// SIGTERM, then a start on the same folder.
+    pub fn stop_and_restart(self) -> Self {
+        self.stop().start()
     }
 
     /// Waits for a server that was told to stop, then starts it again on the same folder.

@@ -1,0 +1,134 @@
+//! Data files on S3, as a server of another make speaks it: sound, and behind a proxy that loses, delays and tears.
+//!
+//! `STORE_SEEDS` sets the number of runs with faults.
+
+use crate::harness::s3::{Proxy, S3};
+use crate::harness::{Down, Random, Series, Server, now_ms, series, wait_for};
+
+const SERIES: u64 = 4;
+
+/// The request with this number: one sample for each series, with values that tell where they come from.
+fn request(number: u64, base_ms: i64) -> Vec<Series> {
+    (0..SERIES)
+        .map(|item| {
+            let value = (item * 100_000 + number) as f64 + 0.5;
+            series("stored", &[("item", &item.to_string())], &[(base_ms + number as i64 * 1000, value)])
+        })
+        .collect()
+}
+
+/// All rows of the first `requests` requests are there, each once.
+fn check(server: &Server, requests: u64, context: &str) {
+    let rows = server.sql("SELECT item, value FROM prometheus.stored ORDER BY item, ts");
+    let expected: Vec<String> = (0..SERIES)
+        .flat_map(|item| (0..requests).map(move |n| format!("{item},{:?}", (item * 100_000 + n) as f64 + 0.5)))
+        .collect();
+    assert_eq!(rows, expected, "{context}");
+}
+
+fn flush_until_done(server: &Server) {
+    wait_for("a flush", || {
+        server.client().request("POST", "/api/v1/admin/flush", &[], b"").ok().filter(|r| r.status == 204)
+    });
+}
+
+#[test]
+fn data_files_live_in_the_bucket() {
+    let Some(s3) = S3::start() else { return };
+    let base_ms = now_ms() - 3_600_000;
+    let down = Down::new(S3::setup(s3.address));
+    let server = down.start();
+    for n in 0..20 {
+        server.write(&request(n, base_ms));
+        if n % 5 == 4 {
+            server.flush();
+        }
+    }
+    check(&server, 20, "flushed");
+    server.compact();
+    check(&server, 20, "compacted");
+    let server = server.stop_and_restart();
+    check(&server, 20, "restarted");
+    server.write(&request(20, base_ms));
+    let server = server.stop_and_restart();
+    check(&server, 21, "restarted again");
+    let keys = s3.keys();
+    assert!(keys.iter().any(|k| k.starts_with("prefix/default/samples/")), "{keys:?}");
+}
+
+#[test]
+fn a_store_without_conditions_is_refused() {
+    let Some(s3) = S3::start() else { return };
+    let proxy = Proxy::before(s3.address, 0);
+    proxy.forget_conditions();
+    let ended = Down::new(S3::setup(proxy.address)).try_start().err().expect("it must not start");
+    assert!(ended.contains("If-None-Match is not honoured"), "{ended}");
+    // Credentials in the wrong place are not repeated.
+    let mut setup = S3::setup(s3.address);
+    setup.arguments[1].push_str("&secret_access_key=canary");
+    let ended = Down::new(setup).try_start().err().expect("it must not start");
+    assert!(ended.contains("secret_access_key") && !ended.contains("canary"), "{ended}");
+}
+
+#[test]
+fn a_kill_during_a_flush_loses_nothing() {
+    let Some(s3) = S3::start() else { return };
+    let base_ms = now_ms() - 3_600_000;
+    let mut random = Random(7);
+    let mut server = Down::new(S3::setup(s3.address)).start();
+    for round in 0..6 {
+        for n in 0..3 {
+            server.write(&request(round * 3 + n, base_ms));
+        }
+        let mut client = server.client();
+        let path = if round % 2 == 0 { "/api/v1/admin/flush" } else { "/api/v1/admin/compact" };
+        // The answer does not matter: the server is killed before it, or shortly after.
+        let flush = std::thread::spawn(move || drop(client.request("POST", path, &[], b"")));
+        std::thread::sleep(std::time::Duration::from_millis(random.below(150)));
+        server = server.kill().start();
+        flush.join().expect("the thread ended");
+        check(&server, (round + 1) * 3, &format!("kill {round}"));
+    }
+    flush_until_done(&server);
+    server.compact();
+    check(&server, 18, "compacted");
+}
+
+#[test]
+fn faults_of_the_store_lose_nothing() {
+    let seeds = std::env::var("STORE_SEEDS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
+    for seed in 0..seeds {
+        let Some(s3) = S3::start() else { return };
+        let proxy = Proxy::before(s3.address, seed);
+        let base_ms = now_ms() - 3_600_000;
+        let mut setup = S3::setup(proxy.address);
+        // Everything else that is said there fails the test, above all what speaks of damage.
+        let expected = ["flush failed", "compaction failed", "administration request failed", "was not deleted"];
+        setup.expected = expected.map(str::to_owned).to_vec();
+        let mut server = Down::new(setup).start();
+        let mut requests = 0;
+        for round in 0..5 {
+            proxy.faults(30);
+            for _ in 0..3 {
+                server.write(&request(requests, base_ms));
+                requests += 1;
+                let flushed = server.client().post("/api/v1/admin/flush", &[], b"").status;
+                assert!([204, 503].contains(&flushed), "a flush was answered {flushed}");
+            }
+            let compacted = server.client().post("/api/v1/admin/compact", &[], b"").status;
+            assert!([204, 503].contains(&compacted), "a compaction was answered {compacted}");
+            proxy.faults(0);
+            check(&server, requests, &format!("seed {seed}, round {round}"));
+            if round % 2 == 1 {
+                server = server.kill().start();
+                check(&server, requests, &format!("seed {seed}, round {round}, restarted"));
+            }
+        }
+        flush_until_done(&server);
+        server.compact();
+        check(&server, requests, &format!("seed {seed}, at the end"));
+        let hits = proxy.hits();
+        eprintln!("seed {seed}: {hits:?}");
+        assert!(hits.values().sum::<usize>() > 20, "seed {seed}: hardly a fault happened: {hits:?}");
+    }
+}
