@@ -84,7 +84,7 @@ pub fn routes(engine: Engine, options: ApiOptions) -> Routes {
         let work = async move { series::label_values(&work, &name, &form).await };
         answer(&api, "label_values", work).await
     };
-    let endpoints = [
+    let asking = [
         ("query", both("query", |api, form| async move { query::instant(&api, &form).await })),
         ("query_range", both("query_range", |api, form| async move { query::range(&api, &form).await })),
         ("query_exemplars", both("query_exemplars", |api, form| async move { exemplars::query(&api, &form).await })),
@@ -101,24 +101,26 @@ pub fn routes(engine: Engine, options: ApiOptions) -> Routes {
         ("status/flags", only_get("flags", |api, _| async move { status::flags(&api).await })),
         ("status/tsdb", only_get("tsdb", |api, form| async move { status::tsdb(&api, &form).await })),
     ];
-    let delete = change("delete_series", |api, form| async move { admin::delete_series(&api, &form).await });
-    let clean = change("clean_tombstones", |api, _| async move { admin::clean_tombstones(&api).await });
-    let changing = [("admin/tsdb/delete_series", delete), ("admin/tsdb/clean_tombstones", clean)];
-    let reading = endpoints.into_iter().map(|(path, endpoint)| (Scope::Read, path, endpoint));
-    let changing = changing.into_iter().map(|(path, endpoint)| (Scope::Admin, path, endpoint));
-    reading
-        .chain(changing)
-        .fold(Routes::new(), |routes, (scope, path, endpoint)| {
-            routes.route(scope, &format!("/api/v1/{path}"), endpoint)
-        })
-        .with_state(api)
+    let deleting = [
+        ("delete_series", change("delete_series", |api, form| async move { admin::delete_series(&api, &form).await })),
+        ("clean_tombstones", change("clean_tombstones", |api, _| async move { admin::clean_tombstones(&api).await })),
+    ];
+    let deleting = deleting.into_iter().fold(Routes::new(), |routes, (path, endpoint)| {
+        routes.route(Scope::Admin, &format!("/api/v1/admin/tsdb/{path}"), endpoint)
+    });
+    let asking = asking.into_iter().fold(Routes::new(), |routes, (path, endpoint)| {
+        routes.route(Scope::Read, &format!("/api/v1/{path}"), endpoint)
+    });
+    let asking = asking
+        .with_state(api.clone())
         .layer(
             CompressionLayer::new()
                 .gzip(true)
                 .quality(CompressionLevel::Fastest)
                 .compress_when(SizeAbove::new(COMPRESSED_BYTES_MIN)),
         )
-        .layer(cors())
+        .layer(cors());
+    asking.merge(deleting.with_state(api))
 }
 
 /// Any page may ask, as with Prometheus's default: the answers depend on no cookie.
