@@ -1,16 +1,14 @@
 //! `thalweg query`: asks a running server over HTTP and prints the answer.
 
 use std::fmt::Write as _;
-use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
-use axum::body::Body;
-use axum::http::{Method, Request, StatusCode, Uri, header};
+use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
-use http_body_util::BodyExt as _;
-use hyper_util::client::legacy::Client;
-use hyper_util::rt::TokioExecutor;
+use reqwest::header::CONTENT_TYPE;
+use reqwest::{Method, StatusCode};
 use serde_json::Value;
+
+use crate::client::Server;
 
 /// What to ask and how to print it.
 #[derive(Debug, Args)]
@@ -22,9 +20,8 @@ pub struct Question {
     /// Form of the answer.
     #[arg(long, value_enum, default_value_t = Format::Table)]
     format: Format,
-    /// The server's HTTP address.
-    #[arg(long, env = "THALWEG_SERVER", default_value = "http://127.0.0.1:7300", value_name = "URL")]
-    server: String,
+    #[command(flatten)]
+    server: Server,
     /// PromQL: evaluate at this time (seconds since 1970, or RFC 3339) instead of now.
     #[arg(long, conflicts_with_all = ["start", "end", "step"])]
     time: Option<String>,
@@ -59,7 +56,7 @@ enum Format {
 pub fn run(question: &Question) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let (path, form) = request(question);
-    let body = runtime.block_on(post(&question.server, path, &form))?;
+    let body = runtime.block_on(post(&question.server, path, form))?;
     let text = match question.format {
         Format::Json => body,
         Format::Csv if question.language == Language::Sql => body,
@@ -98,19 +95,13 @@ fn request(question: &Question) -> (&'static str, String) {
     (path, form.finish())
 }
 
-async fn post(server: &str, path: &str, form: &str) -> Result<String> {
-    let uri: Uri =
-        format!("{}{path}", server.trim_end_matches('/')).parse().context("the server's address is no URL")?;
-    ensure!(uri.scheme_str() == Some("http"), "the server's address must begin with http://, got {server:?}");
-    let request = Request::builder()
-        .method(Method::POST)
-        .uri(uri)
-        .header(header::CONTENT_TYPE, "application/x-www-form-urlencoded")
-        .body(Body::from(form.to_owned()))?;
-    let client = Client::builder(TokioExecutor::new()).pool_idle_timeout(Duration::from_secs(1)).build_http::<Body>();
-    let response = client.request(request).await.with_context(|| format!("cannot reach a server at {server}"))?;
+async fn post(server: &Server, path: &str, form: String) -> Result<String> {
+    let request =
+        server.request(Method::POST, path)?.header(CONTENT_TYPE, "application/x-www-form-urlencoded").body(form);
+    let response = request.send().await.map_err(reqwest::Error::without_url);
+    let response = response.with_context(|| format!("cannot reach a server at {}", server.address()))?;
     let status = response.status();
-    let body = response.into_body().collect().await.context("the answer broke off")?.to_bytes();
+    let body = response.bytes().await.map_err(reqwest::Error::without_url).context("the answer broke off")?;
     let body = String::from_utf8(body.into()).context("the answer is not text")?;
     if status != StatusCode::OK {
         let message =

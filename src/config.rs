@@ -221,6 +221,12 @@ impl Config {
     /// What no single value shows.
     fn check(&self) -> Result<()> {
         ensure!(self.http.address().is_some(), "http must be an address: nothing works without it");
+        // Shown in many places, so that no secret may stand in it; nor is it quoted here.
+        let url = self.object_store.split_once("://").map_or("", |(_, rest)| rest);
+        ensure!(
+            !url.contains('?') && !url.split('/').next().is_some_and(|host| host.contains('@')),
+            "object_store holds a user, a password or parameters; credentials belong into the environment"
+        );
         if self.insecure.0 {
             return Ok(());
         }

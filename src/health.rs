@@ -3,6 +3,9 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use reqwest::Method;
+
+use crate::client::Server;
 
 /// A server that doesn't answer within this time isn't ready.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -11,15 +14,15 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// No server, or one that is starting or stopping.
-pub fn run(server: &str) -> Result<()> {
+pub fn run(server: &Server) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let (status, text) = runtime.block_on(async {
-        let client = reqwest::Client::builder().timeout(TIMEOUT).build()?;
-        let answer = client.get(format!("{}/-/ready", server.trim_end_matches('/'))).send().await;
-        let answer = answer.map_err(reqwest::Error::without_url).with_context(|| format!("cannot reach {server}"))?;
+        let answer = server.request(Method::GET, "/-/ready")?.timeout(TIMEOUT).send().await;
+        let unreachable = || format!("cannot reach {}", server.address());
+        let answer = answer.map_err(reqwest::Error::without_url).with_context(unreachable)?;
         anyhow::Ok((answer.status(), answer.text().await.unwrap_or_default()))
     })?;
-    ensure!(status.is_success(), "{server} answers {status}: {}", text.trim());
+    ensure!(status.is_success(), "{} answers {status}: {}", server.address(), text.trim());
     println!("{}", text.trim());
     Ok(())
 }

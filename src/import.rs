@@ -28,6 +28,8 @@ use chunk::Points;
 use send::{Sent, Target};
 use state::State;
 
+use crate::client::Server;
+
 /// Batches that are read ahead of what is being sent.
 const READ_AHEAD: usize = 4;
 
@@ -46,11 +48,8 @@ pub struct Options {
     #[arg(value_name = "DIR|URL")]
     source: String,
     /// The Thalweg server that stores it.
-    #[arg(long, env = "THALWEG_SERVER", default_value = "http://127.0.0.1:7300", value_name = "URL")]
-    server: String,
-    /// Bearer token for the Thalweg server, or file:PATH of one.
-    #[arg(long, env = "THALWEG_TOKEN", hide_env_values = true, value_parser = Secret::parse, value_name = "TOKEN")]
-    token: Option<Secret>,
+    #[command(flatten)]
+    server: Server,
     /// Bearer token for the Prometheus server of a URL, or file:PATH of one.
     #[arg(long, env = "THALWEG_SOURCE_TOKEN", hide_env_values = true, value_parser = Secret::parse, value_name = "TOKEN")]
     source_token: Option<Secret>,
@@ -154,7 +153,7 @@ async fn prometheus(options: &Options) -> Result<()> {
     let range = options.range()?;
     let batcher = options.batcher()?;
     let client = reqwest::Client::builder().build().context("cannot make an HTTP client")?;
-    let target = Target::new(client.clone(), &options.server, options.token.clone())?;
+    let target = Target::new(&options.server)?;
     let url = options.source.contains("://").then(|| remote::Source::new(client, options)).transpose()?;
     let from = match &url {
         Some(url) => url.name(),

@@ -2,7 +2,9 @@
 
 mod admin;
 mod ask;
+mod client;
 mod config;
+mod credentials;
 mod health;
 mod http;
 mod import;
@@ -43,14 +45,16 @@ enum Command {
     /// Ask a running server.
     Query(ask::Question),
     /// Ask a running server whether it is ready; the exit status tells.
-    Health {
-        /// The server's HTTP address.
-        #[arg(long, env = "THALWEG_SERVER", default_value = "http://127.0.0.1:7300", value_name = "URL")]
-        server: String,
-    },
+    Health(client::Server),
     /// Import the data of another system into a running server.
     #[command(subcommand)]
     Import(import::Import),
+    /// Make and hash tokens for `auth_file`.
+    #[command(subcommand)]
+    Token(credentials::Token),
+    /// Hash passwords for `auth_file`.
+    #[command(subcommand)]
+    User(credentials::User),
     /// Print the version.
     Version,
 }
@@ -131,8 +135,10 @@ fn run(command: Command) -> Result<()> {
             Ok(())
         }
         Command::Query(question) => ask::run(&question),
-        Command::Health { server } => health::run(&server),
+        Command::Health(server) => health::run(&server),
         Command::Import(import) => import::run(&import),
+        Command::Token(command) => credentials::token(&command),
+        Command::User(command) => credentials::user(&command),
         Command::Version => {
             println!("thalweg {}", env!("CARGO_PKG_VERSION"));
             Ok(())

@@ -19,6 +19,9 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::filter_fn;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::admin::{self, Gate};
 use crate::config::{Config, Listen, LogFormat};
@@ -52,10 +55,15 @@ pub fn run(config: &Config) -> Result<()> {
 fn log_to_stderr(config: &Config) {
     // The text was checked when the settings were read.
     let filter = EnvFilter::try_new(&config.log.0).unwrap_or_else(|_| EnvFilter::new("info"));
+    // Whatever the setting says: at finer levels these write what clients send, credentials among it.
+    let careful = filter_fn(|line| {
+        let talks = ["h2", "hyper", "pgwire", "rustls", "reqwest", "sqlx"];
+        *line.level() <= tracing::Level::INFO || !talks.iter().any(|name| line.target().starts_with(name))
+    });
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false);
     match config.log_format {
-        LogFormat::Text => lines.init(),
-        LogFormat::Json => lines.json().init(),
+        LogFormat::Text => lines.finish().with(careful).init(),
+        LogFormat::Json => lines.json().finish().with(careful).init(),
     }
     std::panic::set_hook(Box::new(|panic| {
         let backtrace = std::backtrace::Backtrace::capture();

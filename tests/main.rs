@@ -29,6 +29,8 @@ mod promql_scripts;
 mod remote_write;
 /// A pair of identical Prometheus servers: one is stored, the other when the first is gone.
 mod replicas;
+/// Credentials, TLS, secrets, and what must not be opened: who may do what, and what nobody may.
+mod safety;
 /// `psql` against the PostgreSQL endpoint, and the scripts of `tests/sql`.
 mod sql;
 /// Data files on S3: sound, and behind a proxy that loses, delays and tears what passes.

@@ -110,6 +110,10 @@ fn mistakes_are_named() {
 
 #[test]
 fn broken_files_are_not_quoted() {
+    for file in ["object_store = 's3://a:canary-5d1@b'", "object_store = 's3://b/c?sig=canary-5d1'"] {
+        let message = format!("{:#}", load(file, &[], &[]).expect_err(file));
+        assert!(message.contains("object_store") && !message.contains("canary"), "{file:?}: {message}");
+    }
     for file in ["x = \"canary-5d1", "\ncanary-5d1 = = 1", "x = 'a'\nx = 'canary-5d1'"] {
         let message = format!("{:#}", load(file, &[], &[]).expect_err(file));
         assert!(message.contains("line ") && !message.contains("canary"), "{file:?}: {message}");

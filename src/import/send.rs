@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use super::batch::{Batch, Position};
 use super::state::State;
+use crate::client::Server;
 
 /// Requests under way at a time.
 const CONCURRENT: usize = 4;
@@ -51,11 +52,10 @@ impl Target {
     /// A server at this address.
     ///
     /// # Errors
-    /// An address that is none.
-    pub fn new(client: Client, server: &str, token: Option<Secret>) -> Result<Self> {
-        let url = Url::parse(server).with_context(|| format!("server {server:?} is not a URL"))?;
-        let url = url.join("/api/v1/write").with_context(|| format!("server {server:?} can't have paths"))?;
-        Ok(Self { client, url, token })
+    /// An address that is none, or files that are to be used and can't be read.
+    pub fn new(server: &Server) -> Result<Self> {
+        let (client, url) = (server.client()?, server.url("/api/v1/write")?);
+        Ok(Self { client, url, token: server.token().cloned() })
     }
 
     /// Sends everything that comes until the other side is gone; notes in `state` what is stored.

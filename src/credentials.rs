@@ -1,0 +1,85 @@
+//! `thalweg token` and `thalweg user`: make what stands in the file of credentials.
+
+use std::io::BufRead as _;
+
+use access::{Scope, hash_password, hash_token, new_token};
+use anyhow::{Context, Result};
+use catalog::Secret;
+use clap::{Subcommand, ValueEnum};
+
+/// Tokens.
+#[derive(Debug, Subcommand)]
+pub enum Token {
+    /// Make a token: prints it, which is the only time that it is seen, and the entry for `auth_file`.
+    New {
+        /// What logs call the token.
+        #[arg(long)]
+        name: String,
+        /// What it allows; repeat for more than one.
+        #[arg(long = "scope", required = true)]
+        scopes: Vec<Allowed>,
+    },
+    /// Print the hash of a token of your own, which is read from standard input.
+    Hash,
+}
+
+/// Users.
+#[derive(Debug, Subcommand)]
+pub enum User {
+    /// Print the hash of a password, which is read from standard input.
+    Hash,
+}
+
+/// A scope on the command line.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Allowed {
+    Read,
+    Write,
+    Admin,
+}
+
+impl Allowed {
+    fn scope(self) -> Scope {
+        match self {
+            Self::Read => Scope::Read,
+            Self::Write => Scope::Write,
+            Self::Admin => Scope::Admin,
+        }
+    }
+}
+
+/// Makes or hashes a token.
+///
+/// # Errors
+/// A token that is too short or too long.
+pub fn token(command: &Token) -> Result<()> {
+    match command {
+        Token::New { name, scopes } => {
+            let token = new_token()?;
+            let scopes: Vec<String> = scopes.iter().map(|s| format!("\"{}\"", s.scope())).collect();
+            println!("{}\n\n[[token]]", token.expose());
+            println!("name = {}", toml::Value::String(name.clone()));
+            println!("sha256 = \"{}\"\nscopes = [{}]", hash_token(&token)?, scopes.join(", "));
+        }
+        Token::Hash => println!("{}", hash_token(&line()?)?),
+    }
+    Ok(())
+}
+
+/// Hashes a password.
+///
+/// # Errors
+/// A password that is empty or too long.
+pub fn user(command: &User) -> Result<()> {
+    match command {
+        User::Hash => println!("{}", hash_password(&line()?)?),
+    }
+    Ok(())
+}
+
+/// The first line of standard input. Arguments can be seen by everybody on the machine.
+fn line() -> Result<Secret> {
+    let mut text = String::new();
+    std::io::stdin().lock().read_line(&mut text).context("cannot read standard input")?;
+    Ok(Secret::new(text.trim_end_matches(['\r', '\n'])))
+}
