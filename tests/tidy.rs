@@ -85,6 +85,35 @@ fn only_one_place_reads_the_clock() {
 }
 
 #[test]
+fn unsafe_code_is_listed_with_its_reason() {
+    // The compiler takes none without such an attribute.
+    let allowed = [(
+        "src/memory.rs",
+        "#[expect(unsafe_code, reason = \"the allocator reads its settings from a symbol of this name before main\")]",
+    )];
+    let (attribute, block) = (["expect(unsafe", "_code"].concat(), ["unsafe", " {"].concat());
+    let mut found = Vec::new();
+    for (path, text) in rust_files() {
+        for line in text.lines().map(str::trim).filter(|l| l.contains(&attribute) || l.contains(&block)) {
+            found.push((path.display().to_string(), line.to_owned()));
+        }
+    }
+    let found: Vec<(&str, &str)> = found.iter().map(|(path, line)| (path.as_str(), line.as_str())).collect();
+    assert_eq!(found, allowed, "unsafe code is to become less");
+}
+
+#[test]
+fn routes_are_mounted_in_one_place() {
+    // Elsewhere a route could be mounted without the scope that it needs.
+    let words = [["Router::", "new("], ["Router::", "default("]].map(|w| w.concat());
+    let found: Vec<PathBuf> = rust_files()
+        .filter(|(path, text)| path != Path::new("access/src/routes.rs") && words.iter().any(|w| text.contains(w)))
+        .map(|(path, _)| path)
+        .collect();
+    assert!(found.is_empty(), "use access::Routes instead of a router in {found:?}");
+}
+
+#[test]
 fn crates_depend_one_way() {
     let output = Command::new(env!("CARGO"))
         .args(["metadata", "--format-version", "1", "--no-deps", "--offline"])
