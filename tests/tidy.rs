@@ -87,10 +87,8 @@ fn only_one_place_reads_the_clock() {
 #[test]
 fn unsafe_code_is_listed_with_its_reason() {
     // The compiler takes none without such an attribute.
-    let allowed = [(
-        "src/memory.rs",
-        "reason = \"the allocator reads its settings from a symbol of this name before main\")]",
-    )];
+    let allowed =
+        [("src/memory.rs", "reason = \"the allocator reads its settings from a symbol of this name before main\")]")];
     let (attribute, block) = (["expect(unsafe", "_code"].concat(), ["unsafe", " {"].concat());
     let mut found = Vec::new();
     for (path, text) in rust_files() {
