@@ -195,3 +195,43 @@ fn histograms_of_both_kinds() {
     check(8, 3, fractional.clone(), vec![]);
     check(10, -53, fractional, vec![0.5, 1.5]);
 }
+
+#[test]
+fn the_newest_checkpoint_stands_for_what_is_before_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let make = |name: &str| {
+        let path = dir.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, b"").unwrap();
+    };
+    assert!(!is_there(dir.path()));
+    for name in [
+        "wal/00000003",
+        "wal/00000004",
+        "wal/00000005",
+        "wal/00000010",
+        "wal/checkpoint.00000002/00000000",
+        "wal/checkpoint.00000004/00000001",
+        "wal/checkpoint.00000004/00000000",
+        "wal/checkpoint.00000009.tmp/00000000",
+        "wbl/00000000",
+    ] {
+        make(name);
+    }
+    let files: Vec<String> = files(dir.path())
+        .unwrap()
+        .iter()
+        .map(|path| path.strip_prefix(dir.path()).unwrap().display().to_string())
+        .collect();
+    assert_eq!(
+        files,
+        [
+            "wal/checkpoint.00000004/00000000",
+            "wal/checkpoint.00000004/00000001",
+            "wal/00000005",
+            "wal/00000010",
+            "wbl/00000000",
+        ]
+    );
+    assert!(is_there(dir.path()));
+}
