@@ -15,11 +15,14 @@ use arrow::array::{
 };
 use arrow::compute::cast;
 use arrow::datatypes::{DataType, Float64Type, Int32Type, Int64Type};
-use catalog::files::timestamp_text;
+use catalog::files::{Opening, SqlIndex, timestamp_text};
 use catalog::tables::{EXEMPLARS, HISTOGRAMS, SAMPLES};
 use catalog::tag::tag_set;
 use catalog::tag_parts::{PartHeader, encode};
-use catalog::{ColumnStats, Commit, DataFile, Error, FileCatalog, Result, Series, TableSchema, TagHasher};
+use catalog::{
+    ColumnStats, Commit, DataFile, Error, FileCatalog, ManualClock, Result, SeededEntropy, Series, TableSchema,
+    TagHasher, object,
+};
 use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_writer::ArrowWriterOptions;
 
@@ -36,7 +39,16 @@ async fn main() -> Result<()> {
 
     let data_path = format!("{}/", store.display());
     let now = i64::from(DAY + 1) * DAY_MS;
-    let (files, _) = FileCatalog::open(&dir.join("catalog.sqlite"), &data_path, SEED, now).await?;
+    let opening = Opening {
+        store: object::open(&dir.join("store").display().to_string())?,
+        database: "default",
+        entropy: Arc::new(SeededEntropy::new(SEED)),
+        seed: SEED,
+        index: Some(Box::new(SqlIndex::sqlite(&dir.join("catalog.sqlite"), &data_path, SEED))),
+        format1: None,
+        clock: Arc::new(ManualClock::new(now)),
+    };
+    let (files, _) = FileCatalog::open(opening).await?;
     let mut expected = String::new();
     for day in [DAY, DAY + 1] {
         let series = series();

@@ -1,34 +1,41 @@
-//! The SQL file catalog: which immutable files make up each table.
+//! The file catalog: which immutable files make up each table.
 //!
-//! Its tables follow the DuckLake 1.0 layout, so that DuckDB can attach it and read the files with decoded names, with
-//! typed side tables (`thalweg_*`) for what our own planner asks. `catalog/FORMAT.md` describes them. One writer per
-//! database: every change goes through one [`FileCatalog`] and is one transaction. Nothing here is the truth: the object
-//! store is, and the catalog can be made again from it.
+//! The journal in the bucket ([`crate::journal`]) is the truth: a change is made when its entry is there. A SQL database
+//! ([`index`]) follows it for outside readers: its tables have the DuckLake 1.0 layout, so that DuckDB can attach it and
+//! read the files with decoded names. It is brought up to date after each commit, and when it can't be, later:
+//! no commit fails because of it. `catalog/FORMAT.md` describes both.
 
+mod format1;
+pub mod index;
 mod lake;
+mod sql;
 #[cfg(test)]
 mod tests;
 
+use std::collections::{HashSet, VecDeque};
 use std::path::Path;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
+use futures::TryStreamExt;
+use object_store::{ObjectStore, ObjectStoreExt};
 use serde::{Deserialize, Serialize};
-use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteRow, SqliteSynchronous};
-use sqlx::{ConnectOptions, Connection, Row, SqliteConnection};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, watch};
 
-use crate::{Error, Matcher, Result};
+use crate::journal::{self, Entry, Journal, Place};
+use crate::{Clock, Entropy, Error, Matcher, Result, tables};
 
-/// Version of the catalog's own layout.
-pub const FORMAT: u64 = 1;
+pub use index::{Index, SqlIndex};
 
-/// Numbers set aside beyond the last one given. A crash loses at most these, and objects that were uploaded and never
-/// committed keep names that no later file takes.
-const RESERVE: i64 = 10_000;
+/// How long a commit waits for the SQL catalog to follow.
+const FOLLOW_MAX: Duration = Duration::from_secs(2);
+
+/// Entries that are kept for a SQL catalog that can't be reached. One that is further behind is made anew.
+const BACKLOG_MAX: usize = 256;
 
 /// An immutable file of a table.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DataFile {
     /// Number, unique over all files and tag parts of the database.
     pub id: i64,
@@ -60,13 +67,13 @@ pub struct DataFile {
     pub seq_max: u64,
     /// CRC-32 of the Parquet metadata and the eight bytes that follow it. The metadata hold the checks of all else.
     pub crc32: u32,
-    /// Statistics for outside readers, for the time and the codes; written with the file, not read back into a
-    /// [`State`].
+    /// Statistics for outside readers, for the time and the codes; kept by the catalog, left out of the [`State`] that
+    /// [`FileCatalog::open`] returns.
     pub columns: Vec<ColumnStats>,
 }
 
 /// Statistics of one physical column, as DuckLake keeps them.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ColumnStats {
     /// Field id.
     pub field_id: i32,
@@ -83,7 +90,7 @@ pub struct ColumnStats {
 }
 
 /// An immutable file of tag sets that rows of one day refer to.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TagPart {
     /// Number, unique over all files and tag parts of the database.
     pub id: i64,
@@ -125,26 +132,38 @@ pub struct Delete {
 }
 
 /// A change of the catalog: whole or not at all.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Commit {
     /// Files that become visible.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub add: Vec<DataFile>,
     /// Tag parts that become visible.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub add_parts: Vec<TagPart>,
     /// Ids of files that leave.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub remove: Vec<i64>,
     /// Ids of tag parts that leave.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub remove_parts: Vec<i64>,
     /// Metric metadata to keep: metric name and JSON.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub metadata: Vec<(String, String)>,
     /// Deletes that take effect.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub add_deletes: Vec<Delete>,
     /// Ids of deletes that no file needs any more.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub remove_deletes: Vec<i64>,
+    /// Paths of files and parts that left and whose objects are deleted.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub forget: Vec<String>,
 }
 
-/// What a catalog holds when it is opened.
-#[derive(Debug, Clone, Default, PartialEq)]
+/// What a catalog holds.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct State {
     /// Visible files, by id.
     pub files: Vec<DataFile>,
@@ -154,63 +173,266 @@ pub struct State {
     pub deletes: Vec<Delete>,
     /// The database's hash seed.
     pub seed: u64,
-    /// The first id that [`FileCatalog::next_id`] will give.
+    /// The first id that [`FileCatalog::next_id`] will give. It follows from the epoch and is not stored.
+    #[serde(skip)]
     pub next_id: i64,
     /// The first flush number that [`FileCatalog::next_seq`] will give.
     pub next_seq: u64,
-    /// Paths of files and parts that left, with the time when they did, milliseconds.
+    /// Paths of files and parts that left, with the time when they did, milliseconds; the oldest first.
     pub superseded: Vec<(String, i64)>,
-    /// Metric metadata: metric name and JSON.
+    /// Metric metadata: metric name and JSON, by name.
     pub metadata: Vec<(String, String)>,
+}
+
+impl State {
+    /// That of a new database.
+    pub(crate) fn new(seed: u64) -> Self {
+        Self { seed, next_seq: 1, ..Self::default() }
+    }
+
+    /// Whether a change fits.
+    pub(crate) fn check(&self, commit: &Commit) -> Result<()> {
+        let wrong = |what: &str, id: i64| Error::internal(format!("{what} {id}"));
+        let mut new = HashSet::new();
+        for id in commit.add.iter().map(|f| f.id).chain(commit.add_parts.iter().map(|p| p.id)) {
+            let known = position(&self.files, id, |f| f.id).is_ok() || position(&self.parts, id, |p| p.id).is_ok();
+            if known || !new.insert(id) {
+                return Err(wrong("a file is to be added that is in the catalog, number", id));
+            }
+        }
+        let mut gone = HashSet::new();
+        for id in &commit.remove {
+            if position(&self.files, *id, |f| f.id).is_err() || !gone.insert(*id) {
+                return Err(wrong("a file is to be removed that is not in the catalog, number", *id));
+            }
+        }
+        for id in &commit.remove_parts {
+            if position(&self.parts, *id, |p| p.id).is_err() || !gone.insert(*id) {
+                return Err(wrong("a tag part is to be removed that is not in the catalog, number", *id));
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a change that fits.
+    pub(crate) fn apply(&mut self, commit: &Commit, time_ms: i64) {
+        let (gone, gone_parts): (HashSet<i64>, HashSet<i64>) =
+            (commit.remove.iter().copied().collect(), commit.remove_parts.iter().copied().collect());
+        let superseded = &mut self.superseded;
+        self.files.retain(|f| {
+            let leaves = gone.contains(&f.id);
+            if leaves {
+                superseded.push((f.path.clone(), time_ms));
+            }
+            !leaves
+        });
+        self.parts.retain(|p| {
+            let leaves = gone_parts.contains(&p.id);
+            if leaves {
+                superseded.push((p.path.clone(), time_ms));
+            }
+            !leaves
+        });
+        if !commit.forget.is_empty() {
+            let forget: HashSet<&String> = commit.forget.iter().collect();
+            superseded.retain(|(path, _)| !forget.contains(path));
+        }
+        for file in &commit.add {
+            insert(&mut self.files, file, |f| f.id);
+        }
+        for part in &commit.add_parts {
+            insert(&mut self.parts, part, |p| p.id);
+        }
+        self.deletes.retain(|d| !commit.remove_deletes.contains(&d.id));
+        for delete in &commit.add_deletes {
+            insert(&mut self.deletes, delete, |d| d.id);
+        }
+        for row in &commit.metadata {
+            match self.metadata.binary_search_by(|known| known.0.cmp(&row.0)) {
+                Ok(i) => self.metadata[i].1.clone_from(&row.1),
+                Err(i) => self.metadata.insert(i, row.clone()),
+            }
+        }
+        let sequences = commit.add.iter().map(|f| f.seq_max).chain(commit.add_parts.iter().map(|p| p.seq));
+        let last = sequences.chain(commit.add_deletes.iter().map(|d| d.seq)).max();
+        self.next_seq = self.next_seq.max(last.map_or(0, |last| last + 1));
+    }
+}
+
+/// Where an id stands in a list sorted by it, or where it would.
+fn position<T>(list: &[T], id: i64, id_of: impl Fn(&T) -> i64) -> Result<usize, usize> {
+    list.binary_search_by_key(&id, id_of)
+}
+
+fn insert<T: Clone>(list: &mut Vec<T>, item: &T, id_of: impl Fn(&T) -> i64) {
+    match position(list, id_of(item), &id_of) {
+        Ok(i) => list[i] = item.clone(),
+        Err(i) => list.insert(i, item.clone()),
+    }
+}
+
+/// What a file catalog is opened with.
+#[derive(Debug)]
+pub struct Opening<'a> {
+    /// The bucket.
+    pub store: Arc<dyn ObjectStore>,
+    /// Name of the database, the prefix of its objects.
+    pub database: &'a str,
+    /// Randomness, for ids of commits.
+    pub entropy: Arc<dyn Entropy>,
+    /// Seed of the database's codes, from [`crate::database::open`].
+    pub seed: u64,
+    /// The SQL catalog that follows.
+    pub index: Option<Box<dyn Index>>,
+    /// The SQLite file in which a database from before the journal kept its catalog.
+    pub format1: Option<&'a Path>,
+    /// Time, for what is not part of a commit.
+    pub clock: Arc<dyn Clock>,
 }
 
 /// The handle of a file catalog.
 #[derive(Debug)]
 pub struct FileCatalog {
-    db: Mutex<Db>,
+    journal: Mutex<Journal>,
+    epoch: u64,
     next_id: AtomicI64,
     next_seq: AtomicU64,
+    clock: Arc<dyn Clock>,
+    fenced: AtomicBool,
+    closing: watch::Sender<bool>,
+    backlog: parking_lot::Mutex<Backlog>,
+    follower: Mutex<Follower>,
+    /// Whether the SQL catalog could not be brought up to date: said once when it begins and once when it ends.
+    failing: AtomicBool,
+    /// Number of the last entry that the SQL catalog has.
+    followed: AtomicU64,
+}
+
+/// Entries that the SQL catalog may not have yet.
+#[derive(Debug)]
+struct Backlog {
+    /// The place before the first of them.
+    base: Place,
+    entries: VecDeque<Arc<Entry>>,
+    /// The place after the last entry.
+    last: Place,
 }
 
 #[derive(Debug)]
-struct Db {
-    /// `None` once closed.
-    connection: Option<SqliteConnection>,
-    /// Ids below this are set aside in the database.
-    reserved: i64,
+struct Follower {
+    index: Option<Box<dyn Index>>,
+    /// Where the index stands; `None` until it says so.
+    at: Option<Place>,
 }
 
-impl FileCatalog {
-    /// Opens the catalog in a SQLite file, creating it on first use with `new_seed` as the database's hash seed; pass
-    /// the seed of [`crate::database::open`], which knows it when only the SQLite file was lost. `data_path` is the
-    /// absolute location ([`crate::object::location`], with the database's prefix) where outside readers find files.
-    ///
-    /// # Errors
-    /// `Unavailable` when the file can't be opened; `Corrupt` for content that no version of ours wrote; `Invalid` when
-    /// a newer version wrote it.
-    pub async fn open(sqlite_path: &Path, data_path: &str, new_seed: u64, now_ms: i64) -> Result<(Self, State)> {
-        let context = |e: Error| e.context(format_args!("file catalog {}", sqlite_path.display()));
-        let mut connection = connect(sqlite_path).await.map_err(Error::from).map_err(context)?;
-        let opened = open(&mut connection, data_path, new_seed, now_ms).await;
-        match opened {
-            Ok(state) => {
-                let reserved = state.next_id + RESERVE;
-                let catalog = Self {
-                    db: Mutex::new(Db { connection: Some(connection), reserved }),
-                    next_id: AtomicI64::new(state.next_id),
-                    next_seq: AtomicU64::new(state.next_seq),
-                };
-                Ok((catalog, state))
-            }
-            Err(e) => {
-                // The first error is the one to tell.
-                let _ = connection.close().await;
-                Err(context(e))
-            }
+enum Step {
+    Done,
+    Apply(Arc<Entry>),
+    Replace,
+}
+
+impl Backlog {
+    fn push(&mut self, entries: Vec<Entry>) {
+        for entry in entries {
+            self.last = entry.place();
+            self.entries.push_back(Arc::new(entry));
+        }
+        while self.entries.len() > BACKLOG_MAX
+            && let Some(oldest) = self.entries.pop_front()
+        {
+            self.base = oldest.place();
         }
     }
 
-    /// A number for a file or part that was never given before, also not before a crash.
+    /// What takes an index at this place further. What it has is given up.
+    fn step(&mut self, at: Option<Place>) -> Step {
+        let Some(at) = at else { return Step::Replace };
+        if at != self.base {
+            let Some(last) = self.entries.iter().position(|e| e.place() == at) else {
+                return if at == self.last { Step::Done } else { Step::Replace };
+            };
+            self.entries.drain(..=last);
+            self.base = at;
+        }
+        self.entries.front().map_or(Step::Done, |next| Step::Apply(next.clone()))
+    }
+}
+
+impl FileCatalog {
+    /// Opens the catalog, beginning its journal on first use, and takes it over: whoever had it open is fenced. The SQL
+    /// catalog is brought up to date as far as it can be reached.
+    ///
+    /// # Errors
+    /// `Corrupt` for what no version of ours wrote, for damage that can't be gone around, and for rows without a
+    /// journal; `Invalid` when a newer version wrote it, or when the SQL catalog is another database's; `Unavailable`
+    /// when the store can't be reached.
+    pub async fn open(opening: Opening<'_>) -> Result<(Self, State)> {
+        let Opening { store, database, entropy, seed, index, format1, clock } = opening;
+        let (closing, closed) = watch::channel(false);
+        let read = || Journal::read(store.clone(), database, entropy.clone(), closed.clone());
+        let mut journal = match read().await? {
+            Some(journal) => journal,
+            None => {
+                begin(store.clone(), database, seed, format1).await?;
+                read().await?.ok_or_else(|| Error::unavailable("the journal was begun and can't be found"))?
+            }
+        };
+        if journal.state().seed != seed {
+            return Err(Error::corrupt(format!(
+                "the journal of {database} has the codes of another database; its description in the bucket is not its own"
+            )));
+        }
+        journal.take_over(clock.now_ms()).await?;
+        let state = journal.state().clone();
+        let state = State { files: state.files.into_iter().map(bare).collect(), ..state };
+        let mut backlog = Backlog { base: journal.base(), entries: VecDeque::new(), last: journal.place() };
+        backlog.push(journal.take_entries());
+        let catalog = Self {
+            epoch: journal.epoch(),
+            next_id: AtomicI64::new(state.next_id),
+            next_seq: AtomicU64::new(state.next_seq),
+            clock,
+            fenced: AtomicBool::new(false),
+            closing,
+            followed: AtomicU64::new(if index.is_some() { 0 } else { u64::MAX }),
+            backlog: parking_lot::Mutex::new(backlog),
+            follower: Mutex::new(Follower { index, at: None }),
+            failing: AtomicBool::new(false),
+            journal: Mutex::new(journal),
+        };
+        // A catalog in the wrong hands is worth stopping for, an outage is not.
+        if let Err(e) = catalog.follow_on().await {
+            if e.kind() == crate::ErrorKind::Invalid {
+                return Err(e);
+            }
+            catalog.note(Err(e));
+        }
+        Ok((catalog, state))
+    }
+
+    /// Makes the SQL catalog anew from the journal, which is only read. No server may have the database open.
+    ///
+    /// # Errors
+    /// `NotFound` when there is no journal; else as [`FileCatalog::open`].
+    pub async fn rebuild(opening: Opening<'_>) -> Result<State> {
+        let Opening { store, database, entropy, index, clock, .. } = opening;
+        let now_ms = clock.now_ms();
+        let (_closing, closed) = watch::channel(false);
+        let journal = Journal::read(store, database, entropy, closed).await?;
+        let journal = journal
+            .ok_or_else(|| Error::not_found(format!("database {database} has no journal in the object store")))?;
+        if let Some(mut index) = index {
+            // An error of another kind is what it is to be mended of.
+            match index.place(now_ms).await {
+                Err(e) if e.kind() == crate::ErrorKind::Invalid => return Err(e),
+                _ => index.replace(journal.state(), journal.place(), now_ms).await?,
+            }
+            index.close().await;
+        }
+        Ok(journal.state().clone())
+    }
+
+    /// A number for a file, part or delete that was never given before, also not by another process.
     pub fn next_id(&self) -> i64 {
         self.next_id.fetch_add(1, Ordering::Relaxed)
     }
@@ -220,54 +442,120 @@ impl FileCatalog {
         self.next_seq.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Applies a change in one transaction; it is durable when this returns.
+    /// The epoch of this opening; every later opening of the database has a greater one.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// Whether another process has taken the database over, as far as it is known: nothing can be committed then.
+    pub fn is_fenced(&self) -> bool {
+        self.fenced.load(Ordering::Relaxed)
+    }
+
+    /// Makes a change; it is durable when this returns. While the object store can't be reached it waits. Call it from a
+    /// task that is not given up before it ends: what was begun may be made.
     ///
     /// # Errors
-    /// `Internal` when it removes what is not there; `Unavailable` when the database refuses. Nothing is changed then.
+    /// `Internal` when it adds what is there or removes what is not; `Unavailable` when fenced or closed. Nothing is
+    /// changed then, except where closing ended the wait for the store.
     pub async fn commit(&self, commit: &Commit, now_ms: i64) -> Result<()> {
-        let mut db = self.db.lock().await;
-        let used = self.next_id.load(Ordering::Relaxed);
-        let reserved = if used + RESERVE / 2 > db.reserved { used + RESERVE } else { db.reserved };
-        let mut tx = db.connection()?.begin_with("BEGIN IMMEDIATE").await?;
-        put_setting(&mut tx, "next_id", &reserved.to_string()).await?;
-        let sequences = commit.add.iter().map(|f| f.seq_max).chain(commit.add_parts.iter().map(|p| p.seq));
-        let sequences = sequences.chain(commit.add_deletes.iter().map(|d| d.seq));
-        if let Some(last) = sequences.max() {
-            let next = setting_u64(&mut tx, "next_seq").await?.max(last + 1);
-            put_setting(&mut tx, "next_seq", &next.to_string()).await?;
+        {
+            let mut journal = self.journal.lock().await;
+            let made = journal.commit(commit.clone(), now_ms).await;
+            self.fenced.store(journal.is_fenced(), Ordering::Relaxed);
+            self.backlog.lock().push(journal.take_entries());
+            made?;
+            journal.checkpoint_if_due().await;
         }
-        lake::apply(&mut tx, commit, reserved, now_ms).await?;
-        for file in &commit.add {
-            insert_file(&mut tx, file).await?;
+        // One that fails already is tried again from time to time, not by every commit.
+        if !self.failing.load(Ordering::Relaxed) {
+            let followed = tokio::time::timeout(FOLLOW_MAX, self.follow_on()).await;
+            let late = |_| Err(Error::unavailable(format!("SQL catalog did not follow within {FOLLOW_MAX:?}")));
+            self.note(followed.unwrap_or_else(late));
         }
-        for part in &commit.add_parts {
-            insert_part(&mut tx, part).await?;
+        Ok(())
+    }
+
+    /// Makes sure that no other process has taken the database over.
+    ///
+    /// # Errors
+    /// `Unavailable` when one has, or when the store can't be reached.
+    pub async fn confirm(&self) -> Result<()> {
+        let mut journal = self.journal.lock().await;
+        let confirmed = journal.confirm().await;
+        self.fenced.store(journal.is_fenced(), Ordering::Relaxed);
+        confirmed
+    }
+
+    /// Brings the SQL catalog up to date if it is not; call it every second or so. Failures are logged, once.
+    pub async fn follow(&self) {
+        if self.behind() > 0 && !self.is_fenced() {
+            self.note(self.follow_on().await);
         }
-        for id in &commit.remove {
-            remove(&mut tx, REMOVE_FILE, *id, now_ms).await?;
+    }
+
+    /// Entries of the journal that the SQL catalog does not have yet.
+    pub fn behind(&self) -> u64 {
+        self.backlog.lock().last.number.saturating_sub(self.followed.load(Ordering::Relaxed))
+    }
+
+    fn note(&self, followed: Result<()>) {
+        match followed {
+            Ok(()) => {
+                if self.failing.swap(false, Ordering::Relaxed) {
+                    tracing::info!("SQL catalog is up to date again");
+                }
+            }
+            Err(e) => {
+                if !self.failing.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(error = %e, "SQL catalog can't be brought up to date; it follows when it can");
+                }
+            }
         }
-        for id in &commit.remove_parts {
-            remove(&mut tx, REMOVE_PART, *id, now_ms).await?;
+    }
+
+    async fn follow_on(&self) -> Result<()> {
+        let mut follower = self.follower.lock().await;
+        let fresh = follower.at.is_none();
+        match self.steps(&mut follower).await {
+            // The connection may have been lost long ago.
+            Err(e) if !fresh && e.kind() == crate::ErrorKind::Unavailable => self.steps(&mut follower).await,
+            result => result,
         }
-        for delete in &commit.add_deletes {
-            insert_delete(&mut tx, delete).await?;
+    }
+
+    async fn steps(&self, follower: &mut Follower) -> Result<()> {
+        let now_ms = self.clock.now_ms();
+        let Some(index) = &mut follower.index else { return Ok(()) };
+        // Unless this gets to its end it is not known where the index stands.
+        let mut at = match follower.at.take() {
+            Some(at) => Some(at),
+            None => index.place(now_ms).await?,
+        };
+        loop {
+            let step = self.backlog.lock().step(at);
+            match (step, at) {
+                (Step::Apply(entry), Some(from)) => {
+                    index.apply(from, &entry).await?;
+                    at = Some(entry.place());
+                }
+                (Step::Done, Some(_)) => break,
+                _ => {
+                    let (state, place) = {
+                        let mut journal = self.journal.lock().await;
+                        // Where another process went on it is not ours to change.
+                        journal.confirm().await?;
+                        (journal.state().clone(), journal.place())
+                    };
+                    tracing::info!(entry = place.number, "SQL catalog is made anew from the journal");
+                    index.replace(&state, place, now_ms).await?;
+                    at = Some(place);
+                }
+            }
+            self.followed.store(at.map_or(0, |at| at.number), Ordering::Relaxed);
         }
-        for id in &commit.remove_deletes {
-            sqlx::query("DELETE FROM thalweg_delete WHERE id = $1").bind(id).execute(&mut *tx).await?;
-        }
-        for (metric, json) in &commit.metadata {
-            sqlx::query(
-                "INSERT INTO thalweg_metadata (metric, json) VALUES ($1, $2)
-                 ON CONFLICT (metric) DO UPDATE SET json = excluded.json",
-            )
-            .bind(metric)
-            .bind(json)
-            .execute(&mut *tx)
-            .await?;
-        }
-        tx.commit().await?;
-        db.reserved = reserved;
-        trim_log(db.connection()?).await;
+        self.followed.store(at.map_or(0, |at| at.number), Ordering::Relaxed);
+        follower.at = at;
         Ok(())
     }
 
@@ -275,20 +563,23 @@ impl FileCatalog {
     /// caller deletes the objects and then calls [`FileCatalog::forget`].
     ///
     /// # Errors
-    /// `Unavailable` when the database refuses.
+    /// `Unavailable` when fenced.
     pub async fn purge(&self, older_than_ms: i64) -> Result<Vec<String>> {
-        let mut db = self.db.lock().await;
-        let connection = db.connection()?;
-        let rows = sqlx::query("SELECT path FROM thalweg_removed WHERE removed_ms < $1 ORDER BY id")
-            .bind(older_than_ms)
-            .fetch_all(&mut *connection)
-            .await?;
-        let paths = rows.iter().map(|r| r.try_get("path")).collect::<Result<Vec<String>, _>>()?;
-        let mut tx = connection.begin_with("BEGIN IMMEDIATE").await?;
-        let expired = lake::expire(&mut tx, older_than_ms).await?;
-        tx.commit().await?;
-        if expired {
-            trim_log(connection).await;
+        let paths = {
+            let journal = self.journal.lock().await;
+            let old = journal.state().superseded.iter().filter(|(_, removed_ms)| *removed_ms < older_than_ms);
+            old.map(|(path, _)| path.clone()).collect()
+        };
+        let mut follower = self.follower.lock().await;
+        let at = follower.at.take();
+        if let (Some(index), Some(_)) = (&mut follower.index, at) {
+            match index.expire(older_than_ms).await {
+                Ok(()) => follower.at = at,
+                Err(e) => {
+                    self.followed.store(0, Ordering::Relaxed);
+                    self.note(Err(e));
+                }
+            }
         }
         Ok(paths)
     }
@@ -296,259 +587,81 @@ impl FileCatalog {
     /// Paths of files and parts that left and that [`FileCatalog::forget`] was not told of.
     ///
     /// # Errors
-    /// `Unavailable` when the database refuses.
+    /// `Unavailable` when another process has taken the database over: what is superseded is its to say.
     pub async fn superseded(&self) -> Result<Vec<String>> {
-        let mut db = self.db.lock().await;
-        Ok(sqlx::query_scalar("SELECT path FROM thalweg_removed ORDER BY id").fetch_all(db.connection()?).await?)
+        self.confirm().await?;
+        let journal = self.journal.lock().await;
+        Ok(journal.state().superseded.iter().map(|(path, _)| path.clone()).collect())
     }
 
     /// Forgets superseded paths whose objects are gone.
     ///
     /// # Errors
-    /// `Unavailable` when the database refuses.
+    /// As [`FileCatalog::commit`].
     pub async fn forget(&self, paths: &[String]) -> Result<()> {
-        if paths.is_empty() {
-            return Ok(());
-        }
-        let mut db = self.db.lock().await;
-        let connection = db.connection()?;
-        let mut tx = connection.begin_with("BEGIN IMMEDIATE").await?;
-        for path in paths {
-            for statement in [
-                "DELETE FROM thalweg_removed WHERE path = $1",
-                "DELETE FROM ducklake_files_scheduled_for_deletion WHERE path = $1",
-            ] {
-                sqlx::query(statement).bind(path).execute(&mut *tx).await?;
-            }
-        }
-        tx.commit().await?;
-        trim_log(connection).await;
-        Ok(())
+        self.commit(&Commit { forget: paths.to_vec(), ..Commit::default() }, self.clock.now_ms()).await
     }
 
-    /// Closes the database; later calls fail as `Unavailable`.
+    /// Closes the catalog; later calls fail as `Unavailable`. A commit that waits for the object store is given up.
     pub async fn close(&self) {
-        if let Some(connection) = self.db.lock().await.connection.take()
-            && let Err(e) = connection.close().await
-        {
-            tracing::warn!(error = %e, "file catalog did not close cleanly");
+        self.closing.send_replace(true);
+        let mut follower = self.follower.lock().await;
+        if let Some(mut index) = follower.index.take() {
+            index.close().await;
         }
     }
 }
 
-impl Db {
-    fn connection(&mut self) -> Result<&mut SqliteConnection> {
-        self.connection.as_mut().ok_or_else(|| Error::unavailable("file catalog is closed"))
-    }
+/// A file as the engine keeps it in memory.
+fn bare(file: DataFile) -> DataFile {
+    DataFile { columns: vec![], ..file }
 }
 
-async fn connect(path: &Path) -> sqlx::Result<SqliteConnection> {
-    SqliteConnectOptions::new()
-        .filename(path)
-        .create_if_missing(true)
-        // Some forty tables, most of them empty, take a page each.
-        .page_size(1024)
-        .journal_mode(SqliteJournalMode::Wal)
-        .synchronous(SqliteSynchronous::Full)
-        .busy_timeout(Duration::from_secs(10))
-        .foreign_keys(false)
-        .connect()
-        .await
-}
-
-/// Moves the write-ahead log into the database file, since the log keeps its greatest size otherwise. An outside reader
-/// may hold it: it is not waited for, the next commit tries again.
-async fn trim_log(connection: &mut SqliteConnection) {
-    let statements = ["PRAGMA busy_timeout = 0", "PRAGMA wal_checkpoint(TRUNCATE)", "PRAGMA busy_timeout = 10000"];
-    for statement in statements {
-        if let Err(e) = sqlx::query(statement).execute(&mut *connection).await {
-            tracing::debug!(error = %e, "file catalog log was not trimmed");
-        }
-    }
-}
-
-async fn open(connection: &mut SqliteConnection, data_path: &str, new_seed: u64, now_ms: i64) -> Result<State> {
-    let mut tx = connection.begin_with("BEGIN IMMEDIATE").await?;
-    let known: i64 = sqlx::query_scalar("SELECT count(*) FROM sqlite_master WHERE name = 'thalweg_setting'")
-        .fetch_one(&mut *tx)
-        .await?;
-    if known == 0 {
-        sqlx::raw_sql(include_str!("../migrations/sqlite/1.sql")).execute(&mut *tx).await?;
-        for (key, value) in [("format", FORMAT), ("seed", new_seed), ("next_id", 1), ("next_seq", 1)] {
-            put_setting(&mut tx, key, &value.to_string()).await?;
-        }
-    }
-    sqlx::raw_sql("CREATE TABLE IF NOT EXISTS thalweg_delete (id INTEGER PRIMARY KEY, json VARCHAR NOT NULL)")
-        .execute(&mut *tx)
-        .await?;
-    let format = setting_u64(&mut tx, "format").await?;
-    if format > FORMAT {
-        return Err(Error::invalid(format!("format {format} is newer than this version, which reads up to {FORMAT}")));
-    }
-    let mut state = load(&mut tx).await?;
-    // Ids below the stored one may name objects that were never committed.
-    let reserved = state.next_id + RESERVE;
-    put_setting(&mut tx, "next_id", &reserved.to_string()).await?;
-    lake::describe(&mut tx, data_path, state.seed, reserved, now_ms).await?;
-    tx.commit().await?;
-    trim_log(connection).await;
-    state.superseded.sort_by_key(|s| s.1);
-    Ok(state)
-}
-
-async fn load(tx: &mut SqliteConnection) -> Result<State> {
-    let mut state = State {
-        seed: setting_u64(tx, "seed").await?,
-        next_id: number(setting_u64(tx, "next_id").await?, "next_id")?,
-        next_seq: setting_u64(tx, "next_seq").await?,
-        ..State::default()
+/// Begins a journal: with the state of a catalog from before journals, or empty.
+async fn begin(store: Arc<dyn ObjectStore>, database: &str, seed: u64, format1: Option<&Path>) -> Result<()> {
+    let old = match format1 {
+        Some(path) => format1::load(path).await?,
+        None => None,
     };
-    let rows = sqlx::query("SELECT * FROM thalweg_file ORDER BY id").fetch_all(&mut *tx).await?;
-    for row in &rows {
-        state.files.push(DataFile {
-            id: row.try_get("id")?,
-            table_id: int(row, "table_id")?,
-            path: row.try_get("path")?,
-            day: int(row, "day")?,
-            level: int(row, "level")?,
-            rows: int(row, "row_count")?,
-            bytes: int(row, "byte_count")?,
-            footer_bytes: int(row, "footer_bytes")?,
-            ts_min: row.try_get("ts_min")?,
-            ts_max: row.try_get("ts_max")?,
-            metric_min: row.try_get("metric_min")?,
-            metric_max: row.try_get("metric_max")?,
-            seq_min: int(row, "seq_min")?,
-            seq_max: int(row, "seq_max")?,
-            crc32: int(row, "crc32")?,
-            columns: Vec::new(),
-        });
+    let Some(state) = old else {
+        refuse_rows(store.as_ref(), database).await?;
+        return Journal::begin(store, database, State::new(seed)).await;
+    };
+    if state.seed != seed {
+        return Err(Error::corrupt(format!(
+            "file catalog {} belongs to another database than {database} of the object store",
+            format1.unwrap_or(Path::new("")).display()
+        )));
     }
-    let rows = sqlx::query("SELECT * FROM thalweg_part ORDER BY id").fetch_all(&mut *tx).await?;
-    for row in &rows {
-        state.parts.push(TagPart {
-            id: row.try_get("id")?,
-            path: row.try_get("path")?,
-            day: int(row, "day")?,
-            sets: int(row, "set_count")?,
-            bytes: int(row, "byte_count")?,
-            footer_bytes: int(row, "footer_bytes")?,
-            seq: int(row, "seq")?,
-            crc32: int(row, "crc32")?,
-        });
+    tracing::info!(
+        files = state.files.len(),
+        parts = state.parts.len(),
+        "file catalog moves to a journal in the bucket"
+    );
+    Journal::begin(store.clone(), database, state).await?;
+    // Metadata of metrics lay there; the journal has them now.
+    let folder = object_store::path::Path::from(format!("{database}/meta"));
+    let objects: Vec<_> = store.list(Some(&folder)).map_ok(|o| o.location).try_collect().await?;
+    for object in &objects {
+        store.delete(object).await?;
     }
-    for row in &sqlx::query("SELECT json FROM thalweg_delete ORDER BY id").fetch_all(&mut *tx).await? {
-        let json: String = row.try_get("json")?;
-        let wrong = |e: serde_json::Error| Error::corrupt(format!("delete {json:?} does not parse")).with_source(e);
-        state.deletes.push(serde_json::from_str(&json).map_err(wrong)?);
-    }
-    for row in &sqlx::query("SELECT path, removed_ms FROM thalweg_removed ORDER BY id").fetch_all(&mut *tx).await? {
-        state.superseded.push((row.try_get("path")?, row.try_get("removed_ms")?));
-    }
-    for row in &sqlx::query("SELECT metric, json FROM thalweg_metadata ORDER BY metric").fetch_all(&mut *tx).await? {
-        state.metadata.push((row.try_get("metric")?, row.try_get("json")?));
-    }
-    Ok(state)
-}
-
-async fn put_setting(tx: &mut SqliteConnection, key: &str, value: &str) -> Result<()> {
-    sqlx::query(
-        r#"INSERT INTO thalweg_setting ("key", "value") VALUES ($1, $2)
-           ON CONFLICT ("key") DO UPDATE SET "value" = excluded."value""#,
-    )
-    .bind(key)
-    .bind(value)
-    .execute(tx)
-    .await?;
     Ok(())
 }
 
-async fn setting_u64(tx: &mut SqliteConnection, key: &str) -> Result<u64> {
-    let value: Option<String> = sqlx::query_scalar(r#"SELECT "value" FROM thalweg_setting WHERE "key" = $1"#)
-        .bind(key)
-        .fetch_optional(tx)
-        .await?;
-    value
-        .as_deref()
-        .and_then(|v| v.parse().ok())
-        .ok_or_else(|| Error::corrupt(format!("setting {key:?} is {value:?}; a number is expected")))
-}
-
-async fn insert_file(tx: &mut SqliteConnection, f: &DataFile) -> Result<()> {
-    sqlx::query(
-        "INSERT INTO thalweg_file (id, table_id, path, day, level, row_count, byte_count, footer_bytes, ts_min, ts_max,
-             metric_min, metric_max, seq_min, seq_max, crc32)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)",
-    )
-    .bind(f.id)
-    .bind(i64::from(f.table_id))
-    .bind(&f.path)
-    .bind(f.day)
-    .bind(i64::from(f.level))
-    .bind(signed(f.rows)?)
-    .bind(signed(f.bytes)?)
-    .bind(signed(f.footer_bytes)?)
-    .bind(f.ts_min)
-    .bind(f.ts_max)
-    .bind(f.metric_min)
-    .bind(f.metric_max)
-    .bind(signed(f.seq_min)?)
-    .bind(signed(f.seq_max)?)
-    .bind(i64::from(f.crc32))
-    .execute(tx)
-    .await?;
+/// A new journal would not know the rows that are there, and give them up.
+async fn refuse_rows(store: &dyn ObjectStore, database: &str) -> Result<()> {
+    for table in tables::all() {
+        let folder = object_store::path::Path::from(format!("{database}/{}", table.name));
+        if let Some(object) = store.list(Some(&folder)).try_next().await? {
+            return Err(Error::corrupt(format!(
+                "the object store holds rows such as {} but no journal ({database}/{}); restore the bucket from a backup, \
+                 or start with an empty store",
+                object.location,
+                journal::FOLDERS.join(&format!(", {database}/"))
+            )));
+        }
+    }
     Ok(())
-}
-
-async fn insert_delete(tx: &mut SqliteConnection, delete: &Delete) -> Result<()> {
-    let json = serde_json::to_string(delete).map_err(|e| Error::internal("delete as JSON").with_source(e))?;
-    sqlx::query("INSERT INTO thalweg_delete (id, json) VALUES ($1, $2)").bind(delete.id).bind(json).execute(tx).await?;
-    Ok(())
-}
-
-async fn insert_part(tx: &mut SqliteConnection, p: &TagPart) -> Result<()> {
-    sqlx::query(
-        "INSERT INTO thalweg_part (id, path, day, set_count, byte_count, footer_bytes, seq, crc32)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
-    )
-    .bind(p.id)
-    .bind(&p.path)
-    .bind(p.day)
-    .bind(signed(p.sets)?)
-    .bind(signed(p.bytes)?)
-    .bind(signed(p.footer_bytes)?)
-    .bind(signed(p.seq)?)
-    .bind(i64::from(p.crc32))
-    .execute(tx)
-    .await?;
-    Ok(())
-}
-
-const REMOVE_FILE: &str = "DELETE FROM thalweg_file WHERE id = $1 RETURNING path";
-const REMOVE_PART: &str = "DELETE FROM thalweg_part WHERE id = $1 RETURNING path";
-
-async fn remove(tx: &mut SqliteConnection, statement: &'static str, id: i64, now_ms: i64) -> Result<()> {
-    let path: Option<String> = sqlx::query_scalar(statement).bind(id).fetch_optional(&mut *tx).await?;
-    let path = path.ok_or_else(|| Error::internal(format!("file {id} is to be removed and is not in the catalog")))?;
-    sqlx::query("INSERT INTO thalweg_removed (id, path, removed_ms) VALUES ($1, $2, $3)")
-        .bind(id)
-        .bind(path)
-        .bind(now_ms)
-        .execute(tx)
-        .await?;
-    Ok(())
-}
-
-fn int<T: TryFrom<i64>>(row: &SqliteRow, column: &str) -> Result<T> {
-    number(row.try_get::<i64, _>(column)?, column)
-}
-
-fn number<T: TryFrom<U>, U: Copy + std::fmt::Display>(value: U, what: &str) -> Result<T> {
-    T::try_from(value).map_err(|_| Error::corrupt(format!("{what} is {value}, which is out of range")))
-}
-
-fn signed(value: u64) -> Result<i64> {
-    i64::try_from(value).map_err(|e| Error::internal(format!("{value} does not fit the catalog")).with_source(e))
 }
 
 /// A timestamp in the text form of DuckLake's statistics, `2026-11-21 07:30:59.131+00`; `None` outside of the years 1 to

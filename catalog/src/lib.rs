@@ -1,8 +1,8 @@
 //! What tables, files and tags mean.
 //!
 //! The catalog owns the schemas of all tables ([`tables`]), the translation between tag sets and the integers that
-//! stand for them ([`tag`], [`encoder`], [`registry`]), and the SQL file catalog. It knows no query language, no
-//! ingest protocol and no DataFusion.
+//! stand for them ([`tag`], [`encoder`], [`registry`]), and the file catalog ([`files`]) with its [`journal`]. It knows no
+//! query language, no ingest protocol and no DataFusion.
 
 pub mod clock;
 pub mod database;
@@ -11,6 +11,7 @@ pub mod entropy;
 pub mod error;
 pub mod files;
 pub mod fs;
+pub mod journal;
 pub mod matcher;
 pub mod object;
 pub mod registry;

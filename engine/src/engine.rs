@@ -1,21 +1,17 @@
 //! The engine's handle: opening, writing, selecting, executing, stopping.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use catalog::database::{self, MetadataLog};
-use catalog::files::{DataFile, FileCatalog};
-use catalog::{
-    Clock, Entropy, Error, FileSystem, Registry, Result, Series, TableSchema, TagHasher, TagParts, TagSet, tables,
-};
+use catalog::database;
+use catalog::files::{DataFile, FileCatalog, Index, Opening, SqlIndex};
+use catalog::{Clock, Entropy, Error, FileSystem, Registry, Result, Series, TableSchema, TagHasher, TagParts, TagSet};
 use datafusion::execution::{SendableRecordBatchStream, SessionState};
 use datafusion::logical_expr::LogicalPlan;
 use datafusion::prelude::SessionContext;
-use futures::TryStreamExt;
 use object_store::ObjectStore;
 use parking_lot::Mutex;
 use tokio::runtime::{Handle, Runtime};
@@ -29,7 +25,8 @@ use crate::telemetry::Metrics;
 use crate::version::Version;
 use crate::wal::{self, Item, SegmentReader, Wal};
 use crate::{
-    Extensions, MetricMetadata, QueryLimits, Selection, SeriesSet, Settings, Telemetry, Write, session, upkeep,
+    Extensions, MetricMetadata, QueryLimits, Selection, SeriesSet, Settings, SqlCatalog, Telemetry, Write, session,
+    upkeep,
 };
 
 /// The objects that an engine works with; never mixed with [`Settings`].
@@ -75,7 +72,7 @@ pub(crate) struct Inner {
     pub components: Components,
     pub registry: Arc<Registry>,
     pub metrics: Arc<Metrics>,
-    /// The SQL file catalog; each change of it is followed by one of the version.
+    /// The file catalog; each change of it is followed by one of the version.
     pub files: FileCatalog,
     /// Data files and what is cached of them.
     pub segments: Arc<Segments>,
@@ -94,8 +91,6 @@ pub(crate) struct Inner {
     /// The log. Whoever holds it sees every record either applied to memtables or not yet written.
     pub log: Mutex<Wal>,
     pub metadata: Mutex<Metadata>,
-    /// Metric metadata in the bucket.
-    pub metadata_log: tokio::sync::Mutex<MetadataLog>,
     /// Whether the last group could not be written: said once when it begins and once when it ends.
     pub log_failing: AtomicBool,
     /// Held while memtables are written to files.
@@ -128,25 +123,20 @@ impl Engine {
             .fs
             .create_dir_all(&settings.data_dir)
             .map_err(|e| Error::from(e).context(format_args!("create data folder {}", settings.data_dir.display())))?;
-        let now_ms = components.clock.now_ms();
-        // The bucket says which database this is; the file catalog must be of the same one.
         let store = &components.store;
         catalog::object::probe(store, &settings.database).await?;
         let described = database::open(store, &settings.database, random_seed(components.entropy.as_ref())?).await?;
-        let metadata_log = MetadataLog::open(store, &settings.database).await?;
-        let slash = if settings.store_location.ends_with('/') { "" } else { "/" };
-        let data_path = format!("{}{slash}{}/", settings.store_location, settings.database);
         let catalog_path = settings.data_dir.join("catalog.sqlite");
-        if !catalog_path.exists() {
-            refuse_rows_without_catalog(store, &settings.database, &catalog_path).await?;
-        }
-        let (files, state) = FileCatalog::open(&catalog_path, &data_path, described.seed, now_ms).await?;
-        if state.seed != described.seed {
-            return Err(Error::corrupt(format!(
-                "file catalog {} belongs to another database than the object store {data_path}",
-                catalog_path.display()
-            )));
-        }
+        let opening = Opening {
+            store: store.clone(),
+            database: &settings.database,
+            entropy: components.entropy.clone(),
+            seed: described.seed,
+            index: index(&settings, described.seed)?,
+            format1: Some(&catalog_path),
+            clock: components.clock.clone(),
+        };
+        let (files, state) = FileCatalog::open(opening).await?;
         let registry = Arc::new(Registry::new(TagHasher::new(state.seed), settings.series_limit));
         let session = session::state(&settings, extensions)
             .map_err(|e| Error::internal("query session can't be made").with_source(e))?;
@@ -170,7 +160,6 @@ impl Engine {
             queue: Queue::default(),
             log: Mutex::new(Wal::open(components.fs.clone(), &settings.data_dir.join("wal"), vec![])),
             metadata: Mutex::new(Metadata::new(&state.metadata)),
-            metadata_log: tokio::sync::Mutex::new(metadata_log),
             log_failing: AtomicBool::new(false),
             flushing: tokio::sync::Mutex::new(()),
             session,
@@ -190,6 +179,7 @@ impl Engine {
         *running.committer.get_mut() = Some(thread.spawn(move || committer::run(&committer))?);
         running.tasks.spawn_on(upkeep::run_flusher(inner.clone()), &inner.cpu);
         running.tasks.spawn_on(upkeep::run_compactor(inner.clone()), &inner.cpu);
+        running.tasks.spawn_on(upkeep::run_follower(inner.clone()), &inner.cpu);
         running.tasks.close();
         Ok(Self { running: Arc::new(running) })
     }
@@ -400,20 +390,20 @@ impl Drop for Running {
     }
 }
 
-/// A new file catalog would number new files as old ones are numbered, and write over them.
-async fn refuse_rows_without_catalog(store: &Arc<dyn ObjectStore>, database: &str, catalog: &Path) -> Result<()> {
-    for table in tables::all() {
-        let folder = object_store::path::Path::from(format!("{database}/{}", table.name));
-        if let Some(object) = store.list(Some(&folder)).try_next().await? {
-            return Err(Error::corrupt(format!(
-                "file catalog {} does not exist, but the object store holds rows such as {}; restore the file catalog, or \
-                 start with an empty store",
-                catalog.display(),
-                object.location
-            )));
+/// The SQL catalog that the settings name.
+///
+/// # Errors
+/// `Invalid` for a URL that is not one of PostgreSQL.
+pub fn index(settings: &Settings, seed: u64) -> Result<Option<Box<dyn Index>>> {
+    let slash = if settings.store_location.ends_with('/') { "" } else { "/" };
+    let data_path = format!("{}{slash}{}/", settings.store_location, settings.database);
+    Ok(match &settings.catalog {
+        SqlCatalog::None => None,
+        SqlCatalog::DataDir => {
+            Some(Box::new(SqlIndex::sqlite(&settings.data_dir.join("catalog.sqlite"), &data_path, seed)))
         }
-    }
-    Ok(())
+        SqlCatalog::Postgres(url) => Some(Box::new(SqlIndex::postgres(url.expose(), &data_path, seed)?)),
+    })
 }
 
 /// The seed of a new database; used once in its life.

@@ -36,5 +36,5 @@ pub use retention::{Retention, RetentionRule};
 pub use scan::SeriesScanExec;
 pub use select::{Selection, SeriesSet};
 pub use session::{Extensions, QueryLimits, error_of};
-pub use settings::Settings;
+pub use settings::{Settings, SqlCatalog};
 pub use telemetry::Telemetry;

@@ -3,7 +3,21 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use catalog::Secret;
+
 use crate::Retention;
+
+/// Which SQL catalog follows the journal for outside readers.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub enum SqlCatalog {
+    /// `catalog.sqlite` in the data folder.
+    #[default]
+    DataDir,
+    /// PostgreSQL, by its URL.
+    Postgres(Secret),
+    /// None.
+    None,
+}
 
 /// How an engine runs. Bytes are bytes, durations are wall time.
 #[derive(Debug, Clone)]
@@ -14,6 +28,8 @@ pub struct Settings {
     pub store_location: String,
     /// Folder for the log, the SQLite file catalog and caches.
     pub data_dir: PathBuf,
+    /// The SQL catalog.
+    pub catalog: SqlCatalog,
     /// Memory that memtables, caches and queries share.
     pub memory_limit: usize,
     /// Most active tag sets.
@@ -42,6 +58,7 @@ impl Default for Settings {
             database: "default".to_owned(),
             store_location: "memory://".to_owned(),
             data_dir: PathBuf::from("data"),
+            catalog: SqlCatalog::default(),
             memory_limit: 2 << 30,
             series_limit: 5_000_000,
             future_max: Duration::from_secs(600),

@@ -21,6 +21,8 @@ use crate::version::Version;
 const TICK: Duration = Duration::from_millis(500);
 /// How often compaction looks for work.
 const COMPACT_INTERVAL: Duration = Duration::from_secs(30);
+/// How often the SQL catalog is brought up to date when it has fallen behind.
+const FOLLOW_INTERVAL: Duration = Duration::from_secs(1);
 /// Wait after a failed flush.
 const RETRY: Duration = Duration::from_secs(5);
 
@@ -114,7 +116,6 @@ impl Inner {
         if rows.is_empty() {
             return Ok(());
         }
-        self.metadata_log.lock().await.append(&self.components.store, &rows).await?;
         let commit = Commit { metadata: rows, ..Commit::default() };
         self.files.commit(&commit, self.now_ms()).await?;
         self.metadata.lock().saved(&commit.metadata, position);
@@ -187,8 +188,11 @@ impl Inner {
         self.version().tables.iter().any(|t| !t.flushing.is_empty())
     }
 
-    /// Refuses when memory or log are beyond what a flush could free in time.
+    /// Refuses when memory or log are beyond what a flush could free in time, and when nothing can be flushed any more.
     pub(crate) fn check_room(&self) -> Result<()> {
+        if self.files.is_fenced() {
+            return Err(Error::unavailable("another server has taken this database over; this one takes no writes"));
+        }
         let memory = self.version().memory();
         if memory > self.memtable_bytes_hard() {
             self.metrics.limit("memtable_bytes");
@@ -214,6 +218,7 @@ impl Inner {
         m.series.set(self.registry.len() as i64);
         m.series_refused.set(self.registry.refused() as i64);
         m.query_memory.set(self.session.runtime_env().memory_pool.reserved() as i64);
+        m.catalog_behind.set(self.files.behind() as i64);
         for (cache, bytes) in [("segments", self.segments.cached_bytes()), ("tag_parts", self.parts.cached_bytes())] {
             m.cache.get_or_create(&CacheLabel { cache }).set(bytes as i64);
         }
@@ -251,5 +256,12 @@ pub(crate) async fn run_compactor(inner: Arc<Inner>) {
                 tracing::error!(error = %e, "compaction failed and will be tried again");
             }
         }
+    }
+}
+
+/// Brings the SQL catalog up to date after an outage, until `inner.stopping`.
+pub(crate) async fn run_follower(inner: Arc<Inner>) {
+    while inner.stopping.run_until_cancelled(tokio::time::sleep(FOLLOW_INTERVAL)).await.is_some() {
+        inner.files.follow().await;
     }
 }

@@ -5,10 +5,11 @@
 //! anew from [`crate::tables`] whenever the catalog is opened, and a difference becomes a snapshot.
 
 use arrow::datatypes::DataType;
-use sqlx::{Row, SqliteConnection};
 use xxhash_rust::xxh3::xxh3_128_with_seed;
 
-use super::{Commit, signed, timestamp_text};
+use super::index::signed;
+use super::sql::{Connection, Value, values};
+use super::{ColumnStats, DataFile, TagPart};
 use crate::tables::{self, Layout, Role, TableSchema};
 use crate::tag_parts;
 use crate::{Error, Result};
@@ -23,6 +24,8 @@ const TABLES: i64 = 1000;
 const VIEWS: i64 = 100_000;
 /// All numbers above are below this.
 const NEXT_CATALOG_ID: i64 = 1_000_000;
+/// And all numbers of files below this. DuckLake's writers take theirs from here on; there are none.
+const NEXT_FILE_ID: i64 = 1 << 62;
 
 fn lake_id(table_id: u16) -> i64 {
     TABLES + i64::from(table_id)
@@ -131,26 +134,13 @@ fn decimal_linear(n: &str) -> String {
     )
 }
 
-/// Brings the description up to date.
-pub(super) async fn describe(
-    tx: &mut SqliteConnection,
-    data_path: &str,
-    seed: u64,
-    next_file_id: i64,
-    now_ms: i64,
-) -> Result<()> {
+/// Brings the description up to date, within a transaction.
+pub(super) async fn describe(tx: &mut Connection, data_path: &str, seed: u64, now_ms: i64) -> Result<()> {
     for (key, value) in
         [("version", "1.0"), ("created_by", "Thalweg"), ("data_path", data_path), ("encrypted", "false")]
     {
-        sqlx::query(r#"DELETE FROM ducklake_metadata WHERE "key" = $1 AND "scope" IS NULL"#)
-            .bind(key)
-            .execute(&mut *tx)
-            .await?;
-        sqlx::query(r#"INSERT INTO ducklake_metadata ("key", "value") VALUES ($1, $2)"#)
-            .bind(key)
-            .bind(value)
-            .execute(&mut *tx)
-            .await?;
+        tx.execute(r#"DELETE FROM ducklake_metadata WHERE "key" = $1 AND "scope" IS NULL"#, values![key]).await?;
+        tx.execute(r#"INSERT INTO ducklake_metadata ("key", "value") VALUES ($1, $2)"#, values![key, value]).await?;
     }
     let mut d = Description { snapshot: next_snapshot(tx).await?, seed, changes: Vec::new(), tables: Vec::new(), tx };
     d.schemas().await?;
@@ -168,20 +158,17 @@ pub(super) async fn describe(
     }
     let schema_version = schema_version(tx).await?.map_or(0, |v| v + 1);
     for table_id in changed {
-        sqlx::query(
+        tx.execute(
             "INSERT INTO ducklake_schema_versions (begin_snapshot, schema_version, table_id) VALUES ($1, $2, $3)",
+            values![snapshot, schema_version, table_id],
         )
-        .bind(snapshot)
-        .bind(schema_version)
-        .bind(table_id)
-        .execute(&mut *tx)
         .await?;
     }
-    insert_snapshot(tx, snapshot, schema_version, next_file_id, &changes.join(","), now_ms).await
+    insert_snapshot(tx, snapshot, schema_version, &changes.join(","), now_ms).await
 }
 
 struct Description<'t> {
-    tx: &'t mut SqliteConnection,
+    tx: &'t mut Connection,
     snapshot: i64,
     seed: u64,
     changes: Vec<String>,
@@ -191,82 +178,76 @@ struct Description<'t> {
 
 impl Description<'_> {
     /// Outside readers want a UUID per object; ours follow from the seed.
-    fn uuid(&self, what: &str) -> String {
-        let h = format!("{:032x}", xxh3_128_with_seed(what.as_bytes(), self.seed));
-        format!("{}-{}-8{}-8{}-{}", &h[..8], &h[8..12], &h[13..16], &h[17..20], &h[20..])
+    fn uuid(&self, what: &str) -> Value {
+        // Version and variant as those of a UUID that is made up.
+        let bits = xxh3_128_with_seed(what.as_bytes(), self.seed);
+        Value::Uuid((bits & !(0xf << 76 | 0xf << 60)) | 8 << 76 | 8 << 60)
     }
 
     async fn schemas(&mut self) -> Result<()> {
         for (id, name) in [(MAIN, "main"), (STORED, "stored")] {
-            let known: i64 = sqlx::query_scalar("SELECT count(*) FROM ducklake_schema WHERE schema_id = $1")
-                .bind(id)
-                .fetch_one(&mut *self.tx)
-                .await?;
-            if known > 0 {
+            if self.tx.int("SELECT schema_id FROM ducklake_schema WHERE schema_id = $1", values![id]).await?.is_some() {
                 continue;
             }
             // Paths of files begin at the database's prefix, so schemas and tables add nothing to them.
-            sqlx::query(
-                "INSERT INTO ducklake_schema (schema_id, schema_uuid, begin_snapshot, schema_name, path,
-                     path_is_relative) VALUES ($1, $2, $3, $4, '', 1)",
-            )
-            .bind(id)
-            .bind(self.uuid(&format!("schema {name}")))
-            .bind(self.snapshot)
-            .bind(name)
-            .execute(&mut *self.tx)
-            .await?;
+            let uuid = self.uuid(&format!("schema {name}"));
+            self.tx
+                .execute(
+                    "INSERT INTO ducklake_schema (schema_id, schema_uuid, begin_snapshot, schema_name, path,
+                         path_is_relative) VALUES ($1, $2, $3, $4, '', TRUE)",
+                    values![id, uuid, self.snapshot, name],
+                )
+                .await?;
             self.changes.push(format!("created_schema:\"{name}\""));
         }
         Ok(())
     }
 
     async fn table(&mut self, table: &Table) -> Result<()> {
-        let rows = sqlx::query(
-            "SELECT column_id, parent_column, column_name, column_type, nulls_allowed FROM ducklake_column
-             WHERE table_id = $1 AND end_snapshot IS NULL",
-        )
-        .bind(table.id)
-        .fetch_all(&mut *self.tx)
-        .await?;
-        if rows.is_empty() {
+        let rows = self
+            .tx
+            .rows(
+                "SELECT column_id, parent_column, column_name, column_type FROM ducklake_column
+                 WHERE table_id = $1 AND end_snapshot IS NULL",
+                values![table.id],
+            )
+            .await?;
+        let mut stored = Vec::with_capacity(rows.len());
+        for row in &rows {
+            stored.push((row.int(0)?.unwrap_or_default(), row.int(1)?, row.text(2)?, row.text(3)?));
+        }
+        if stored.is_empty() {
             self.create_table(table).await?;
         }
         let mut changed = false;
         for (order, column) in (1i64..).zip(&table.columns) {
-            let stored = rows.iter().find(|r| r.try_get::<i64, _>("column_id").is_ok_and(|id| id == column.id));
-            if let Some(row) = stored {
-                let parent: Option<i64> = row.try_get("parent_column")?;
-                let (name, kind): (String, String) = (row.try_get("column_name")?, row.try_get("column_type")?);
-                if (parent, name.as_str(), kind.as_str()) != (column.parent, &column.name, column.kind) {
-                    return Err(Error::corrupt(format!(
-                        "column {} of {} is {name} {kind}; this version has {} {}",
-                        column.id, table.name, column.name, column.kind
-                    )));
-                }
+            let Some((_, parent, name, kind)) = stored.iter().find(|s| s.0 == column.id) else {
+                self.create_column(table.id, order, column).await?;
+                changed = true;
                 continue;
+            };
+            if (*parent, name.as_deref(), kind.as_deref()) != (column.parent, Some(&column.name), Some(column.kind)) {
+                return Err(Error::corrupt(format!(
+                    "column {} of {} is {name:?} {kind:?}; this version has {} {}",
+                    column.id, table.name, column.name, column.kind
+                )));
             }
-            self.create_column(table.id, order, column).await?;
-            changed = true;
         }
-        for row in &rows {
-            let id: i64 = row.try_get("column_id")?;
-            if table.columns.iter().all(|c| c.id != id) {
-                sqlx::query(
-                    "UPDATE ducklake_column SET end_snapshot = $1
-                     WHERE table_id = $2 AND column_id = $3 AND end_snapshot IS NULL",
-                )
-                .bind(self.snapshot)
-                .bind(table.id)
-                .bind(id)
-                .execute(&mut *self.tx)
-                .await?;
+        for (id, ..) in &stored {
+            if table.columns.iter().all(|c| c.id != *id) {
+                self.tx
+                    .execute(
+                        "UPDATE ducklake_column SET end_snapshot = $1
+                         WHERE table_id = $2 AND column_id = $3 AND end_snapshot IS NULL",
+                        values![self.snapshot, table.id, *id],
+                    )
+                    .await?;
                 changed = true;
             }
         }
         if changed {
             self.tables.push(table.id);
-            if !rows.is_empty() {
+            if !stored.is_empty() {
                 self.changes.push(format!("altered_table:{}", table.id));
             }
         }
@@ -274,75 +255,73 @@ impl Description<'_> {
     }
 
     async fn create_table(&mut self, table: &Table) -> Result<()> {
-        sqlx::query(
-            "INSERT INTO ducklake_table (table_id, table_uuid, begin_snapshot, schema_id, table_name, path,
-                 path_is_relative) VALUES ($1, $2, $3, $4, $5, '', 1)",
-        )
-        .bind(table.id)
-        .bind(self.uuid(&format!("table {}", table.name)))
-        .bind(self.snapshot)
-        .bind(STORED)
-        .bind(table.name)
-        .execute(&mut *self.tx)
-        .await?;
-        sqlx::query(
-            "INSERT INTO ducklake_table_stats (table_id, record_count, next_row_id, file_size_bytes)
-             VALUES ($1, 0, 0, 0)",
-        )
-        .bind(table.id)
-        .execute(&mut *self.tx)
-        .await?;
+        let uuid = self.uuid(&format!("table {}", table.name));
+        self.tx
+            .execute(
+                "INSERT INTO ducklake_table (table_id, table_uuid, begin_snapshot, schema_id, table_name, path,
+                     path_is_relative) VALUES ($1, $2, $3, $4, $5, '', TRUE)",
+                values![table.id, uuid, self.snapshot, STORED, table.name],
+            )
+            .await?;
+        self.tx
+            .execute(
+                "INSERT INTO ducklake_table_stats (table_id, record_count, next_row_id, file_size_bytes)
+                 VALUES ($1, 0, 0, 0)",
+                values![table.id],
+            )
+            .await?;
         self.changes.push(format!("created_table:\"stored\".\"{}\"", table.name));
         Ok(())
     }
 
     async fn create_column(&mut self, table_id: i64, order: i64, column: &Column) -> Result<()> {
         let literal = if matches!(column.kind, "list" | "map") { "" } else { "literal" };
-        sqlx::query(
-            "INSERT INTO ducklake_column (column_id, begin_snapshot, table_id, column_order, column_name, column_type,
-                 default_value, nulls_allowed, parent_column, default_value_type, default_value_dialect)
-             VALUES ($1, $2, $3, $4, $5, $6, 'NULL', $7, $8, $9, 'duckdb')",
-        )
-        .bind(column.id)
-        .bind(self.snapshot)
-        .bind(table_id)
-        .bind(order)
-        .bind(&column.name)
-        .bind(column.kind)
-        .bind(i64::from(column.nullable))
-        .bind(column.parent)
-        .bind(literal)
-        .execute(&mut *self.tx)
-        .await?;
+        let nullable = Value::Bool(column.nullable);
+        self.tx
+            .execute(
+                "INSERT INTO ducklake_column (column_id, begin_snapshot, table_id, column_order, column_name,
+                     column_type, default_value, nulls_allowed, parent_column, default_value_type,
+                     default_value_dialect)
+                 VALUES ($1, $2, $3, $4, $5, $6, 'NULL', $7, $8, $9, 'duckdb')",
+                values![
+                    column.id,
+                    self.snapshot,
+                    table_id,
+                    order,
+                    column.name.as_str(),
+                    column.kind,
+                    nullable,
+                    column.parent,
+                    literal
+                ],
+            )
+            .await?;
         Ok(())
     }
 
     async fn view(&mut self, view: &View) -> Result<()> {
-        let stored: Option<String> =
-            sqlx::query_scalar(r#"SELECT "sql" FROM ducklake_view WHERE view_id = $1 AND end_snapshot IS NULL"#)
-                .bind(view.id)
-                .fetch_optional(&mut *self.tx)
-                .await?;
+        let select = r#"SELECT "sql" FROM ducklake_view WHERE view_id = $1 AND end_snapshot IS NULL"#;
+        let stored = match self.tx.row(select, values![view.id]).await? {
+            Some(row) => row.text(0)?,
+            None => None,
+        };
         if stored.as_ref() == Some(&view.sql) {
             return Ok(());
         }
-        sqlx::query("UPDATE ducklake_view SET end_snapshot = $1 WHERE view_id = $2 AND end_snapshot IS NULL")
-            .bind(self.snapshot)
-            .bind(view.id)
-            .execute(&mut *self.tx)
+        self.tx
+            .execute(
+                "UPDATE ducklake_view SET end_snapshot = $1 WHERE view_id = $2 AND end_snapshot IS NULL",
+                values![self.snapshot, view.id],
+            )
             .await?;
-        sqlx::query(
-            r#"INSERT INTO ducklake_view (view_id, view_uuid, begin_snapshot, schema_id, view_name, dialect, "sql",
-                   column_aliases) VALUES ($1, $2, $3, $4, $5, 'duckdb', $6, '')"#,
-        )
-        .bind(view.id)
-        .bind(self.uuid(&format!("view {}", view.name)))
-        .bind(self.snapshot)
-        .bind(MAIN)
-        .bind(view.name)
-        .bind(&view.sql)
-        .execute(&mut *self.tx)
-        .await?;
+        let uuid = self.uuid(&format!("view {}", view.name));
+        self.tx
+            .execute(
+                r#"INSERT INTO ducklake_view (view_id, view_uuid, begin_snapshot, schema_id, view_name, dialect, "sql",
+                       column_aliases) VALUES ($1, $2, $3, $4, $5, 'duckdb', $6, '')"#,
+                values![view.id, uuid, self.snapshot, MAIN, view.name, view.sql.as_str()],
+            )
+            .await?;
         self.changes.push(match stored {
             None => format!("created_view:\"main\".\"{}\"", view.name),
             Some(_) => format!("altered_view:{}", view.id),
@@ -350,30 +329,15 @@ impl Description<'_> {
         Ok(())
     }
 
-    /// Refuses tables that a newer version of us changed.
     async fn versions(&mut self) -> Result<()> {
         for table in tables::all() {
-            let id = i64::from(table.id);
-            let stored: Option<i64> = sqlx::query_scalar("SELECT version FROM thalweg_table WHERE table_id = $1")
-                .bind(id)
-                .fetch_optional(&mut *self.tx)
+            self.tx
+                .execute(
+                    "INSERT INTO thalweg_table (table_id, version) VALUES ($1, $2)
+                     ON CONFLICT (table_id) DO UPDATE SET version = excluded.version",
+                    values![i64::from(table.id), i64::from(table.version)],
+                )
                 .await?;
-            if stored.is_some_and(|v| v > i64::from(table.version)) {
-                return Err(Error::invalid(format!(
-                    "table {} has schema version {}; this version reads up to {}",
-                    table.name,
-                    stored.unwrap_or_default(),
-                    table.version
-                )));
-            }
-            sqlx::query(
-                "INSERT INTO thalweg_table (table_id, version) VALUES ($1, $2)
-                 ON CONFLICT (table_id) DO UPDATE SET version = excluded.version",
-            )
-            .bind(id)
-            .bind(i64::from(table.version))
-            .execute(&mut *self.tx)
-            .await?;
         }
         Ok(())
     }
@@ -381,39 +345,32 @@ impl Description<'_> {
 
 // --- snapshots ---
 
-async fn next_snapshot(tx: &mut SqliteConnection) -> Result<i64> {
-    let last: Option<i64> = sqlx::query_scalar("SELECT max(snapshot_id) FROM ducklake_snapshot").fetch_one(tx).await?;
-    Ok(last.map_or(0, |s| s + 1))
+async fn next_snapshot(tx: &mut Connection) -> Result<i64> {
+    Ok(tx.int("SELECT max(snapshot_id) FROM ducklake_snapshot", &[]).await?.map_or(0, |s| s + 1))
 }
 
-async fn schema_version(tx: &mut SqliteConnection) -> Result<Option<i64>> {
-    Ok(sqlx::query_scalar("SELECT max(schema_version) FROM ducklake_snapshot").fetch_one(tx).await?)
+async fn schema_version(tx: &mut Connection) -> Result<Option<i64>> {
+    tx.int("SELECT max(schema_version) FROM ducklake_snapshot", &[]).await
 }
 
 async fn insert_snapshot(
-    tx: &mut SqliteConnection,
+    tx: &mut Connection,
     snapshot: i64,
     schema_version: i64,
-    next_file_id: i64,
     changes: &str,
     now_ms: i64,
 ) -> Result<()> {
-    sqlx::query(
+    tx.execute(
         "INSERT INTO ducklake_snapshot (snapshot_id, snapshot_time, schema_version, next_catalog_id, next_file_id)
          VALUES ($1, $2, $3, $4, $5)",
+        values![snapshot, Value::Time(now_ms), schema_version, NEXT_CATALOG_ID, NEXT_FILE_ID],
     )
-    .bind(snapshot)
-    .bind(timestamp_text(now_ms))
-    .bind(schema_version)
-    .bind(NEXT_CATALOG_ID)
-    .bind(next_file_id)
-    .execute(&mut *tx)
     .await?;
-    sqlx::query("INSERT INTO ducklake_snapshot_changes (snapshot_id, changes_made, author) VALUES ($1, $2, 'Thalweg')")
-        .bind(snapshot)
-        .bind(changes)
-        .execute(tx)
-        .await?;
+    tx.execute(
+        "INSERT INTO ducklake_snapshot_changes (snapshot_id, changes_made, author) VALUES ($1, $2, 'Thalweg')",
+        values![snapshot, changes],
+    )
+    .await?;
     Ok(())
 }
 
@@ -427,22 +384,29 @@ struct Added<'a> {
     rows: i64,
     bytes: i64,
     footer: i64,
-    columns: &'a [super::ColumnStats],
+    columns: &'a [ColumnStats],
 }
 
-/// Shows a change to outside readers as one snapshot; does nothing when no file comes or goes.
-pub(super) async fn apply(tx: &mut SqliteConnection, commit: &Commit, next_file_id: i64, now_ms: i64) -> Result<()> {
+/// Files and tag parts that come, and ids of those that go.
+pub(super) struct Change<'a> {
+    pub files: &'a [DataFile],
+    pub parts: &'a [TagPart],
+    pub gone: Vec<i64>,
+}
+
+/// Shows a change to outside readers as one snapshot, within a transaction; does nothing when no file comes or goes.
+pub(super) async fn apply(tx: &mut Connection, change: &Change<'_>, now_ms: i64) -> Result<()> {
     let mut added = Vec::new();
-    for f in &commit.add {
+    for f in change.files {
         let (rows, bytes, footer) = (signed(f.rows)?, signed(f.bytes)?, signed(f.footer_bytes)?);
         let table = lake_id(f.table_id);
         added.push(Added { table, id: f.id, path: &f.path, rows, bytes, footer, columns: &f.columns });
     }
-    for p in &commit.add_parts {
+    for p in change.parts {
         let (rows, bytes, footer) = (signed(p.sets)?, signed(p.bytes)?, signed(p.footer_bytes)?);
         added.push(Added { table: TAG_SETS, id: p.id, path: &p.path, rows, bytes, footer, columns: &[] });
     }
-    if added.is_empty() && commit.remove.is_empty() && commit.remove_parts.is_empty() {
+    if added.is_empty() && change.gone.is_empty() {
         return Ok(());
     }
     let snapshot = next_snapshot(tx).await?;
@@ -451,107 +415,88 @@ pub(super) async fn apply(tx: &mut SqliteConnection, commit: &Commit, next_file_
         add(tx, snapshot, file).await?;
         changes.push(format!("inserted_into_table:{}", file.table));
     }
-    for id in commit.remove.iter().chain(&commit.remove_parts) {
+    for id in &change.gone {
         changes.push(format!("deleted_from_table:{}", end(tx, snapshot, *id).await?));
     }
     changes.sort_unstable();
     changes.dedup();
     let schema_version = schema_version(tx).await?.unwrap_or_default();
-    insert_snapshot(tx, snapshot, schema_version, next_file_id, &changes.join(","), now_ms).await
+    insert_snapshot(tx, snapshot, schema_version, &changes.join(","), now_ms).await
 }
 
-async fn add(tx: &mut SqliteConnection, snapshot: i64, file: &Added<'_>) -> Result<()> {
-    let first_row: i64 = sqlx::query_scalar(
-        "UPDATE ducklake_table_stats SET record_count = record_count + $1, next_row_id = next_row_id + $1,
-             file_size_bytes = file_size_bytes + $2 WHERE table_id = $3 RETURNING next_row_id - $1",
-    )
-    .bind(file.rows)
-    .bind(file.bytes)
-    .bind(file.table)
-    .fetch_optional(&mut *tx)
-    .await?
-    .ok_or_else(|| Error::internal(format!("table {} is not in the file catalog", file.table)))?;
-    sqlx::query(
+async fn add(tx: &mut Connection, snapshot: i64, file: &Added<'_>) -> Result<()> {
+    let first_row = tx
+        .int(
+            "UPDATE ducklake_table_stats SET record_count = record_count + $1, next_row_id = next_row_id + $1,
+                 file_size_bytes = file_size_bytes + $2 WHERE table_id = $3 RETURNING next_row_id - $1",
+            values![file.rows, file.bytes, file.table],
+        )
+        .await?
+        .ok_or_else(|| Error::internal(format!("table {} is not in the SQL catalog", file.table)))?;
+    tx.execute(
         "INSERT INTO ducklake_data_file (data_file_id, table_id, begin_snapshot, path, path_is_relative, file_format,
              record_count, file_size_bytes, footer_size, row_id_start)
-         VALUES ($1, $2, $3, $4, 1, 'parquet', $5, $6, $7, $8)",
+         VALUES ($1, $2, $3, $4, TRUE, 'parquet', $5, $6, $7, $8)",
+        values![file.id, file.table, snapshot, file.path, file.rows, file.bytes, file.footer, first_row],
     )
-    .bind(file.id)
-    .bind(file.table)
-    .bind(snapshot)
-    .bind(file.path)
-    .bind(file.rows)
-    .bind(file.bytes)
-    .bind(file.footer)
-    .bind(first_row)
-    .execute(&mut *tx)
     .await?;
     for c in file.columns {
-        sqlx::query(
+        let (bytes, count, nulls) = (signed(c.bytes)?, signed(c.values)?, signed(c.nulls)?);
+        tx.execute(
             "INSERT INTO ducklake_file_column_stats (data_file_id, table_id, column_id, column_size_bytes, value_count,
                  null_count, min_value, max_value) VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
+            values![
+                file.id,
+                file.table,
+                i64::from(c.field_id),
+                bytes,
+                count,
+                nulls,
+                c.min.as_deref(),
+                c.max.as_deref()
+            ],
         )
-        .bind(file.id)
-        .bind(file.table)
-        .bind(c.field_id)
-        .bind(signed(c.bytes)?)
-        .bind(signed(c.values)?)
-        .bind(signed(c.nulls)?)
-        .bind(&c.min)
-        .bind(&c.max)
-        .execute(&mut *tx)
         .await?;
     }
     Ok(())
 }
 
 /// Ends a file with this snapshot; returns DuckLake's number of its table.
-async fn end(tx: &mut SqliteConnection, snapshot: i64, id: i64) -> Result<i64> {
-    let row = sqlx::query(
-        "UPDATE ducklake_data_file SET end_snapshot = $1 WHERE data_file_id = $2 AND end_snapshot IS NULL
-         RETURNING table_id, record_count, file_size_bytes",
-    )
-    .bind(snapshot)
-    .bind(id)
-    .fetch_optional(&mut *tx)
-    .await?
-    .ok_or_else(|| Error::internal(format!("file {id} is to be removed and is not in the catalog")))?;
-    let table: i64 = row.try_get("table_id")?;
-    sqlx::query(
+async fn end(tx: &mut Connection, snapshot: i64, id: i64) -> Result<i64> {
+    let row = tx
+        .row(
+            "UPDATE ducklake_data_file SET end_snapshot = $1 WHERE data_file_id = $2 AND end_snapshot IS NULL
+             RETURNING table_id, record_count, file_size_bytes",
+            values![snapshot, id],
+        )
+        .await?
+        .ok_or_else(|| Error::internal(format!("file {id} is to be removed and is not in the SQL catalog")))?;
+    let table = row.int(0)?.unwrap_or_default();
+    tx.execute(
         "UPDATE ducklake_table_stats SET record_count = record_count - $1, file_size_bytes = file_size_bytes - $2
          WHERE table_id = $3",
+        values![row.int(1)?, row.int(2)?, table],
     )
-    .bind(row.try_get::<i64, _>("record_count")?)
-    .bind(row.try_get::<i64, _>("file_size_bytes")?)
-    .bind(table)
-    .execute(tx)
     .await?;
     Ok(table)
 }
 
-/// Drops snapshots from before a time, except the last one, and schedules the files for deletion that only they show.
-/// Returns whether there were any.
-pub(super) async fn expire(tx: &mut SqliteConnection, older_than_ms: i64) -> Result<bool> {
-    let Some(before) = timestamp_text(older_than_ms) else { return Ok(false) };
-    // The text form sorts as the time does.
-    let gone = sqlx::query(
-        "DELETE FROM ducklake_snapshot WHERE snapshot_time < $1
-             AND snapshot_id < (SELECT max(snapshot_id) FROM ducklake_snapshot)",
-    )
-    .bind(&before)
-    .execute(&mut *tx)
-    .await?;
-    if gone.rows_affected() == 0 {
-        return Ok(false);
+/// Drops snapshots from before a time, except the last one, with the files that only they show, within a transaction.
+pub(super) async fn expire(tx: &mut Connection, older_than_ms: i64) -> Result<()> {
+    if super::timestamp_text(older_than_ms).is_none() {
+        return Ok(());
     }
-    sqlx::query(
-        "INSERT INTO ducklake_files_scheduled_for_deletion (data_file_id, path, path_is_relative, schedule_start)
-         SELECT f.data_file_id, f.path, 1, $1 FROM ducklake_data_file f
-         WHERE f.end_snapshot <= (SELECT min(snapshot_id) FROM ducklake_snapshot)",
-    )
-    .bind(&before)
-    .execute(&mut *tx)
-    .await?;
+    // As a text, too, a time sorts as it does.
+    let gone = tx
+        .execute(
+            "DELETE FROM ducklake_snapshot WHERE snapshot_time < $1
+                 AND snapshot_id < (SELECT max(snapshot_id) FROM ducklake_snapshot)",
+            values![Value::Time(older_than_ms)],
+        )
+        .await?;
+    if gone == 0 {
+        return Ok(());
+    }
     for statement in [
         "DELETE FROM ducklake_snapshot_changes WHERE snapshot_id < (SELECT min(snapshot_id) FROM ducklake_snapshot)",
         "DELETE FROM ducklake_file_column_stats WHERE data_file_id IN (SELECT data_file_id FROM ducklake_data_file
@@ -561,7 +506,7 @@ pub(super) async fn expire(tx: &mut SqliteConnection, older_than_ms: i64) -> Res
         "DELETE FROM ducklake_view WHERE end_snapshot <= (SELECT min(snapshot_id) FROM ducklake_snapshot)",
         "DELETE FROM ducklake_column WHERE end_snapshot <= (SELECT min(snapshot_id) FROM ducklake_snapshot)",
     ] {
-        sqlx::query(statement).execute(&mut *tx).await?;
+        tx.execute(statement, &[]).await?;
     }
-    Ok(true)
+    Ok(())
 }

@@ -1,6 +1,11 @@
 //! Tests of the file catalog: commits, restarts, numbers, and what DuckLake readers find.
 
+use object_store::memory::InMemory;
+use sqlx::sqlite::SqliteConnectOptions;
+use sqlx::{ConnectOptions, Connection, SqliteConnection};
+
 use super::*;
+use crate::ManualClock;
 
 const HOUR: i64 = 3_600_000;
 
@@ -38,31 +43,72 @@ fn part(id: i64, seq: u64) -> TagPart {
     TagPart { id, path, day: 20000, sets: 10, bytes: 100, footer_bytes: 50, seq, crc32: 1 }
 }
 
+/// A data folder and a bucket, of which a crash takes nothing.
 struct Fixture {
     dir: tempfile::TempDir,
+    store: Arc<dyn ObjectStore>,
+    clock: Arc<ManualClock>,
 }
 
 impl Fixture {
     fn new() -> Self {
-        Self { dir: tempfile::tempdir().unwrap() }
+        let clock = Arc::new(ManualClock::new(HOUR));
+        Self { dir: tempfile::tempdir().unwrap(), store: Arc::new(InMemory::new()), clock }
+    }
+
+    fn path(&self) -> std::path::PathBuf {
+        self.dir.path().join("catalog.sqlite")
+    }
+
+    fn opening<'a>(&self, index: Option<Box<dyn Index>>, format1: Option<&'a Path>) -> Opening<'a> {
+        let (store, clock) = (self.store.clone(), self.clock.clone());
+        let entropy = Arc::new(crate::SystemEntropy);
+        Opening { store, database: "default", entropy, seed: 42, index, format1, clock }
+    }
+
+    fn index(&self) -> Option<Box<dyn Index>> {
+        Some(Box::new(SqlIndex::sqlite(&self.path(), "/data/store/default/", 42)))
     }
 
     async fn open(&self) -> Result<(FileCatalog, State)> {
-        FileCatalog::open(&self.dir.path().join("catalog.sqlite"), "/data/store/default/", 42, HOUR).await
+        FileCatalog::open(self.opening(self.index(), Some(&self.path()))).await
+    }
+
+    /// Everything that the SQL catalog says of visible files.
+    async fn contents(&self) -> String {
+        self.sql(
+            "SELECT json_array(
+                 (SELECT json_group_array(json_array(id, path, row_count, seq_max)) FROM
+                     (SELECT * FROM thalweg_file ORDER BY id)),
+                 (SELECT json_group_array(json_array(id, path)) FROM (SELECT * FROM thalweg_part ORDER BY id)),
+                 (SELECT json_group_array(json_array(metric, json)) FROM (SELECT * FROM thalweg_metadata ORDER BY metric)),
+                 (SELECT json_group_array(json) FROM (SELECT json FROM thalweg_delete ORDER BY id)),
+                 (SELECT json_group_array(json_array(data_file_id, table_id, path, record_count)) FROM
+                     (SELECT * FROM ducklake_data_file WHERE end_snapshot IS NULL ORDER BY data_file_id)),
+                 (SELECT json_group_array(json_array(table_id, record_count, file_size_bytes)) FROM
+                     (SELECT * FROM ducklake_table_stats ORDER BY table_id)),
+                 (SELECT count(*) FROM ducklake_file_column_stats s JOIN ducklake_data_file f USING (data_file_id)
+                     WHERE end_snapshot IS NULL))",
+        )
+        .await
     }
 
     async fn sql<T>(&self, query: &'static str) -> T
     where
         T: Send + Unpin + sqlx::Type<sqlx::Sqlite> + for<'r> sqlx::Decode<'r, sqlx::Sqlite>,
     {
-        let mut c = connect(&self.dir.path().join("catalog.sqlite")).await.unwrap();
+        let mut c = connect(&self.path()).await;
         sqlx::query_scalar(query).fetch_one(&mut c).await.unwrap()
     }
 
     async fn run(&self, statement: &'static str) {
-        let mut c = connect(&self.dir.path().join("catalog.sqlite")).await.unwrap();
+        let mut c = connect(&self.path()).await;
         sqlx::raw_sql(statement).execute(&mut c).await.unwrap();
     }
+}
+
+async fn connect(path: &Path) -> SqliteConnection {
+    SqliteConnectOptions::new().filename(path).create_if_missing(true).connect().await.unwrap()
 }
 
 fn stripped(files: &[DataFile]) -> Vec<DataFile> {
@@ -73,8 +119,9 @@ fn stripped(files: &[DataFile]) -> Vec<DataFile> {
 async fn a_commit_is_there_after_reopening() {
     let f = Fixture::new();
     let (catalog, state) = f.open().await.unwrap();
-    assert_eq!(state, State { seed: 42, next_id: 1, next_seq: 1, ..State::default() });
-    assert_eq!((catalog.next_id(), catalog.next_id(), catalog.next_seq()), (1, 2, 1));
+    let first = 1 << 32;
+    assert_eq!(state, State { seed: 42, next_id: first, next_seq: 1, ..State::default() });
+    assert_eq!((catalog.next_id(), catalog.next_id(), catalog.next_seq()), (first, first + 1, 1));
     let metadata = vec![("up".to_owned(), "{\"kind\":\"gauge\"}".to_owned())];
     let commit = Commit { add: vec![file(1, 1)], add_parts: vec![part(2, 1)], metadata, ..Commit::default() };
     catalog.commit(&commit, 2 * HOUR).await.unwrap();
@@ -127,6 +174,8 @@ async fn replaced_files_leave_in_steps() {
     assert_eq!(rows, 1000);
     let again = Commit { remove: vec![1], ..Commit::default() };
     assert_eq!(catalog.commit(&again, 3 * HOUR).await.unwrap_err().kind(), crate::ErrorKind::Internal);
+    let files: i64 = f.sql("SELECT count(*) FROM ducklake_data_file").await;
+    assert_eq!(files, 5, "earlier snapshots still show what left");
     assert!(catalog.purge(3 * HOUR).await.unwrap().is_empty(), "superseded at that time, not before");
     catalog.close().await;
 
@@ -134,20 +183,20 @@ async fn replaced_files_leave_in_steps() {
     let old = ["samples/20000/1.parquet", "samples/20000/2.parquet", "tag_sets/20000/3.parquet"];
     assert_eq!(state.superseded, old.map(|p| (p.to_owned(), 3 * HOUR)));
     assert_eq!((state.files, state.parts), (stripped(&commit.add), commit.add_parts));
-    let paths = catalog.purge(4 * HOUR).await.unwrap();
-    assert_eq!(paths, old);
     let counts = |f: &Fixture| {
-        let count = f.sql::<i64>("SELECT count(*) FROM ducklake_files_scheduled_for_deletion");
         let files = f.sql::<i64>("SELECT count(*) FROM ducklake_data_file");
         let stats = f.sql::<i64>("SELECT count(*) FROM ducklake_file_column_stats");
         let snapshots = f.sql::<i64>("SELECT count(*) FROM ducklake_snapshot");
-        futures::executor::block_on(futures::future::join4(count, files, stats, snapshots))
+        futures::executor::block_on(futures::future::join3(files, stats, snapshots))
     };
-    assert_eq!(counts(&f), (3, 2, 2, 1));
+    assert_eq!(counts(&f), (2, 2, 1), "what left before is not shown any more");
+    let paths = catalog.purge(4 * HOUR).await.unwrap();
+    assert_eq!(paths, old);
     assert_eq!(catalog.purge(4 * HOUR).await.unwrap(), old, "until forgotten");
+    assert_eq!(catalog.superseded().await.unwrap(), old);
     catalog.forget(&paths).await.unwrap();
     assert!(catalog.purge(9 * HOUR).await.unwrap().is_empty());
-    assert_eq!(counts(&f), (0, 2, 2, 1));
+    assert!(catalog.superseded().await.unwrap().is_empty());
 }
 
 #[tokio::test]
@@ -165,40 +214,253 @@ async fn a_refused_commit_changes_nothing() {
 #[tokio::test]
 async fn ids_are_not_given_twice_after_a_crash() {
     let f = Fixture::new();
-    let (catalog, _) = f.open().await.unwrap();
     let mut last = 0;
-    for round in 0..3 {
-        for _ in 0..RESERVE - 1 {
+    for _ in 0..3 {
+        let (catalog, state) = f.open().await.unwrap();
+        assert!(state.next_id > last, "{} was given before", state.next_id);
+        for _ in 0..20_000 {
             last = catalog.next_id();
         }
-        catalog.commit(&Commit { add: vec![file(last, round)], ..Commit::default() }, HOUR).await.unwrap();
     }
-    for _ in 0..RESERVE / 2 - 1 {
-        last = catalog.next_id();
-    }
-    drop(catalog);
-    let (_, state) = f.open().await.unwrap();
-    assert!(state.next_id > last, "{} was given before", state.next_id);
 }
 
 #[tokio::test]
-async fn newer_formats_are_refused() {
-    for statement in [
-        r#"UPDATE thalweg_setting SET "value" = '99' WHERE "key" = 'format'"#,
-        "UPDATE thalweg_table SET version = 99 WHERE table_id = 1",
-    ] {
-        let f = Fixture::new();
-        f.open().await.unwrap().0.close().await;
-        f.run(statement).await;
-        let error = f.open().await.unwrap_err();
-        assert_eq!(error.kind(), crate::ErrorKind::Invalid, "{error}");
-    }
+async fn a_sql_catalog_that_is_not_ours_is_made_anew() {
     let f = Fixture::new();
-    f.open().await.unwrap().0.close().await;
-    f.run(r#"UPDATE thalweg_setting SET "value" = 'x' WHERE "key" = 'seed'"#).await;
-    assert_eq!(f.open().await.unwrap_err().kind(), crate::ErrorKind::Corrupt);
-    std::fs::write(f.dir.path().join("catalog.sqlite"), "not a database, but text of some length").unwrap();
-    assert!(f.open().await.is_err());
+    let (catalog, _) = f.open().await.unwrap();
+    let delete = Delete {
+        id: 9,
+        seq: 2,
+        table_id: 1,
+        matchers: vec![Matcher::new("job", crate::MatchOp::Re, "a|b").unwrap()],
+        start_ms: i64::MIN,
+        end_ms: 5,
+        created_ms: HOUR,
+    };
+    let commit = Commit {
+        add: vec![file(1, 1), file(2, 2), file(3, 2)],
+        add_parts: vec![part(4, 2), part(5, 2)],
+        metadata: vec![("up".to_owned(), "{}".to_owned())],
+        add_deletes: vec![delete.clone()],
+        ..Commit::default()
+    };
+    catalog.commit(&commit, 2 * HOUR).await.unwrap();
+    let commit = Commit { remove: vec![1], remove_parts: vec![5], ..Commit::default() };
+    catalog.commit(&commit, 3 * HOUR).await.unwrap();
+    assert_eq!(catalog.behind(), 0);
+    catalog.close().await;
+    let contents = f.contents().await;
+    assert!(contents.contains("samples/20000/2.parquet") && contents.contains("a|b"), "{contents}");
+
+    let check = async |what: &str| {
+        let (catalog, state) = f.open().await.unwrap();
+        assert_eq!((catalog.behind(), f.contents().await), (0, contents.clone()), "{what}");
+        assert_eq!(state.deletes, std::slice::from_ref(&delete));
+        catalog.close().await;
+    };
+    check("as it was").await;
+    std::fs::remove_file(f.path()).unwrap();
+    check("deleted").await;
+    std::fs::write(f.path(), "not a database, but text of some length").unwrap();
+    check("another file").await;
+    f.run(r#"UPDATE thalweg_setting SET "value" = '43' WHERE "key" = 'seed'"#).await;
+    check("of another database").await;
+    f.run(r#"UPDATE thalweg_setting SET "value" = '99' WHERE "key" = 'format'"#).await;
+    check("of another version").await;
+    f.run(r#"UPDATE thalweg_setting SET "value" = '3:00000000000000000000000000000007' WHERE "key" = 'place'"#).await;
+    check("of another history").await;
+    f.run("DROP TABLE thalweg_part").await;
+    f.run(r#"DELETE FROM thalweg_setting WHERE "key" = 'place'"#).await;
+    check("half gone").await;
+    let bytes = std::fs::read(f.path()).unwrap();
+    let garbled: Vec<u8> = bytes.iter().enumerate().map(|(i, b)| if i < 1024 { *b } else { b ^ 0x55 }).collect();
+    std::fs::write(f.path(), garbled).unwrap();
+    check("damaged").await;
+
+    // By hand, too.
+    std::fs::remove_file(f.path()).unwrap();
+    let state = FileCatalog::rebuild(f.opening(f.index(), None)).await.unwrap();
+    assert_eq!((state.files.len(), f.contents().await), (2, contents.clone()));
+}
+
+#[tokio::test]
+async fn a_locked_sql_catalog_holds_up_no_commit() {
+    let f = Fixture::new();
+    let (catalog, _) = f.open().await.unwrap();
+    let mut other = connect(&f.path()).await;
+    let lock = other.begin_with("BEGIN IMMEDIATE").await.unwrap();
+    for i in 1..4 {
+        catalog.commit(&Commit { add: vec![file(i, 1)], ..Commit::default() }, HOUR).await.unwrap();
+    }
+    catalog.follow().await;
+    assert_eq!(catalog.behind(), 3);
+    lock.rollback().await.unwrap();
+    catalog.follow().await;
+    assert_eq!(catalog.behind(), 0);
+    catalog.commit(&Commit { add: vec![file(4, 1)], ..Commit::default() }, HOUR).await.unwrap();
+    let files: i64 = f.sql("SELECT count(*) FROM ducklake_data_file").await;
+    assert_eq!((files, catalog.behind()), (4, 0));
+    catalog.close().await;
+
+    // Locked while the server starts, and for longer than entries are kept for it.
+    let lock = other.begin_with("BEGIN IMMEDIATE").await.unwrap();
+    let (catalog, _) = f.open().await.unwrap();
+    for i in 5..10 + BACKLOG_MAX as i64 {
+        catalog.commit(&Commit { add: vec![file(i, 1)], ..Commit::default() }, HOUR).await.unwrap();
+    }
+    lock.rollback().await.unwrap();
+    catalog.follow().await;
+    let files: i64 = f.sql("SELECT count(*) FROM ducklake_data_file WHERE end_snapshot IS NULL").await;
+    assert_eq!((files, catalog.behind()), (9 + BACKLOG_MAX as i64, 0));
+}
+
+/// An index in memory whose calls fail from time to time, before or after they are done.
+#[derive(Debug)]
+struct Flaky {
+    shared: Arc<parking_lot::Mutex<(Option<Place>, State)>>,
+    entropy: crate::SeededEntropy,
+}
+
+impl Flaky {
+    /// Does it, or not, and says so, or not.
+    fn call(&self, work: impl FnOnce(&mut (Option<Place>, State))) -> Result<()> {
+        let mut bytes = [0; 1];
+        self.entropy.fill(&mut bytes)?;
+        let lost = || Error::unavailable("the connection is lost");
+        if bytes[0] % 8 == 0 {
+            return Err(lost());
+        }
+        work(&mut self.shared.lock());
+        if bytes[0] % 8 == 1 { Err(lost()) } else { Ok(()) }
+    }
+}
+
+#[async_trait::async_trait]
+impl Index for Flaky {
+    async fn place(&mut self, _: i64) -> Result<Option<Place>> {
+        self.call(|_| {})?;
+        Ok(self.shared.lock().0)
+    }
+
+    async fn replace(&mut self, state: &State, place: Place, _: i64) -> Result<()> {
+        self.call(|shared| *shared = (Some(place), state.clone()))
+    }
+
+    async fn apply(&mut self, from: Place, entry: &Entry) -> Result<()> {
+        let mut stands = true;
+        self.call(|shared| {
+            stands = shared.0 == Some(from) || shared.0 == Some(entry.place());
+            if shared.0 == Some(from) {
+                shared.1.apply(&entry.commit, entry.time_ms);
+                shared.0 = Some(entry.place());
+            }
+        })?;
+        if stands { Ok(()) } else { Err(Error::unavailable("it stands elsewhere")) }
+    }
+
+    async fn expire(&mut self, _: i64) -> Result<()> {
+        self.call(|_| {})
+    }
+
+    async fn close(&mut self) {}
+}
+
+#[tokio::test]
+async fn an_index_that_fails_at_any_call_gets_every_entry_once() {
+    for seed in 0..50 {
+        let f = Fixture::new();
+        let shared = Arc::new(parking_lot::Mutex::new((None, State::default())));
+        let mut id = 0;
+        for _ in 0..3 {
+            let index = Flaky { shared: shared.clone(), entropy: crate::SeededEntropy::new(seed + 100 * id as u64) };
+            let (catalog, _) = FileCatalog::open(f.opening(Some(Box::new(index)), None)).await.unwrap();
+            for _ in 0..10 {
+                id += 1;
+                let remove = if id % 3 == 0 { vec![id - 1] } else { vec![] };
+                catalog.commit(&Commit { add: vec![file(id, 1)], remove, ..Commit::default() }, HOUR).await.unwrap();
+                catalog.purge(HOUR).await.unwrap();
+            }
+            while catalog.behind() > 0 {
+                catalog.follow().await;
+            }
+            let journal = catalog.journal.lock().await;
+            let (place, mut state) = shared.lock().clone();
+            // What no entry says.
+            state.seed = 42;
+            state.next_id = journal.state().next_id;
+            assert_eq!((place, &state), (Some(journal.place()), journal.state()), "seed {seed}");
+        }
+    }
+}
+
+/// Tables of a catalog of format 1, as far as they are read, with two files, of which one was replaced.
+const FORMAT_1: &str = r#"
+    CREATE TABLE ducklake_file_column_stats (data_file_id BIGINT, table_id BIGINT, column_id BIGINT,
+        column_size_bytes BIGINT, value_count BIGINT, null_count BIGINT, min_value VARCHAR, max_value VARCHAR,
+        contains_nan BIGINT, extra_stats VARCHAR);
+    CREATE TABLE thalweg_setting ("key" VARCHAR NOT NULL PRIMARY KEY, "value" VARCHAR NOT NULL) WITHOUT ROWID;
+    CREATE TABLE thalweg_table (table_id INTEGER PRIMARY KEY, version BIGINT NOT NULL);
+    CREATE TABLE thalweg_file (id INTEGER PRIMARY KEY, table_id BIGINT NOT NULL, path VARCHAR NOT NULL,
+        day BIGINT NOT NULL, level BIGINT NOT NULL, row_count BIGINT NOT NULL, byte_count BIGINT NOT NULL,
+        footer_bytes BIGINT NOT NULL, ts_min BIGINT NOT NULL, ts_max BIGINT NOT NULL, metric_min BIGINT NOT NULL,
+        metric_max BIGINT NOT NULL, seq_min BIGINT NOT NULL, seq_max BIGINT NOT NULL, crc32 BIGINT NOT NULL);
+    CREATE TABLE thalweg_part (id INTEGER PRIMARY KEY, path VARCHAR NOT NULL, day BIGINT NOT NULL,
+        set_count BIGINT NOT NULL, byte_count BIGINT NOT NULL, footer_bytes BIGINT NOT NULL, seq BIGINT NOT NULL,
+        crc32 BIGINT NOT NULL);
+    CREATE TABLE thalweg_removed (id INTEGER PRIMARY KEY, path VARCHAR NOT NULL, removed_ms BIGINT NOT NULL);
+    CREATE TABLE thalweg_metadata (metric VARCHAR NOT NULL PRIMARY KEY, json VARCHAR NOT NULL) WITHOUT ROWID;
+    INSERT INTO thalweg_setting VALUES ('format', '1'), ('seed', '42'), ('next_id', '10004'), ('next_seq', '8');
+    INSERT INTO thalweg_table VALUES (1, 1);
+    INSERT INTO thalweg_file VALUES (3, 1, 'samples/20000/3.parquet', 20000, 1, 1000, 4096, 512, -5, 1728000000000,
+        -9223372036854775808, 9223372036854775807, 7, 7, 4294967295);
+    INSERT INTO ducklake_file_column_stats VALUES (3, 1001, 90, 100, 1000, 0, '-9', '9', NULL, NULL),
+        (3, 1001, 2, 100, 1000, 0, '2024-10-04 00:00:00.000+00', '2024-10-04 01:00:00.000+00', NULL, NULL);
+    INSERT INTO thalweg_part VALUES (2, 'tag_sets/20000/2.parquet', 20000, 10, 100, 50, 7, 1);
+    INSERT INTO thalweg_removed VALUES (1, 'samples/20000/1.parquet', 3600000);
+    INSERT INTO thalweg_metadata VALUES ('up', '{}');
+"#;
+
+#[tokio::test]
+async fn a_catalog_of_format_1_becomes_a_journal() {
+    let f = Fixture::new();
+    f.run(FORMAT_1).await;
+    let old_metadata = object_store::path::Path::from("default/meta/1.json");
+    f.store.put(&old_metadata, r#"["up",{}]"#.into()).await.unwrap();
+    for opening in 1..3 {
+        let (catalog, state) = f.open().await.unwrap();
+        let metadata = vec![("up".to_owned(), "{}".to_owned())];
+        let superseded = vec![("samples/20000/1.parquet".to_owned(), HOUR)];
+        let expected = State {
+            files: stripped(&[file(3, 7)]),
+            parts: vec![part(2, 7)],
+            seed: 42,
+            next_id: opening << 32,
+            next_seq: 8,
+            superseded,
+            metadata,
+            ..State::default()
+        };
+        assert_eq!(state, expected);
+        assert_eq!(catalog.journal.lock().await.state().files, [file(3, 7)], "with its statistics");
+        assert!(f.contents().await.contains("samples/20000/3.parquet"));
+        catalog.close().await;
+        assert!(f.store.head(&old_metadata).await.is_err(), "the journal has it now");
+    }
+    let other = Fixture::new();
+    other.run(FORMAT_1).await;
+    other.run(r#"UPDATE thalweg_setting SET "value" = '43' WHERE "key" = 'seed'"#).await;
+    assert_eq!(other.open().await.unwrap_err().kind(), crate::ErrorKind::Corrupt);
+}
+
+#[tokio::test]
+async fn rows_without_a_journal_are_refused() {
+    let f = Fixture::new();
+    let rows = object_store::path::Path::from("default/samples/20000/1.parquet");
+    f.store.put(&rows, "x".into()).await.unwrap();
+    let error = f.open().await.unwrap_err();
+    assert!(error.kind() == crate::ErrorKind::Corrupt && error.message().contains(rows.as_ref()), "{error}");
+    let error = FileCatalog::rebuild(f.opening(None, None)).await.unwrap_err();
+    assert_eq!(error.kind(), crate::ErrorKind::NotFound);
 }
 
 #[tokio::test]
@@ -216,7 +478,7 @@ async fn a_changed_view_becomes_a_snapshot() {
 async fn readers_and_commits_do_not_wait_for_each_other() {
     let f = Fixture::new();
     let (catalog, _) = f.open().await.unwrap();
-    let mut reader = connect(&f.dir.path().join("catalog.sqlite")).await.unwrap();
+    let mut reader = connect(&f.path()).await;
     let mut tx = reader.begin().await.unwrap();
     const FILES: &str = "SELECT count(*) FROM ducklake_data_file";
     let files: i64 = sqlx::query_scalar(FILES).fetch_one(&mut *tx).await.unwrap();
