@@ -6,8 +6,8 @@ DATA ?= data
 VENV := $(TARGET_DIR)/venv
 
 # What the tests run beside the server: real clients and a real Prometheus.
-PACKAGES := libfaketime prometheus prometheus-node-exporter postgresql-client python3-venv
-PYTHON_PACKAGES := duckdb==1.5.5 duckdb-extension-ducklake==1.5.5 duckdb-extension-sqlite-scanner==1.5.5 moto[server]==5.2.5
+PACKAGES := libfaketime prometheus prometheus-node-exporter postgresql postgresql-client python3-venv
+PYTHON_PACKAGES := duckdb==1.5.5 duckdb-extension-ducklake==1.5.5 duckdb-extension-sqlite-scanner==1.5.5 duckdb-extension-postgres-scanner==1.5.5 moto[server]==5.2.5
 
 .PHONY: run build test lint deny clients
 

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use catalog::Secret;
 use toml::de::{DeTable, DeValue};
 
 pub use reference::page;
@@ -80,6 +81,11 @@ settings! {
     /// `endpoint`, for S3 `region` and `virtual_hosted_style`, for Azure `account`. Credentials come from the provider's
     /// usual variables: `AWS_*`, `GOOGLE_*`, `AZURE_*`. The store must honour create-only puts, which is tried at start.
     object_store: String = String::new();
+    /// Where the SQL catalog lives, with which DuckDB and other nodes find the data files: a URL of PostgreSQL,
+    /// `postgres://user:password@host/database`. Empty means the SQLite file `catalog.sqlite` within `data_dir`. What
+    /// files there are stands in the object store; the SQL catalog follows, and when it can't be reached nothing waits
+    /// for it.
+    catalog: Secret = Secret::default();
     /// Address of the HTTP listener: remote write, the Prometheus API, SQL over HTTP, `/metrics` and administration.
     http: Listen = Listen::at("127.0.0.1:7300");
     /// Address of the gRPC listener, or `off`. It answers the health service; receivers join it as they are added.

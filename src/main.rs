@@ -2,6 +2,7 @@
 
 mod admin;
 mod ask;
+mod catalog_command;
 mod client;
 mod config;
 mod credentials;
@@ -42,6 +43,9 @@ enum Command {
         #[arg(long)]
         reference: bool,
     },
+    /// Work on the SQL catalog while no server runs.
+    #[command(subcommand)]
+    Catalog(catalog_command::CatalogCommand),
     /// Ask a running server.
     Query(ask::Question),
     /// Ask a running server whether it is ready; the exit status tells.
@@ -134,6 +138,7 @@ fn run(command: Command) -> Result<()> {
             }
             Ok(())
         }
+        Command::Catalog(command) => catalog_command::run(&command),
         Command::Query(question) => ask::run(&question),
         Command::Health(server) => health::run(&server),
         Command::Import(import) => import::run(&import),

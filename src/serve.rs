@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use axum::routing::any_service;
 use catalog::fs::Disk;
 use catalog::{FileSystem, SystemClock, SystemEntropy};
-use engine::{Components, Engine, Retention, Settings, Telemetry};
+use engine::{Components, Engine, Retention, Settings, SqlCatalog, Telemetry};
 use promql::api::ApiOptions;
 use receivers::body::Bodies;
 use receivers::prometheus::Replicas;
@@ -176,14 +176,23 @@ fn routes(engine: &Engine, config: &Config) -> Result<Routes> {
 }
 
 async fn open(config: &Config, telemetry: Arc<Telemetry>) -> Result<Engine> {
+    let (settings, components) = parts(config, telemetry)?;
+    let extensions = promql::extensions().and(sql::extensions());
+    Engine::open(settings, components, extensions).await.context("cannot open the database")
+}
+
+/// What an engine is opened with.
+///
+/// # Errors
+/// For an object store that can't be used.
+pub fn parts(config: &Config, telemetry: Arc<Telemetry>) -> Result<(Settings, Components)> {
     let url = config.object_store_url();
     let fs: Arc<dyn FileSystem> = Arc::new(Disk);
     let store = catalog::object::open(&fs, &url).context("cannot open the object store")?;
     let components =
         Components { store, fs, clock: Arc::new(SystemClock), entropy: Arc::new(SystemEntropy), telemetry };
-    let extensions = promql::extensions().and(sql::extensions());
     let settings = Settings { store_location: catalog::object::location(&url)?, ..settings(config) };
-    Engine::open(settings, components, extensions).await.context("cannot open the database")
+    Ok((settings, components))
 }
 
 /// The engine's settings. Sizes that follow from the memory limit are not settings of their own.
@@ -198,6 +207,11 @@ fn settings(config: &Config) -> Settings {
     };
     Settings {
         data_dir: config.data_dir.clone(),
+        catalog: if config.catalog.is_empty() {
+            SqlCatalog::DataDir
+        } else {
+            SqlCatalog::Postgres(config.catalog.clone())
+        },
         memory_limit: memory as usize,
         series_limit: config.series_limit as usize,
         future_max: config.future_max.duration(),
@@ -218,7 +232,7 @@ fn settings(config: &Config) -> Settings {
 
 /// Creates the data folder and takes it for this process alone. The kernel gives it back when the process ends,
 /// however it ends.
-fn claim(data_dir: &Path) -> Result<File> {
+pub fn claim(data_dir: &Path) -> Result<File> {
     std::fs::create_dir_all(data_dir).with_context(|| format!("cannot create data folder {}", data_dir.display()))?;
     let path = data_dir.join("lock");
     let lock = File::create(&path).with_context(|| format!("cannot write to data folder {}", data_dir.display()))?;

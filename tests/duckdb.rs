@@ -6,9 +6,13 @@ use std::path::Path;
 use crate::harness::{Random, Series, Server, now_ms, python, run, series};
 
 fn duckdb(python: &Path, server: &Server, query: &str) -> Vec<String> {
+    ask(python, &format!("sqlite:{}", server.data_dir().join("catalog.sqlite").display()), query)
+}
+
+/// The rows of a query as CSV lines; the catalog is `sqlite:PATH` or `postgres:` and words of a connection.
+pub fn ask(python: &Path, catalog: &str, query: &str) -> Vec<String> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/duckdb/dump.py");
-    let catalog = server.data_dir().join("catalog.sqlite");
-    let out = run(python, [script.as_os_str(), catalog.as_os_str(), query.as_ref()]);
+    let out = run(python, [script.as_os_str(), catalog.as_ref(), query.as_ref()]);
     out.lines().map(str::to_owned).collect()
 }
 

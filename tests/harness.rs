@@ -4,13 +4,15 @@
 //! log that the test did not announce fails the test.
 
 pub mod http;
+pub mod postgres;
 pub mod programs;
 pub mod remote_write;
 pub mod s3;
 pub mod server;
 
 pub use http::{Client, Response};
-pub use programs::{Process, free_port, program, python, run};
+pub use postgres::Postgres;
+pub use programs::{Process, free_port, output, program, python, run};
 pub use remote_write::{Series, series};
 pub use server::{Down, Server, Setup};
 

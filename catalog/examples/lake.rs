@@ -16,12 +16,13 @@ use arrow::array::{
 use arrow::compute::cast;
 use arrow::datatypes::{DataType, Float64Type, Int32Type, Int64Type};
 use catalog::files::{Opening, SqlIndex, timestamp_text};
+use catalog::fs::Disk;
 use catalog::tables::{EXEMPLARS, HISTOGRAMS, SAMPLES};
 use catalog::tag::tag_set;
 use catalog::tag_parts::{PartHeader, encode};
 use catalog::{
-    ColumnStats, Commit, DataFile, Error, FileCatalog, ManualClock, Result, SeededEntropy, Series, TableSchema,
-    TagHasher, object,
+    ColumnStats, Commit, DataFile, Error, FileCatalog, FileSystem, ManualClock, Result, SeededEntropy, Series,
+    TableSchema, TagHasher, object,
 };
 use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_writer::ArrowWriterOptions;
@@ -40,7 +41,7 @@ async fn main() -> Result<()> {
     let data_path = format!("{}/", store.display());
     let now = i64::from(DAY + 1) * DAY_MS;
     let opening = Opening {
-        store: object::open(&dir.join("store").display().to_string())?,
+        store: object::open(&(Arc::new(Disk) as Arc<dyn FileSystem>), &dir.join("store").display().to_string())?,
         database: "default",
         entropy: Arc::new(SeededEntropy::new(SEED)),
         seed: SEED,

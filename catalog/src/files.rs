@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{Mutex, watch};
 
 use crate::journal::{self, Entry, Journal, Place};
-use crate::{Clock, Entropy, Error, Matcher, Result, tables};
+use crate::{Clock, Entropy, Error, Matcher, Result, SystemEntropy, tables};
 
 pub use index::{Index, SqlIndex};
 
@@ -410,18 +410,22 @@ impl FileCatalog {
         Ok((catalog, state))
     }
 
-    /// Makes the SQL catalog anew from the journal, which is only read. No server may have the database open.
+    /// Makes the SQL catalog anew from the journal, which is only read. No server may have the database open. `index`
+    /// gets the database's seed.
     ///
     /// # Errors
     /// `NotFound` when there is no journal; else as [`FileCatalog::open`].
-    pub async fn rebuild(opening: Opening<'_>) -> Result<State> {
-        let Opening { store, database, entropy, index, clock, .. } = opening;
-        let now_ms = clock.now_ms();
+    pub async fn rebuild(
+        store: Arc<dyn ObjectStore>,
+        database: &str,
+        now_ms: i64,
+        index: impl FnOnce(u64) -> Result<Option<Box<dyn Index>>>,
+    ) -> Result<State> {
         let (_closing, closed) = watch::channel(false);
-        let journal = Journal::read(store, database, entropy, closed).await?;
+        let journal = Journal::read(store, database, Arc::new(SystemEntropy), closed).await?;
         let journal = journal
             .ok_or_else(|| Error::not_found(format!("database {database} has no journal in the object store")))?;
-        if let Some(mut index) = index {
+        if let Some(mut index) = index(journal.state().seed)? {
             // An error of another kind is what it is to be mended of.
             match index.place(now_ms).await {
                 Err(e) if e.kind() == crate::ErrorKind::Invalid => return Err(e),

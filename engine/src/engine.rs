@@ -132,7 +132,7 @@ impl Engine {
             database: &settings.database,
             entropy: components.entropy.clone(),
             seed: described.seed,
-            index: index(&settings, described.seed)?,
+            index: sql_catalog(&settings, described.seed)?,
             format1: Some(&catalog_path),
             clock: components.clock.clone(),
         };
@@ -394,7 +394,7 @@ impl Drop for Running {
 ///
 /// # Errors
 /// `Invalid` for a URL that is not one of PostgreSQL.
-pub fn index(settings: &Settings, seed: u64) -> Result<Option<Box<dyn Index>>> {
+pub fn sql_catalog(settings: &Settings, seed: u64) -> Result<Option<Box<dyn Index>>> {
     let slash = if settings.store_location.ends_with('/') { "" } else { "/" };
     let data_path = format!("{}{slash}{}/", settings.store_location, settings.database);
     Ok(match &settings.catalog {

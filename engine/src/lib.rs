@@ -31,7 +31,7 @@ mod wal;
 
 pub use batch::{Batch, MetricMetadata, Write};
 pub use catalog::{Error, ErrorKind, Result};
-pub use engine::{Components, Engine};
+pub use engine::{Components, Engine, sql_catalog};
 pub use retention::{Retention, RetentionRule};
 pub use scan::SeriesScanExec;
 pub use select::{Selection, SeriesSet};

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use async_trait::async_trait;
+use sqlx::ConnectOptions;
 use sqlx::postgres::PgConnectOptions;
 
 use super::sql::{Connection, values};
@@ -83,7 +84,7 @@ impl SqlIndex {
         let options = if known { PgConnectOptions::from_str(url).ok() } else { None };
         let options =
             options.ok_or_else(|| Error::invalid("catalog is not a URL of the form postgres://user@host/db"))?;
-        let database = Database::Postgres(Box::new(options.application_name("thalweg")));
+        let database = Database::Postgres(Box::new(options.application_name("thalweg").disable_statement_logging()));
         Ok(Self { database, data_path: data_path.to_owned(), seed, connection: None })
     }
 

@@ -152,7 +152,8 @@ impl Connection {
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(SqliteSynchronous::Full)
             .busy_timeout(LOCK_WAIT)
-            .foreign_keys(false);
+            .foreign_keys(false)
+            .disable_statement_logging();
         Ok(Self::Sqlite(bounded(options.connect()).await?))
     }
 

@@ -62,7 +62,7 @@ impl Fixture {
 
     fn opening<'a>(&self, index: Option<Box<dyn Index>>, format1: Option<&'a Path>) -> Opening<'a> {
         let (store, clock) = (self.store.clone(), self.clock.clone());
-        let entropy = Arc::new(crate::SystemEntropy);
+        let entropy = Arc::new(SystemEntropy);
         Opening { store, database: "default", entropy, seed: 42, index, format1, clock }
     }
 
@@ -279,7 +279,7 @@ async fn a_sql_catalog_that_is_not_ours_is_made_anew() {
 
     // By hand, too.
     std::fs::remove_file(f.path()).unwrap();
-    let state = FileCatalog::rebuild(f.opening(f.index(), None)).await.unwrap();
+    let state = FileCatalog::rebuild(f.store.clone(), "default", HOUR, |_| Ok(f.index())).await.unwrap();
     assert_eq!((state.files.len(), f.contents().await), (2, contents.clone()));
 }
 
@@ -459,7 +459,7 @@ async fn rows_without_a_journal_are_refused() {
     f.store.put(&rows, "x".into()).await.unwrap();
     let error = f.open().await.unwrap_err();
     assert!(error.kind() == crate::ErrorKind::Corrupt && error.message().contains(rows.as_ref()), "{error}");
-    let error = FileCatalog::rebuild(f.opening(None, None)).await.unwrap_err();
+    let error = FileCatalog::rebuild(f.store.clone(), "default", HOUR, |_| Ok(None)).await.unwrap_err();
     assert_eq!(error.kind(), crate::ErrorKind::NotFound);
 }
 

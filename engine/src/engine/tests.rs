@@ -8,6 +8,8 @@ use arrow::datatypes::{Float64Type, TimestampMillisecondType, UInt32Type};
 use catalog::ManualClock;
 use catalog::fs::Disk;
 use catalog::tables::{SAMPLES, time_type};
+use futures::TryStreamExt;
+use object_store::ObjectStoreExt;
 use object_store::memory::InMemory;
 
 use super::*;
@@ -217,7 +219,6 @@ async fn idle_sets_leave_only_when_no_memtable_holds_them() {
 
 #[tokio::test]
 async fn queries_run_within_their_deadline_and_stop_when_dropped() {
-    use futures::TryStreamExt;
     let dir = tempfile::tempdir().unwrap();
     let engine = open(dir.path(), &bucket()).await;
     let session = engine.session();
@@ -245,11 +246,23 @@ async fn queries_run_within_their_deadline_and_stop_when_dropped() {
 }
 
 #[tokio::test]
-async fn a_catalog_of_another_database_is_refused() {
-    let dir = tempfile::tempdir().unwrap();
-    drop(open(dir.path(), &bucket()).await);
-    let refused = Engine::open(settings(dir.path()), components(&bucket()), Extensions::default()).await.unwrap_err();
-    assert_eq!(refused.kind(), catalog::ErrorKind::Corrupt);
+async fn whoever_opens_a_database_last_has_it() {
+    let (dir, other, store) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), bucket());
+    let old = open(dir.path(), &store).await;
+    old.write(request(&old, &[("a", NOW, 1.0)])).await.unwrap();
+    let new = open(other.path(), &store).await;
+    let refused = old.flush().await.unwrap_err();
+    assert_eq!(refused.kind(), catalog::ErrorKind::Unavailable);
+    let refused = old.write(request(&old, &[("a", NOW + 1, 1.0)])).await.unwrap_err();
+    assert!(refused.message().contains("taken this database over"), "{refused}");
+    new.write(request(&new, &[("b", NOW, 2.0)])).await.unwrap();
+    new.flush().await.unwrap();
+    // What the old one acknowledged is in its log, until it is opened again.
+    drop(old);
+    let old = open(dir.path(), &store).await;
+    assert_eq!(rows(&old), model(&[("a", NOW, 1.0)]));
+    old.flush().await.unwrap();
+    assert_eq!(old.files().len(), 2);
 }
 
 #[tokio::test]
@@ -259,10 +272,22 @@ async fn rows_without_their_catalog_are_not_written_over() {
     engine.write(request(&engine, &[("a", NOW, 1.0)])).await.unwrap();
     engine.shutdown(Duration::from_secs(10)).await.unwrap();
     drop(engine);
+    // The SQL catalog is made anew.
     std::fs::remove_file(dir.path().join("catalog.sqlite")).unwrap();
+    let engine = open(dir.path(), &store).await;
+    assert_eq!(engine.files().len(), 1);
+    engine.shutdown(Duration::from_secs(10)).await.unwrap();
+    drop(engine);
+    for folder in catalog::journal::FOLDERS {
+        let prefix = object_store::path::Path::from(format!("default/{folder}"));
+        let objects: Vec<_> = store.list(Some(&prefix)).map_ok(|o| o.location).try_collect().await.unwrap();
+        for object in &objects {
+            store.delete(object).await.unwrap();
+        }
+    }
     let refused = Engine::open(settings(dir.path()), components(&store), Extensions::default()).await.unwrap_err();
     assert_eq!(refused.kind(), catalog::ErrorKind::Corrupt);
-    assert!(refused.message().contains("catalog.sqlite"), "{refused}");
+    assert!(refused.message().contains("no journal"), "{refused}");
 }
 
 #[tokio::test]
@@ -295,7 +320,6 @@ async fn a_flush_empties_memory_and_log() {
 /// How many rows of each series a query sees, and how many distinct (series, time).
 async fn query(engine: &Engine) -> (BTreeMap<String, usize>, usize) {
     use datafusion::physical_plan::{ExecutionPlan, execute_stream};
-    use futures::TryStreamExt;
     let selection = Selection { table: SAMPLES.clone(), matchers: vec![], start_ms: i64::MIN, end_ms: i64::MAX };
     let set = engine.select(&selection).await.unwrap();
     let scan: Arc<dyn ExecutionPlan> = Arc::new(crate::SeriesScanExec::new(set.clone(), vec![1, 2]));
