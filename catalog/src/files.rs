@@ -609,10 +609,13 @@ impl FileCatalog {
     /// Closes the catalog; later calls fail as `Unavailable`. A commit that waits for the object store is given up.
     pub async fn close(&self) {
         self.closing.send_replace(true);
-        let mut follower = self.follower.lock().await;
-        if let Some(mut index) = follower.index.take() {
-            index.close().await;
-        }
+        let close = async {
+            if let Some(mut index) = self.follower.lock().await.index.take() {
+                index.close().await;
+            }
+        };
+        // A connection that does not answer is not worth waiting for.
+        let _ = tokio::time::timeout(FOLLOW_MAX, close).await;
     }
 }
 

@@ -262,6 +262,7 @@ pub(crate) async fn run_compactor(inner: Arc<Inner>) {
 /// Brings the SQL catalog up to date after an outage, until `inner.stopping`.
 pub(crate) async fn run_follower(inner: Arc<Inner>) {
     while inner.stopping.run_until_cancelled(tokio::time::sleep(FOLLOW_INTERVAL)).await.is_some() {
-        inner.files.follow().await;
+        // Given up in between, it begins anew the next time.
+        inner.stopping.run_until_cancelled(inner.files.follow()).await;
     }
 }
