@@ -54,9 +54,7 @@ pub struct Ledger {
     base_ms: i64,
     /// By number.
     pub writers: Vec<Writer>,
-    /// Whether writers delete some of what they wrote.
-    pub deletes: bool,
-    /// Whether flushes and compactions are asked for while they write.
+    /// Whether writers delete some of what they wrote, and somebody asks for flushes and compactions.
     pub upkeep: bool,
     /// Whether the disk is going to fail, which flushes and compactions may say.
     pub disk_fails: bool,
@@ -226,7 +224,6 @@ impl Ledger {
         Self {
             base_ms,
             writers: (0..writers).map(writer).collect(),
-            deletes: false,
             upkeep: true,
             disk_fails: false,
             faults: Vec::new(),
@@ -241,7 +238,7 @@ impl Ledger {
         random: &mut Random,
         during: impl FnOnce(&AtomicBool) -> T,
     ) -> T {
-        let (stop, deletes, disturber) = (&AtomicBool::new(false), self.deletes, Random(random.number()));
+        let (stop, deletes, disturber) = (&AtomicBool::new(false), self.upkeep, Random(random.number()));
         std::thread::scope(|scope| {
             for writer in &mut self.writers {
                 scope.spawn(move || writer.run(Client::new(address), deletes, stop));
