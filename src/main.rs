@@ -2,6 +2,7 @@
 
 mod admin;
 mod ask;
+mod backup;
 mod catalog_command;
 mod client;
 mod config;
@@ -11,9 +12,11 @@ mod http;
 mod import;
 mod memory;
 mod notify;
+mod progress;
 mod reload;
 mod serve;
 mod tls;
+mod verify;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -46,6 +49,12 @@ enum Command {
     /// Work on the SQL catalog while no server runs.
     #[command(subcommand)]
     Catalog(catalog_command::CatalogCommand),
+    /// Copy the database to another store; a server may run meanwhile. Rows that are not in data files yet are left out.
+    Backup(backup::Backup),
+    /// Make a database of a backup.
+    Restore(backup::Restore),
+    /// Read everything that is stored and list what is damaged.
+    Verify(verify::Verify),
     /// Ask a running server.
     Query(ask::Question),
     /// Ask a running server whether it is ready; the exit status tells.
@@ -139,6 +148,9 @@ fn run(command: Command) -> Result<()> {
             Ok(())
         }
         Command::Catalog(command) => catalog_command::run(&command),
+        Command::Backup(arguments) => backup::run(&arguments),
+        Command::Restore(arguments) => backup::restore(&arguments),
+        Command::Verify(arguments) => verify::run(&arguments),
         Command::Query(question) => ask::run(&question),
         Command::Health(server) => health::run(&server),
         Command::Import(import) => import::run(&import),

@@ -3,6 +3,8 @@
 /// Starts, stops and kills servers; an HTTP client, a remote-write client, and other programs where they are installed.
 mod harness;
 
+/// Backups made under load, restored, and read to the last byte.
+mod backup;
 /// The SQL catalog: outages of PostgreSQL and SQLite under load, and making it anew from the bucket.
 mod catalog;
 /// The command line: messages of mistakes, what `serve` prints, probes, the stop.

@@ -33,7 +33,7 @@ fn flush_until_done(server: &Server) {
 }
 
 #[test]
-fn data_files_live_in_the_bucket() {
+fn an_empty_disk_finds_everything_in_the_bucket() {
     let Some(s3) = S3::start() else { return };
     let base_ms = now_ms() - 3_600_000;
     let down = Down::new(S3::setup(s3.address));
@@ -50,8 +50,10 @@ fn data_files_live_in_the_bucket() {
     let server = server.stop_and_restart();
     check(&server, 20, "restarted");
     server.write(&request(20, base_ms));
-    let server = server.stop_and_restart();
-    check(&server, 21, "restarted again");
+    let down = server.stop();
+    let disk = tempfile::tempdir().expect("a temporary folder");
+    let server = down.moved(disk.path().join("data")).start();
+    check(&server, 21, "on an empty disk");
     let keys = s3.keys();
     assert!(keys.iter().any(|k| k.starts_with("prefix/default/samples/")), "{keys:?}");
 }
@@ -103,7 +105,13 @@ fn faults_of_the_store_lose_nothing() {
         let base_ms = now_ms() - 3_600_000;
         let mut setup = S3::setup(proxy.address);
         // Everything else that is said there fails the test, above all what speaks of damage.
-        let expected = ["flush failed", "compaction failed", "administration request failed", "was not deleted"];
+        let expected = [
+            "flush failed",
+            "compaction failed",
+            "administration request failed",
+            "commit waits for the object store",
+            "checkpoint of the journal was not made",
+        ];
         setup.expected = expected.map(str::to_owned).to_vec();
         let mut server = Down::new(setup).start();
         let mut requests = 0;

@@ -237,13 +237,15 @@ impl Journal {
         Ok(Some(journal))
     }
 
-    /// Begins a journal with a state.
+    /// Begins a journal with a state. The epoch that its [`State::next_id`] tells counts as used: a database that is made
+    /// of a backup never gives the ids of files that it has.
     ///
     /// # Errors
     /// Store errors. Another process may begin it at the same time: [`Journal::read`] finds whose beginning counts.
     pub async fn begin(store: Arc<dyn ObjectStore>, database: &str, state: State) -> Result<()> {
         let folder = Folder { store, database: database.to_owned() };
-        let first = Checkpoint { number: 0, id: CommitId(0), epoch: 0, tables: vec![], state };
+        let epoch = (state.next_id.max(0) >> ID_BITS) as u64;
+        let first = Checkpoint { number: 0, id: CommitId(0), epoch, tables: vec![], state };
         let (location, bytes) = (folder.checkpoint(0), encode(CHECKPOINT_KIND, &first)?);
         retried("begin the journal", || folder.create(&location, bytes.clone())).await.map(|_| ())
     }

@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
+use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use object_store::path::Path;
 use object_store::{Error as StoreError, ObjectStore, ObjectStoreExt, PutMode, PutPayload};
@@ -34,6 +35,21 @@ pub fn open(fs: &Arc<dyn FileSystem>, url_or_path: &str) -> Result<Arc<dyn Objec
     match Location::parse(url_or_path)? {
         Location::Memory => Ok(Arc::new(InMemory::new())),
         Location::Folder(folder) => Ok(Arc::new(LocalStore::open(fs.clone(), &folder)?)),
+        Location::Cloud(place) => place.open(),
+    }
+}
+
+/// Opens a store to read what is there, also beside a server that writes to it: nothing is made and nothing tidied up.
+///
+/// # Errors
+/// As [`open`], and `NotFound` for a folder that does not exist.
+pub fn open_to_read(url_or_path: &str) -> Result<Arc<dyn ObjectStore>> {
+    match Location::parse(url_or_path)? {
+        Location::Memory => Ok(Arc::new(InMemory::new())),
+        Location::Folder(folder) => {
+            let missing = |e| Error::not_found(format!("folder {} can't be read", folder.display())).with_source(e);
+            Ok(Arc::new(LocalFileSystem::new_with_prefix(&folder).map_err(missing)?))
+        }
         Location::Cloud(place) => place.open(),
     }
 }

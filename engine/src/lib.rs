@@ -4,6 +4,7 @@
 //! [`Engine::select`] for the series that matchers mean, build plans over [`SeriesScanExec`], and run them with
 //! [`Engine::execute`]. Inside, tags are integers.
 
+pub mod backup;
 pub mod batch;
 pub mod codec;
 pub mod kernels;
@@ -13,6 +14,7 @@ pub mod select;
 pub mod session;
 pub mod settings;
 pub mod telemetry;
+pub mod verify;
 
 mod committer;
 mod compact;
