@@ -51,7 +51,7 @@ pub fn run(verify: &Verify) -> Result<()> {
     let (journal, report) = runtime.block_on(objects(&place))?;
     let (number, stored) = journal;
     let log = match &lock {
-        Some(Ok(_)) => {
+        Some(Ok(_)) if config.data_dir.join("wal").exists() => {
             Some(engine::verify::log(&Disk, &config.data_dir, stored.seed).context("the log can't be read")?)
         }
         _ => None,
