@@ -144,10 +144,10 @@ async fn set_aside_parts(inner: &Inner, parts: &[Arc<TagPart>], e: Error) -> Res
 /// Deletes objects that were superseded longer ago than any query runs.
 async fn clean(inner: &Inner) -> Result<()> {
     let grace = inner.settings.delete_grace.as_millis() as i64;
-    let mut gone = inner.files.purge(inner.now_ms() - grace).await?;
+    let gone = inner.files.purge(inner.now_ms() - grace).await?;
     let mut failed = None;
     let mut deleted = Vec::with_capacity(gone.len());
-    for path in gone.drain(..) {
+    for path in gone.into_iter().filter(|path| inner.days.removed.older(path, inner.settings.delete_grace)) {
         // One object that can't be deleted must not keep the others; it is tried again.
         match inner.segments.delete(&path).await {
             Ok(()) => deleted.push(path),
@@ -156,6 +156,7 @@ async fn clean(inner: &Inner) -> Result<()> {
     }
     if !deleted.is_empty() {
         inner.files.forget(&deleted).await?;
+        inner.days.removed.forget(&deleted);
     }
     failed.map_or(Ok(()), Err)
 }

@@ -7,6 +7,7 @@ use std::hash::BuildHasherDefault;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use arrow::array::{ArrayRef, AsArray, RecordBatch};
 use arrow::datatypes::{TimestampMillisecondType, UInt32Type};
@@ -14,6 +15,7 @@ use catalog::files::{Commit, DataFile, TagPart};
 use catalog::registry::PassThrough;
 use catalog::{Error, ErrorKind, MetricFilter, Ordinal, PartHeader, Result, Series, TableSchema, tag_parts};
 use parking_lot::Mutex;
+use tokio::time::Instant;
 
 use crate::engine::Inner;
 use crate::memtable::Memtable;
@@ -49,8 +51,41 @@ pub(crate) struct Days {
     pub checked: Mutex<HashMap<i64, crate::compact::Checked>>,
     /// Whether the last round of compaction failed.
     pub tight: AtomicBool,
+    /// When objects were superseded.
+    pub removed: Removed,
     /// Held for reading by each change of the file catalog that is under way.
     pub publishing: Arc<tokio::sync::RwLock<()>>,
+}
+
+/// When objects were superseded since start, by path. The catalog says so by the wall clock, which may jump while a query
+/// still reads them.
+#[derive(Debug, Default)]
+pub(crate) struct Removed(Mutex<HashMap<String, Instant>>);
+
+impl Removed {
+    fn note(&self, version: &Version, commit: &Commit) {
+        if commit.remove.is_empty() && commit.remove_parts.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        let files = version.tables.iter().flat_map(|t| t.files.iter()).filter(|f| commit.remove.contains(&f.id));
+        let parts = version.parts.iter().filter(|p| commit.remove_parts.contains(&p.id));
+        let paths = files.map(|f| f.path.clone()).chain(parts.map(|p| p.path.clone()));
+        self.0.lock().extend(paths.map(|path| (path, now)));
+    }
+
+    /// Whether an object was superseded at least `grace` ago, as far as is known.
+    pub fn older(&self, path: &str, grace: Duration) -> bool {
+        self.0.lock().get(path).is_none_or(|at| at.elapsed() >= grace)
+    }
+
+    /// Forgets objects that are gone.
+    pub fn forget(&self, paths: &[String]) {
+        let mut removed = self.0.lock();
+        paths.iter().for_each(|path| {
+            removed.remove(path);
+        });
+    }
 }
 
 impl Days {
@@ -145,6 +180,7 @@ pub(crate) async fn publish(
         if commit != Commit::default() {
             inner.files.commit(&commit, inner.now_ms()).await?;
         }
+        inner.days.removed.note(&inner.version(), &commit);
         inner.install(|version| change(&inner, version, &commit));
         Ok(commit)
     });

@@ -487,6 +487,52 @@ fn a_set_can_be_restricted_and_explained() {
     });
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn deletes_hold_beside_flushes_and_merges() {
+    let fixture = Arc::new(Fixture::new().await);
+    let workers = (0..3).map(|series| {
+        let fixture = fixture.clone();
+        tokio::spawn(async move {
+            let who = Who::Number(series);
+            let selection = |table: &Arc<TableSchema>, matchers| Selection {
+                table: table.clone(),
+                matchers,
+                start_ms: NOON - 24 * HOUR,
+                end_ms: NOON + 24 * HOUR,
+            };
+            let mut last = vec![];
+            for round in 0..12u64 {
+                let rows: Vec<Row> = (0..20)
+                    .map(|i| (series, NOON + (i % 2 - 1) * 24 * HOUR + i * 1000 * (series as i64 + 1), round))
+                    .collect();
+                fixture.write(&rows).await;
+                let both = [&SAMPLES, &EXEMPLARS].map(|table| selection(table, who.matchers()));
+                fixture.engine.delete(both.to_vec()).await.unwrap();
+                let left = fixture.rows(&SAMPLES, who.matchers(), i64::MIN, i64::MAX).await;
+                assert_eq!(left, Rows::new(), "after the delete of round {round}");
+                last = rows[..round as usize].to_vec();
+                fixture.write(&last).await;
+                let left = fixture.rows(&SAMPLES, who.matchers(), i64::MIN, i64::MAX).await;
+                assert_eq!(left.len(), last.len(), "after the write of round {round}");
+            }
+            last
+        })
+    });
+    let workers: Vec<_> = workers.collect();
+    while !workers.iter().all(tokio::task::JoinHandle::is_finished) {
+        fixture.engine.flush().await.unwrap();
+        fixture.engine.compact().await.unwrap();
+    }
+    let mut model = BTreeMap::new();
+    for worker in workers {
+        model.extend(worker.await.unwrap().iter().map(|(s, t, v)| ((*s, *t), *v)));
+    }
+    fixture.check_rows(&model, |_, _, _| true).await;
+    fixture.engine.flush().await.unwrap();
+    fixture.engine.compact().await.unwrap();
+    fixture.check(&model).await;
+}
+
 #[test]
 fn the_oldest_days_go_when_there_is_too_much() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
