@@ -147,8 +147,8 @@ fn answers(server: &Server) -> Vec<Vec<String>> {
     let mut answers: Vec<Vec<String>> = [
         "SELECT instance, ts, value FROM prometheus.history_one ORDER BY instance, ts",
         "SELECT metric, count(*), sum(value), min(ts), max(ts) FROM samples GROUP BY metric ORDER BY metric",
-        "SELECT instance, count(*), avg(value) FROM samples GROUP BY instance ORDER BY instance",
-        "SELECT count(*) FROM samples WHERE instance = 'i3'",
+        "SELECT tags['instance'], count(*), avg(value) FROM samples GROUP BY 1 ORDER BY 1",
+        "SELECT count(*) FROM samples WHERE tags['instance'] = 'i3'",
         "SELECT tags['job'], max(value) FROM samples GROUP BY 1 ORDER BY 1",
     ]
     .iter()
