@@ -461,14 +461,15 @@ impl Journal {
     /// Makes sure that the journal ends where this process believes, so that no other one has taken over.
     ///
     /// # Errors
-    /// `Unavailable` when one has; store errors.
+    /// `Unavailable` when one has, and while it is not known whether a commit was made; store errors.
     pub async fn confirm(&mut self) -> Result<()> {
         if let Some(why) = &self.fenced {
             return Err(Error::unavailable(why.clone()));
         }
-        if let Some(next) = self.folder.get_entry(self.place.number + 1).await?
-            && self.pending.as_ref().is_none_or(|(pending, _)| pending.id != next.id)
-        {
+        if self.pending.is_some() {
+            return Err(Error::unavailable("it is not known yet whether the last commit was made"));
+        }
+        if let Some(next) = self.folder.get_entry(self.place.number + 1).await? {
             return Err(self.fence(&format!("epoch {}", next.epoch)));
         }
         Ok(())
