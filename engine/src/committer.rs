@@ -1,9 +1,10 @@
-//! The committer: one thread that turns queued requests into durable, visible rows.
+//! The committer: one task that turns queued requests into durable, visible rows.
 //!
 //! It takes all that waits, publishes the new tag sets, encodes one log record per request, writes and syncs them
 //! together, applies them to the memtables in the order of the log, and answers. There is no timer: a sync begins as
 //! soon as the one before has ended. The log's lock is held for a whole group, so whoever takes it (to freeze a
-//! memtable, to trim) sees every record either applied or not yet written.
+//! memtable, to trim) sees every record either applied or not yet written. It runs on a thread of its own, which may
+//! block, or as a task beside all else when [`crate::Settings::own_threads`] is off.
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
@@ -16,8 +17,8 @@ use arrow::datatypes::UInt32Type;
 use catalog::encoder::EncodedSet;
 use catalog::tables::Role;
 use catalog::{Error, Ordinal, Result};
-use parking_lot::{Condvar, Mutex};
-use tokio::sync::oneshot;
+use parking_lot::Mutex;
+use tokio::sync::{Notify, oneshot};
 
 use crate::engine::Inner;
 use crate::telemetry::TableLabel;
@@ -29,6 +30,8 @@ use crate::{MetricMetadata, Write};
 const QUEUE_REQUESTS_MAX: usize = 4096;
 /// A group takes no further request beyond this, so that the first one does not wait for long.
 const GROUP_BYTES: usize = 32 << 20;
+/// How long to wait for requests before looking after the rest.
+const IDLE: Duration = Duration::from_secs(5);
 /// How often idle tag sets are looked for.
 const RETIRE_INTERVAL_MS: i64 = 60_000;
 /// Idle for so many minutes, a tag set leaves the memory.
@@ -38,7 +41,7 @@ const RETIRE_MINUTES: u32 = 120;
 #[derive(Debug, Default)]
 pub(crate) struct Queue {
     state: Mutex<State>,
-    wake: Condvar,
+    wake: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -93,7 +96,7 @@ impl Queue {
     /// Refuses further requests; those queued are still stored.
     pub(crate) fn close(&self) {
         self.state.lock().closed = true;
-        self.wake.notify_all();
+        self.wake.notify_one();
     }
 
     /// Requests that wait.
@@ -101,12 +104,18 @@ impl Queue {
         self.state.lock().jobs.len()
     }
 
+    fn is_idle(&self) -> bool {
+        let state = self.state.lock();
+        state.jobs.is_empty() && !state.closed
+    }
+
     /// The next group, empty after some seconds without any; `None` once closed and empty.
-    fn take(&self) -> Option<Vec<Job>> {
-        let mut state = self.state.lock();
-        if state.jobs.is_empty() && !state.closed {
-            self.wake.wait_for(&mut state, Duration::from_secs(5));
+    async fn take(&self) -> Option<Vec<Job>> {
+        if self.is_idle() {
+            // A push or the end since the look is remembered, and ends the wait at once.
+            let _ = tokio::time::timeout(IDLE, self.wake.notified()).await;
         }
+        let mut state = self.state.lock();
         if state.jobs.is_empty() && state.closed {
             return None;
         }
@@ -163,26 +172,26 @@ pub(crate) fn check(write: &Write) -> Result<()> {
     Ok(())
 }
 
-/// The committer's thread: returns once the queue is closed and empty.
-pub(crate) fn run(inner: &Inner) {
+/// Commits groups; returns once the queue is closed and empty.
+pub(crate) async fn run(inner: Arc<Inner>) {
     let mut retired_ms = inner.now_ms();
     let mut held = HashSet::new();
-    while let Some(jobs) = inner.queue.take() {
+    while let Some(jobs) = inner.queue.take().await {
         if !jobs.is_empty() {
-            commit(inner, jobs);
+            commit(&inner, jobs).await;
         }
         let now_ms = inner.now_ms();
         if now_ms - retired_ms >= RETIRE_INTERVAL_MS {
             retired_ms = now_ms;
-            retire(inner, &mut held, minute(now_ms));
+            retire(&inner, &mut held, minute(now_ms)).await;
         }
     }
 }
 
-fn commit(inner: &Inner, jobs: Vec<Job>) {
+async fn commit(inner: &Inner, jobs: Vec<Job>) {
     inner.metrics.group.observe(jobs.len() as f64);
     let now_ms = inner.now_ms();
-    let mut log = inner.log.lock();
+    let mut log = inner.log.lock().await;
     let version = inner.version();
     let mut staged = Vec::with_capacity(jobs.len());
     for job in jobs {
@@ -273,9 +282,9 @@ fn apply(inner: &Inner, version: &Version, staged: &Staged, now_ms: i64) -> Resu
 
 /// Forgets tag sets that have been idle for long and that no memtable holds. One that a memtable held a round ago
 /// waits for another: a query may still work on the version of then.
-pub(crate) fn retire(inner: &Inner, held_before: &mut HashSet<Ordinal>, minute: u32) {
+pub(crate) async fn retire(inner: &Inner, held_before: &mut HashSet<Ordinal>, minute: u32) {
     // No freezing meanwhile, so no memtable is overlooked.
-    let _log = inner.log.lock();
+    let _log = inner.log.lock().await;
     let version = inner.version();
     let held: HashSet<Ordinal> =
         version.tables.iter().flat_map(|t| t.memtables().flat_map(|m| m.ordinals()).collect::<Vec<_>>()).collect();

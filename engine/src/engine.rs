@@ -59,10 +59,36 @@ const CPU_STACK_BYTES: usize = 16 << 20;
 #[derive(Debug)]
 struct Running {
     inner: Arc<Inner>,
-    committer: Mutex<Option<JoinHandle<()>>>,
+    committer: Mutex<Option<Committer>>,
     tasks: TaskTracker,
-    /// `None` once it was shut down.
+    /// `None` once it was shut down, and when all runs on the caller's runtime.
     cpu: Option<Runtime>,
+}
+
+/// What turns requests into rows until the queue is closed.
+#[derive(Debug)]
+enum Committer {
+    Thread(JoinHandle<()>),
+    Task(tokio::task::JoinHandle<()>),
+}
+
+impl Committer {
+    fn start(inner: Arc<Inner>) -> Result<Self> {
+        if !inner.settings.own_threads {
+            return Ok(Self::Task(tokio::spawn(committer::run(inner))));
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let thread = std::thread::Builder::new().name("thalweg-log".to_owned());
+        Ok(Self::Thread(thread.spawn(move || runtime.block_on(committer::run(inner)))?))
+    }
+
+    /// Waits until it ends; false when it panicked.
+    async fn join(self) -> bool {
+        match self {
+            Self::Thread(thread) => matches!(tokio::task::spawn_blocking(move || thread.join()).await, Ok(Ok(()))),
+            Self::Task(task) => task.await.is_ok(),
+        }
+    }
 }
 
 /// What all parts of an engine share.
@@ -89,7 +115,7 @@ pub(crate) struct Inner {
     pub version_change: Mutex<()>,
     pub queue: Queue,
     /// The log. Whoever holds it sees every record either applied to memtables or not yet written.
-    pub log: Mutex<Wal>,
+    pub log: tokio::sync::Mutex<Wal>,
     pub metadata: Mutex<Metadata>,
     /// Whether the last group could not be written: said once when it begins and once when it ends.
     pub log_failing: AtomicBool,
@@ -140,12 +166,7 @@ impl Engine {
         let registry = Arc::new(Registry::new(TagHasher::new(state.seed), settings.series_limit));
         let session = session::state(&settings, extensions)
             .map_err(|e| Error::internal("query session can't be made").with_source(e))?;
-        let cpu = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(settings.cpu_threads.max(1))
-            .thread_name("thalweg-cpu")
-            .thread_stack_size(CPU_STACK_BYTES)
-            .enable_all()
-            .build()?;
+        let cpu = if settings.own_threads { Some(cpu_runtime(&settings)?) } else { None };
         let cache = settings.memory_limit / 16;
         let inner = Arc::new(Inner {
             metrics: Arc::new(Metrics::new(&components.telemetry)),
@@ -158,12 +179,12 @@ impl Engine {
             version: ArcSwap::from_pointee(Version::new(&state, registry.hasher())),
             version_change: Mutex::new(()),
             queue: Queue::default(),
-            log: Mutex::new(Wal::open(components.fs.clone(), &settings.data_dir.join("wal"), vec![])),
+            log: tokio::sync::Mutex::new(Wal::open(components.fs.clone(), &settings.data_dir.join("wal"), vec![])),
             metadata: Mutex::new(Metadata::new(&state.metadata)),
             log_failing: AtomicBool::new(false),
             flushing: tokio::sync::Mutex::new(()),
             session,
-            cpu: cpu.handle().clone(),
+            cpu: cpu.as_ref().map_or_else(Handle::current, |cpu| cpu.handle().clone()),
             stopping: CancellationToken::new(),
             registry,
             settings,
@@ -171,12 +192,10 @@ impl Engine {
         });
         // From here on dropping `running` stops the runtime without blocking this one.
         let mut running =
-            Running { inner: inner.clone(), committer: Mutex::new(None), tasks: TaskTracker::new(), cpu: Some(cpu) };
+            Running { inner: inner.clone(), committer: Mutex::new(None), tasks: TaskTracker::new(), cpu };
         on(&inner.cpu, replay(inner.clone())).await?;
         crate::retention::observe(&inner);
-        let committer = inner.clone();
-        let thread = std::thread::Builder::new().name("thalweg-log".to_owned());
-        *running.committer.get_mut() = Some(thread.spawn(move || committer::run(&committer))?);
+        *running.committer.get_mut() = Some(Committer::start(inner.clone())?);
         running.tasks.spawn_on(upkeep::run_flusher(inner.clone()), &inner.cpu);
         running.tasks.spawn_on(upkeep::run_compactor(inner.clone()), &inner.cpu);
         running.tasks.spawn_on(upkeep::run_follower(inner.clone()), &inner.cpu);
@@ -309,7 +328,7 @@ impl Engine {
     pub async fn flush(&self) -> Result<()> {
         let inner = self.inner().clone();
         on(&self.inner().cpu, async move {
-            inner.freeze(|_| true);
+            inner.freeze(|_| true).await;
             inner.flush_frozen().await
         })
         .await
@@ -358,12 +377,11 @@ impl Engine {
         let inner = self.inner();
         inner.queue.close();
         let committer = self.running.committer.lock().take();
-        if let Some(committer) = committer {
-            // It ends by itself once the queue is empty.
-            let joined = tokio::task::spawn_blocking(move || committer.join()).await;
-            if !matches!(joined, Ok(Ok(()))) {
-                tracing::error!("the log's thread ended in a panic");
-            }
+        // It ends by itself once the queue is empty.
+        if let Some(committer) = committer
+            && !committer.join().await
+        {
+            tracing::error!("the log's committer ended in a panic");
         }
         inner.stopping.cancel();
         let result = match tokio::time::timeout(flush_within, self.flush()).await {
@@ -388,6 +406,16 @@ impl Drop for Running {
             cpu.shutdown_background();
         }
     }
+}
+
+/// The runtime for queries, flush and compaction.
+fn cpu_runtime(settings: &Settings) -> Result<Runtime> {
+    Ok(tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(settings.cpu_threads.max(1))
+        .thread_name("thalweg-cpu")
+        .thread_stack_size(CPU_STACK_BYTES)
+        .enable_all()
+        .build()?)
 }
 
 /// The SQL catalog that the settings name.
@@ -456,7 +484,7 @@ async fn replay(inner: Arc<Inner>) -> Result<()> {
             if version.tables.iter().any(|t| t.active.bytes() >= inner.settings.flush_bytes)
                 || version.memory() > inner.memtable_bytes_soft()
             {
-                inner.freeze(|_| true);
+                inner.freeze(|_| true).await;
                 // The log is not open yet, so nothing of it is trimmed here.
                 inner.flush_frozen().await?;
             }
@@ -466,7 +494,7 @@ async fn replay(inner: Arc<Inner>) -> Result<()> {
     inner.metrics.wal_damaged.inc_by(damaged);
     let log = Wal::open(fs.clone(), &dir, replayed);
     inner.metrics.wal_size.set(log.bytes() as i64);
-    *inner.log.lock() = log;
+    *inner.log.lock().await = log;
     if rows > 0 {
         tracing::info!(rows, series = inner.registry.len(), "log replayed");
     }

@@ -50,6 +50,9 @@ pub struct Settings {
     pub query_timeout: Duration,
     /// Threads for queries, flush and compaction.
     pub cpu_threads: usize,
+    /// Whether work has threads of its own. Without, all of it runs on the runtime that opens the engine, as
+    /// simulations need.
+    pub own_threads: bool,
 }
 
 impl Default for Settings {
@@ -69,6 +72,7 @@ impl Default for Settings {
             retention: Retention::default(),
             query_timeout: Duration::from_secs(120),
             cpu_threads: 2,
+            own_threads: true,
         }
     }
 }

@@ -34,8 +34,8 @@ impl Inner {
     }
 
     /// Freezes the tables for which `which` holds and that have rows.
-    pub(crate) fn freeze(&self, which: impl Fn(&Memtable) -> bool) {
-        let mut log = self.log.lock();
+    pub(crate) async fn freeze(&self, which: impl Fn(&Memtable) -> bool + Send) {
+        let mut log = self.log.lock().await;
         let version = self.version();
         let mut any = false;
         for table in &version.tables {
@@ -65,7 +65,7 @@ impl Inner {
             self.metrics.flush_failures.inc();
         }
         // What was written before a failure needs the log no more.
-        self.trim()?;
+        self.trim().await?;
         result
     }
 
@@ -110,7 +110,7 @@ impl Inner {
     async fn save_metadata(&self) -> Result<()> {
         // Under the log's lock no record is durable but not applied.
         let (position, rows) = {
-            let log = self.log.lock();
+            let log = self.log.lock().await;
             (log.position(), self.metadata.lock().unsaved())
         };
         if rows.is_empty() {
@@ -123,8 +123,8 @@ impl Inner {
     }
 
     /// Deletes what no memtable needs of the log.
-    fn trim(&self) -> Result<()> {
-        let mut log = self.log.lock();
+    async fn trim(&self) -> Result<()> {
+        let mut log = self.log.lock().await;
         let pinned = self.pins().into_iter().map(|(position, _)| position).min();
         let position = pinned.unwrap_or_else(|| log.position());
         log.trim(position)?;
@@ -165,13 +165,13 @@ impl Inner {
     }
 
     /// Freezes what is due; returns whether anything waits to be written.
-    pub(crate) fn freeze_due(&self) -> bool {
+    pub(crate) async fn freeze_due(&self) -> bool {
         let now_ms = self.now_ms();
         let interval_ms = self.settings.flush_interval.as_millis() as i64;
         let version = self.version();
         let greatest = version.tables.iter().map(|t| t.active.bytes()).max().unwrap_or(0);
         let pressed = version.memory() > self.memtable_bytes_soft();
-        let pinning = if self.log.lock().bytes() > self.wal_bytes_soft() {
+        let pinning = if self.metrics.wal_size.get() as u64 > self.wal_bytes_soft() {
             self.pins().into_iter().min().and_then(|(_, table)| table)
         } else {
             None
@@ -183,7 +183,7 @@ impl Inner {
                 || pinning == Some(m.table().id)
         };
         if version.tables.iter().any(|t| t.active.rows() > 0 && due(&t.active)) {
-            self.freeze(due);
+            self.freeze(due).await;
         }
         self.version().tables.iter().any(|t| !t.flushing.is_empty())
     }
@@ -235,7 +235,7 @@ pub(crate) async fn run_flusher(inner: Arc<Inner>) {
     while inner.stopping.run_until_cancelled(tokio::time::sleep(wait)).await.is_some() {
         wait = TICK;
         inner.set_gauges();
-        if inner.freeze_due()
+        if inner.freeze_due().await
             && let Err(e) = inner.flush_frozen().await
         {
             tracing::error!(error = %e, "flush failed and will be tried again");

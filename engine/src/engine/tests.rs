@@ -167,7 +167,7 @@ async fn freezing_under_writes_hides_nothing() {
         })
         .collect();
     for _ in 0..30 {
-        engine.inner().freeze(|_| true);
+        engine.inner().freeze(|_| true).await;
         tokio::task::yield_now().await;
     }
     for writer in writers {
@@ -210,9 +210,9 @@ async fn idle_sets_leave_only_when_no_memtable_holds_them() {
     engine.registry().publish(&idle, &[], committer::minute(NOW)).unwrap();
     let mut held = std::collections::HashSet::new();
     let later = committer::minute(NOW) + 121;
-    committer::retire(engine.inner(), &mut held, later - 2);
+    committer::retire(engine.inner(), &mut held, later - 2).await;
     assert_eq!(engine.registry().len(), 2);
-    committer::retire(engine.inner(), &mut held, later);
+    committer::retire(engine.inner(), &mut held, later).await;
     assert_eq!(engine.registry().len(), 1);
     assert!(engine.registry().lookup(idle.id).unwrap().is_none());
 }
@@ -396,29 +396,29 @@ async fn open_with(dir: &Path, change: impl FnOnce(&mut Settings)) -> (Engine, A
 
 #[tokio::test]
 async fn memtables_are_frozen_when_due() {
-    let frozen = |engine: &Engine| engine.inner().freeze_due();
+    let frozen = async |engine: &Engine| engine.inner().freeze_due().await;
     let dir = tempfile::tempdir().unwrap();
     let (engine, clock) = open_with(dir.path(), |s| s.flush_interval = Duration::from_secs(60)).await;
-    assert!(!frozen(&engine));
+    assert!(!frozen(&engine).await);
     engine.write(request(&engine, &[("a", NOW, 1.0)])).await.unwrap();
     // Stopped, so that only this test flushes.
     engine.inner().stopping.cancel();
     clock.set(NOW + 59_999);
-    assert!(!frozen(&engine));
+    assert!(!frozen(&engine).await);
     clock.set(NOW + 60_000);
-    assert!(frozen(&engine));
+    assert!(frozen(&engine).await);
 
     let dir = tempfile::tempdir().unwrap();
     let (engine, _) = open_with(dir.path(), |s| s.flush_bytes = 1).await;
     engine.inner().stopping.cancel();
     engine.write(request(&engine, &[("a", NOW, 1.0)])).await.unwrap();
-    assert!(frozen(&engine));
+    assert!(frozen(&engine).await);
 
     let dir = tempfile::tempdir().unwrap();
     let (engine, _) = open_with(dir.path(), |s| s.wal_bytes_max = 1).await;
     engine.inner().stopping.cancel();
     engine.write(request(&engine, &[("a", NOW, 1.0)])).await.unwrap();
-    assert!(frozen(&engine));
+    assert!(frozen(&engine).await);
 
     let dir = tempfile::tempdir().unwrap();
     let (engine, _) = open_with(dir.path(), |s| s.memory_limit = 64 << 10).await;
@@ -428,7 +428,7 @@ async fn memtables_are_frozen_when_due() {
         let rows: Vec<_> = wide.iter().map(|n| (n.as_str(), NOW + k, k as f64)).collect();
         if let Err(e) = engine.write(request(&engine, &rows)).await {
             assert_eq!(e.kind(), catalog::ErrorKind::Unavailable);
-            assert!(frozen(&engine));
+            assert!(frozen(&engine).await);
             return;
         }
     }
