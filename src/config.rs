@@ -15,7 +15,7 @@ use catalog::Secret;
 use toml::de::{DeTable, DeValue};
 
 pub use reference::page;
-pub use values::{Bytes, Level, Listen, LogFormat, RetentionRules, Seconds, Setting, Switch};
+pub use values::{Bytes, Level, Listen, LogFormat, LogPlace, RetentionRules, Seconds, Setting, Switch};
 
 /// Declares [`Config`] and what is derived from its fields.
 macro_rules! settings {
@@ -74,6 +74,10 @@ settings! {
     /// Folder of the write-ahead log, the file catalog and, unless `object_store` says otherwise, the data files.
     /// It is created when absent. Two servers can't share one.
     data_dir: PathBuf = PathBuf::from("data");
+    /// Where the log is: `local` keeps it in `data_dir`; `object` puts each group of requests into the object store before
+    /// it is acknowledged, so that a server with an empty disk goes on where another one ended. To change it, stop the
+    /// server, which empties the log.
+    wal: LogPlace = LogPlace::Local;
     /// Where data files live: a folder, or a URL: `s3://bucket/prefix` for S3 and what speaks its protocol,
     /// `gs://bucket/prefix` for Google Cloud Storage, `az://container/prefix` or
     /// `abfss://container@account.dfs.core.windows.net/prefix` for Azure. Empty means `objects` within `data_dir`. A query

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use axum::routing::any_service;
 use catalog::fs::Disk;
 use catalog::{FileSystem, SystemClock, SystemEntropy};
-use engine::{Components, Engine, Retention, Settings, SqlCatalog, Telemetry};
+use engine::{Components, Engine, LogStore, Retention, Settings, SqlCatalog, Telemetry};
 use promql::api::ApiOptions;
 use receivers::body::Bodies;
 use receivers::prometheus::Replicas;
@@ -24,13 +24,15 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::admin::{self, Gate};
-use crate::config::{Config, Listen, LogFormat};
+use crate::config::{Config, Listen, LogFormat, LogPlace};
 use crate::reload::{self, Seen, Watched};
 use crate::tls::{self, Tls};
 use crate::{http, memory, notify};
 
 /// What a stop may spend on writing memory to data files; the rest is in the log.
 const FLUSH_WITHIN: Duration = Duration::from_secs(8);
+/// Room in the data folder that is set aside for a full disk.
+const RESERVE_BYTES: u64 = 32 << 20;
 /// Threads of the network runtime. Decoding and queries run elsewhere.
 const NETWORK_THREADS: usize = 2;
 
@@ -217,6 +219,11 @@ fn settings(config: &Config) -> Settings {
         future_max: config.future_max.duration(),
         flush_bytes: (memory / 8).min(128 << 20) as usize,
         flush_interval: config.flush_interval.duration(),
+        wal: match config.wal {
+            LogPlace::Local => LogStore::Local,
+            LogPlace::Object => LogStore::Object,
+        },
+        reserve_bytes: RESERVE_BYTES,
         wal_bytes_max: (memory / 4).min(512 << 20),
         delete_grace: config.delete_grace.duration(),
         retention: Retention {

@@ -297,14 +297,17 @@ impl Registry {
         visit_sets(&self.slots.read(), &m.ordinals, &mut visit);
     }
 
-    /// Forgets sets without a row since `minute` for which `may_retire` holds; returns how many. Only the log's
-    /// committer calls this, so no publication runs at the same time.
-    pub fn retire(&self, minute: u32, may_retire: impl Fn(Ordinal) -> bool) -> usize {
+    /// Forgets sets without a row for `idle` minutes before `now` for which `may_retire` holds; returns how many. A set
+    /// last seen later than now, since the clock was set back, counts as seen now. Only the log's committer calls this,
+    /// so no publication runs at the same time.
+    pub fn retire(&self, now: u32, idle: u32, may_retire: impl Fn(Ordinal) -> bool) -> usize {
         let mut gone: Vec<(Ordinal, Arc<Series>)> = Vec::new();
         {
             let mut slots = self.slots.write();
             for (o, slot) in slots.iter_mut().enumerate() {
-                if slot.seen.load(Ordering::Relaxed) < minute && slot.series.is_some() && may_retire(o as Ordinal) {
+                let seen = slot.seen.load(Ordering::Relaxed);
+                slot.seen.store(seen.min(now), Ordering::Relaxed);
+                if seen < now.saturating_sub(idle) && slot.series.is_some() && may_retire(o as Ordinal) {
                     gone.extend(slot.series.take().map(|s| (o as Ordinal, s)));
                 }
             }
@@ -434,14 +437,18 @@ mod tests {
             r.publish(&series(&r, &[("__name__", name)]), &[i as u128], 5).unwrap();
         }
         assert!(r.touch([0], 9));
-        assert_eq!(r.retire(5, |_| true), 0, "seen in that minute");
-        assert_eq!(r.retire(9, |o| o != 1), 1);
+        assert_eq!(r.retire(9, 4, |_| true), 0, "seen in that minute");
+        assert_eq!(r.retire(9, 0, |o| o != 1), 1);
         assert_eq!((r.len(), of(&r, "a"), of(&r, "b"), of(&r, "c")), (2, vec![0], vec![1], vec![]));
         assert_eq!((r.lookup_wire(2), r.get(2).is_none()), (None, true));
         assert!(!r.touch([0, 2], 10));
         let c = series(&r, &[("__name__", "c")]);
         assert_eq!(r.lookup(c.id).unwrap(), None);
         assert_eq!(r.publish(&c, &[], 11).unwrap(), 3, "a number is never given twice");
+        // The clock was wrong and is set back by years.
+        assert!(r.touch([0, 1, 3], 70_000_000));
+        assert_eq!(r.retire(20, 10, |_| true), 0);
+        assert_eq!(r.retire(31, 10, |_| true), 3);
     }
 
     #[test]

@@ -181,7 +181,8 @@ pub(crate) async fn run(inner: Arc<Inner>) {
             commit(&inner, jobs).await;
         }
         let now_ms = inner.now_ms();
-        if now_ms - retired_ms >= RETIRE_INTERVAL_MS {
+        // A clock that was set back must not put it off for longer.
+        if !(retired_ms..retired_ms.saturating_add(RETIRE_INTERVAL_MS)).contains(&now_ms) {
             retired_ms = now_ms;
             retire(&inner, &mut held, minute(now_ms)).await;
         }
@@ -190,6 +191,10 @@ pub(crate) async fn run(inner: Arc<Inner>) {
 
 async fn commit(inner: &Inner, jobs: Vec<Job>) {
     inner.metrics.group.observe(jobs.len() as f64);
+    if let Err(e) = inner.check_disk() {
+        // What room there is belongs to those who make more.
+        return jobs.into_iter().for_each(|job| answer(job, Err(Error::new(e.kind(), e.message()))));
+    }
     let now_ms = inner.now_ms();
     let mut log = inner.log.lock().await;
     let version = inner.version();
@@ -202,7 +207,7 @@ async fn commit(inner: &Inner, jobs: Vec<Job>) {
         }
     }
     let begun = Instant::now();
-    let result = log.commit();
+    let result = log.commit().await;
     inner.metrics.wal_sync.observe(begun.elapsed().as_secs_f64());
     match result {
         Ok(bytes) => {
@@ -210,7 +215,7 @@ async fn commit(inner: &Inner, jobs: Vec<Job>) {
                 tracing::info!("log can be written again");
             }
             inner.metrics.wal_written.inc_by(bytes);
-            inner.metrics.wal_size.set(log.bytes() as i64);
+            inner.measure(&log);
             let answers: Vec<_> = staged.into_iter().map(|s| (apply(inner, &version, &s, now_ms), s.job)).collect();
             drop(log);
             for (result, job) in answers {
@@ -223,6 +228,7 @@ async fn commit(inner: &Inner, jobs: Vec<Job>) {
             if !inner.log_failing.swap(true, Ordering::Relaxed) {
                 tracing::error!(error = %e, "log can't be written; requests are refused until it can");
             }
+            inner.reserve.suspect();
             for s in staged {
                 answer(s.job, Err(Error::unavailable(e.to_string())));
             }
@@ -288,9 +294,7 @@ pub(crate) async fn retire(inner: &Inner, held_before: &mut HashSet<Ordinal>, mi
     let version = inner.version();
     let held: HashSet<Ordinal> =
         version.tables.iter().flat_map(|t| t.memtables().flat_map(|m| m.ordinals()).collect::<Vec<_>>()).collect();
-    let retired = inner
-        .registry
-        .retire(minute.saturating_sub(RETIRE_MINUTES), |o| !held.contains(&o) && !held_before.contains(&o));
+    let retired = inner.registry.retire(minute, RETIRE_MINUTES, |o| !held.contains(&o) && !held_before.contains(&o));
     *held_before = held;
     if retired > 0 {
         tracing::debug!(retired, active = inner.registry.len(), "idle tag sets left the memory");

@@ -20,13 +20,14 @@ use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use crate::committer::{self, Queue};
 use crate::metadata::Metadata;
+use crate::reserve::Reserve;
 use crate::segment::Segments;
 use crate::telemetry::Metrics;
 use crate::version::Version;
-use crate::wal::{self, Item, SegmentReader, Wal};
+use crate::wal::{Item, Record, Replay, Storage, Wal};
 use crate::{
-    Extensions, MetricMetadata, QueryLimits, Selection, SeriesSet, Settings, SqlCatalog, Telemetry, Write, session,
-    upkeep,
+    Extensions, LogStore, MetricMetadata, QueryLimits, Selection, SeriesSet, Settings, SqlCatalog, Telemetry, Write,
+    session, upkeep,
 };
 
 /// The objects that an engine works with; never mixed with [`Settings`].
@@ -116,6 +117,8 @@ pub(crate) struct Inner {
     pub queue: Queue,
     /// The log. Whoever holds it sees every record either applied to memtables or not yet written.
     pub log: tokio::sync::Mutex<Wal>,
+    /// What is given up when the disk is full.
+    pub reserve: Reserve,
     pub metadata: Mutex<Metadata>,
     /// Whether the last group could not be written: said once when it begins and once when it ends.
     pub log_failing: AtomicBool,
@@ -149,6 +152,7 @@ impl Engine {
             .fs
             .create_dir_all(&settings.data_dir)
             .map_err(|e| Error::from(e).context(format_args!("create data folder {}", settings.data_dir.display())))?;
+        let reserve = Reserve::open(components.fs.clone(), &settings.data_dir, settings.reserve_bytes);
         let store = &components.store;
         catalog::object::probe(store, &settings.database).await?;
         let described = database::open(store, &settings.database, random_seed(components.entropy.as_ref())?).await?;
@@ -163,6 +167,7 @@ impl Engine {
             clock: components.clock.clone(),
         };
         let (files, state) = FileCatalog::open(opening).await?;
+        let log = open_log(&settings, &components, files.epoch()).await?;
         let registry = Arc::new(Registry::new(TagHasher::new(state.seed), settings.series_limit));
         let session = session::state(&settings, extensions)
             .map_err(|e| Error::internal("query session can't be made").with_source(e))?;
@@ -179,7 +184,8 @@ impl Engine {
             version: ArcSwap::from_pointee(Version::new(&state, registry.hasher())),
             version_change: Mutex::new(()),
             queue: Queue::default(),
-            log: tokio::sync::Mutex::new(Wal::open(components.fs.clone(), &settings.data_dir.join("wal"), vec![])),
+            log: tokio::sync::Mutex::new(Wal::new(local_log(&settings, &components), 0)),
+            reserve,
             metadata: Mutex::new(Metadata::new(&state.metadata)),
             log_failing: AtomicBool::new(false),
             flushing: tokio::sync::Mutex::new(()),
@@ -191,9 +197,8 @@ impl Engine {
             components,
         });
         // From here on dropping `running` stops the runtime without blocking this one.
-        let mut running =
-            Running { inner: inner.clone(), committer: Mutex::new(None), tasks: TaskTracker::new(), cpu };
-        on(&inner.cpu, replay(inner.clone())).await?;
+        let mut running = Running { inner: inner.clone(), committer: Mutex::new(None), tasks: TaskTracker::new(), cpu };
+        on(&inner.cpu, replay(inner.clone(), log)).await?;
         crate::retention::observe(&inner);
         *running.committer.get_mut() = Some(Committer::start(inner.clone())?);
         running.tasks.spawn_on(upkeep::run_flusher(inner.clone()), &inner.cpu);
@@ -451,49 +456,70 @@ async fn on<T: Send + 'static>(runtime: &Handle, work: impl Future<Output = T> +
     }
 }
 
+fn local_log(settings: &Settings, components: &Components) -> Storage {
+    Storage::local(components.fs.clone(), &settings.data_dir.join("wal"))
+}
+
+/// The log where the settings say, to be read back.
+///
+/// # Errors
+/// `Invalid` when there are records elsewhere; of the storage.
+async fn open_log(settings: &Settings, components: &Components, epoch: u64) -> Result<Replay> {
+    let local = local_log(settings, components);
+    let objects = Storage::objects(components.store.clone(), &settings.database);
+    let (here, elsewhere, other) = match settings.wal {
+        LogStore::Local => (local, objects, "the object store; start once with wal = \"object\""),
+        LogStore::Object => (objects, local, "the data folder; start once with wal = \"local\""),
+    };
+    if !elsewhere.is_empty().await? {
+        return Err(Error::invalid(format!(
+            "there is a log in {other} and stop the server, which writes it to data files"
+        )));
+    }
+    Replay::open(here, epoch).await
+}
+
 /// Applies what the log holds to empty memtables, flushing when they grow too large, and opens the log behind it.
-async fn replay(inner: Arc<Inner>) -> Result<()> {
-    let (fs, dir) = (&inner.components.fs, inner.settings.data_dir.join("wal"));
-    let mut replayed = vec![];
+async fn replay(inner: Arc<Inner>, mut log: Replay) -> Result<()> {
     let (mut rows, mut damaged) = (0, 0);
     let minute = committer::minute(inner.now_ms());
-    for (first, path) in wal::segments(&**fs, &dir)? {
-        let mut segment = SegmentReader::open(&**fs, first, path)?;
-        let registry = inner.registry.clone();
-        let mut publish = |tags| registry.publish(&Arc::new(Series::new(registry.hasher(), tags)), &[], minute);
-        while let Some(item) = segment.next(&mut publish)? {
-            match item {
-                Item::Record(position, record) => {
-                    rows += apply(&inner, &record, segment.ordinals(), position)?;
-                }
-                Item::Lost(position, e) => {
-                    damaged += 1;
-                    tracing::error!(segment = %segment.path().display(), position, error = %e, "log record is lost");
-                }
-                Item::Damage(d) if d.tail => {
-                    // A crash cut a write short that was never acknowledged.
-                    tracing::info!(segment = %segment.path().display(), bytes = d.end - d.start, "end of log is cut off");
-                }
-                Item::Damage(d) => {
-                    damaged += 1;
-                    tracing::error!(segment = %segment.path().display(), from = d.start, to = d.end,
-                        "log is damaged; records there are lost");
-                }
+    let registry = inner.registry.clone();
+    let mut publish = move |tags| registry.publish(&Arc::new(Series::new(registry.hasher(), tags)), &[], minute);
+    while let Some(item) = log.next(&mut publish).await? {
+        match item {
+            Item::Record(position, record) => {
+                rows += apply(&inner, &record, log.ordinals(), position)?;
             }
-            let version = inner.version();
-            if version.tables.iter().any(|t| t.active.bytes() >= inner.settings.flush_bytes)
-                || version.memory() > inner.memtable_bytes_soft()
-            {
-                inner.freeze(|_| true).await;
-                // The log is not open yet, so nothing of it is trimmed here.
-                inner.flush_frozen().await?;
+            Item::Lost(segment, position, e) => {
+                damaged += 1;
+                tracing::error!(segment, position, error = %e, "log record is lost");
+            }
+            Item::Damage(d) if d.tail => {
+                // A crash cut a write short that was never acknowledged.
+                tracing::info!(segment = d.chunk, bytes = d.end - d.start, "end of log is cut off");
+            }
+            Item::Damage(d) => {
+                damaged += 1;
+                tracing::error!(
+                    segment = d.chunk,
+                    from = d.start,
+                    to = d.end,
+                    "log is damaged; records there are lost"
+                );
             }
         }
-        replayed.push(segment.finish());
+        let version = inner.version();
+        if version.tables.iter().any(|t| t.active.bytes() >= inner.settings.flush_bytes)
+            || version.memory() > inner.memtable_bytes_soft()
+        {
+            inner.freeze(|_| true).await;
+            // The log is not open yet, so nothing of it is trimmed here.
+            inner.flush_frozen().await?;
+        }
     }
     inner.metrics.wal_damaged.inc_by(damaged);
-    let log = Wal::open(fs.clone(), &dir, replayed);
-    inner.metrics.wal_size.set(log.bytes() as i64);
+    let log = log.finish()?;
+    inner.measure(&log);
     *inner.log.lock().await = log;
     if rows > 0 {
         tracing::info!(rows, series = inner.registry.len(), "log replayed");
@@ -501,7 +527,7 @@ async fn replay(inner: Arc<Inner>) -> Result<()> {
     Ok(())
 }
 
-fn apply(inner: &Inner, record: &wal::Record, ordinals: &[catalog::Ordinal], position: u64) -> Result<u64> {
+fn apply(inner: &Inner, record: &Record, ordinals: &[catalog::Ordinal], position: u64) -> Result<u64> {
     let version = inner.version();
     let now_ms = inner.now_ms();
     let mut rows = 0;

@@ -19,6 +19,16 @@ pub enum SqlCatalog {
     None,
 }
 
+/// Where the log is kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum LogStore {
+    /// In the data folder: a group of requests costs one sync.
+    #[default]
+    Local,
+    /// In the object store: a group costs one put, and nothing is lost with the machine.
+    Object,
+}
+
 /// How an engine runs. Bytes are bytes, durations are wall time.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -40,8 +50,13 @@ pub struct Settings {
     pub flush_bytes: usize,
     /// A table's memtable is flushed when its oldest row has waited this long.
     pub flush_interval: Duration,
+    /// Where the log is kept.
+    pub wal: LogStore,
     /// The log forces a flush of whoever pins it beyond this.
     pub wal_bytes_max: u64,
+    /// Room in the data folder that is set aside, so that a full disk can be emptied; 0 for none, and then no disk counts
+    /// as full.
+    pub reserve_bytes: u64,
     /// How long superseded objects are kept, which must exceed the longest query of any reader.
     pub delete_grace: Duration,
     /// What is kept.
@@ -67,6 +82,8 @@ impl Default for Settings {
             future_max: Duration::from_secs(600),
             flush_bytes: 128 << 20,
             flush_interval: Duration::from_secs(3600),
+            wal: LogStore::Local,
+            reserve_bytes: 0,
             wal_bytes_max: 512 << 20,
             delete_grace: Duration::from_secs(600),
             retention: Retention::default(),

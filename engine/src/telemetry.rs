@@ -73,6 +73,9 @@ pub(crate) struct Metrics {
     pub wal_sync: Histogram,
     pub wal_failures: Counter,
     pub wal_damaged: Counter,
+    pub wal_set_aside: Gauge,
+    pub wal_chunks: Gauge,
+    pub disk_full: Gauge,
     pub queue: Gauge,
     pub group: Histogram,
     pub flush: Histogram,
@@ -108,6 +111,13 @@ impl Metrics {
             wal_sync: t.register("wal_commit_duration_seconds", "Writing and syncing one group", seconds()),
             wal_failures: t.register("wal_failures", "Groups that could not be written", Counter::default()),
             wal_damaged: t.register("wal_damaged_records", "Damaged places found at replay", Counter::default()),
+            wal_set_aside: t.register(
+                "wal_damaged_segments",
+                "Damaged log segments kept in the data folder for an operator",
+                Gauge::default(),
+            ),
+            wal_chunks: t.register("wal_chunks", "Files or objects of the log", Gauge::default()),
+            disk_full: t.register("disk_full", "1 while writes are refused because the disk is full", Gauge::default()),
             queue: t.register("ingest_queue_requests", "Requests that wait for the log", Gauge::default()),
             group: t.register(
                 "wal_group_requests",

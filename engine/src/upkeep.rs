@@ -7,15 +7,17 @@
 //! A failed write leaves the memtable where it is, readable, and is tried again.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use catalog::files::Commit;
 use catalog::{Error, Result};
+use tokio::time::Instant;
 
 use crate::engine::Inner;
 use crate::memtable::Memtable;
 use crate::telemetry::{CacheLabel, TableLabel};
 use crate::version::Version;
+use crate::wal::Wal;
 
 /// How often conditions are looked at.
 const TICK: Duration = Duration::from_millis(500);
@@ -23,6 +25,10 @@ const TICK: Duration = Duration::from_millis(500);
 const COMPACT_INTERVAL: Duration = Duration::from_secs(30);
 /// How often the SQL catalog is brought up to date when it has fallen behind.
 const FOLLOW_INTERVAL: Duration = Duration::from_secs(1);
+/// The log forces a flush beyond so many files or objects: a start reads each.
+const WAL_CHUNKS_SOFT: i64 = 2000;
+/// A clock that was set back by more can't tell any more how long rows have waited, so they are flushed at once.
+const CLOCK_STEP_MS: i64 = 60_000;
 /// Wait after a failed flush.
 const RETRY: Duration = Duration::from_secs(5);
 
@@ -77,14 +83,14 @@ impl Inner {
     pub(crate) async fn flush_all_of_log(self: &Arc<Self>) -> Result<()> {
         // What comes from here on is in segments of its own, which nothing before it keeps.
         let end = {
-            let mut log = self.log.lock();
+            let mut log = self.log.lock().await;
             log.roll();
             log.position()
         };
-        self.freeze(|_| true);
+        self.freeze(|_| true).await;
         self.write_frozen().await?;
-        self.trim()?;
-        let begin = self.log.lock().begin();
+        self.trim().await?;
+        let begin = self.log.lock().await.start();
         if begin < end {
             return Err(Error::unavailable(format!(
                 "the log still holds records from {begin} on that are in files; those before {end} should be gone"
@@ -127,8 +133,33 @@ impl Inner {
         let mut log = self.log.lock().await;
         let pinned = self.pins().into_iter().map(|(position, _)| position).min();
         let position = pinned.unwrap_or_else(|| log.position());
-        log.trim(position)?;
+        let garbage = log.trim(position).await;
+        self.measure(&log);
+        if let Ok(damaged) = log.damaged() {
+            self.metrics.wal_set_aside.set(damaged as i64);
+        }
+        drop(log);
+        if let Some(garbage) = garbage? {
+            garbage.delete().await;
+        }
+        Ok(())
+    }
+
+    /// Notes how large the log is.
+    pub(crate) fn measure(&self, log: &Wal) {
         self.metrics.wal_size.set(log.bytes() as i64);
+        self.metrics.wal_chunks.set(log.chunks() as i64);
+    }
+
+    /// Refuses while the disk is full.
+    pub(crate) fn check_disk(&self) -> Result<()> {
+        if self.reserve.is_full() {
+            self.metrics.limit("disk");
+            return Err(Error::unavailable(format!(
+                "the disk of {} is full; writes are accepted again when there is room",
+                self.settings.data_dir.display()
+            )));
+        }
         Ok(())
     }
 
@@ -171,14 +202,16 @@ impl Inner {
         let version = self.version();
         let greatest = version.tables.iter().map(|t| t.active.bytes()).max().unwrap_or(0);
         let pressed = version.memory() > self.memtable_bytes_soft();
-        let pinning = if self.metrics.wal_size.get() as u64 > self.wal_bytes_soft() {
+        let pinning = if self.metrics.wal_size.get() as u64 > self.wal_bytes_soft()
+            || self.metrics.wal_chunks.get() > WAL_CHUNKS_SOFT
+        {
             self.pins().into_iter().min().and_then(|(_, table)| table)
         } else {
             None
         };
         let due = |m: &Memtable| {
             m.bytes() >= self.settings.flush_bytes
-                || m.first_ms().is_some_and(|first| now_ms - first >= interval_ms)
+                || m.first_ms().is_some_and(|first| now_ms - first >= interval_ms || now_ms < first - CLOCK_STEP_MS)
                 || (pressed && m.bytes() == greatest)
                 || pinning == Some(m.table().id)
         };
@@ -193,6 +226,7 @@ impl Inner {
         if self.files.is_fenced() {
             return Err(Error::unavailable("another server has taken this database over; this one takes no writes"));
         }
+        self.check_disk()?;
         let memory = self.version().memory();
         if memory > self.memtable_bytes_hard() {
             self.metrics.limit("memtable_bytes");
@@ -214,6 +248,7 @@ impl Inner {
 
     fn set_gauges(&self) {
         let m = &self.metrics;
+        m.disk_full.set(self.reserve.is_full().into());
         m.queue.set(self.queue.len() as i64);
         m.series.set(self.registry.len() as i64);
         m.series_refused.set(self.registry.refused() as i64);
@@ -231,15 +266,20 @@ impl Inner {
 
 /// Flushes what is due until `inner.stopping`.
 pub(crate) async fn run_flusher(inner: Arc<Inner>) {
-    let mut wait = TICK;
-    while inner.stopping.run_until_cancelled(tokio::time::sleep(wait)).await.is_some() {
-        wait = TICK;
+    let mut retry = Instant::now();
+    while inner.stopping.run_until_cancelled(tokio::time::sleep(TICK)).await.is_some() {
         inner.set_gauges();
+        if inner.reserve.is_full() && !inner.reserve.refill() && inner.metrics.wal_size.get() > 0 {
+            // What is in files needs the log no more, which gives room back.
+            inner.freeze(|_| true).await;
+        }
         if inner.freeze_due().await
+            && Instant::now() >= retry
             && let Err(e) = inner.flush_frozen().await
         {
             tracing::error!(error = %e, "flush failed and will be tried again");
-            wait = RETRY;
+            retry = Instant::now() + RETRY;
+            inner.reserve.suspect();
         }
     }
 }
@@ -253,6 +293,7 @@ pub(crate) async fn run_compactor(inner: Arc<Inner>) {
             Some(Ok(())) => inner.metrics.compaction.observe(begun.elapsed().as_secs_f64()),
             Some(Err(e)) => {
                 inner.metrics.compaction_failures.inc();
+                inner.reserve.suspect();
                 tracing::error!(error = %e, "compaction failed and will be tried again");
             }
         }

@@ -1,90 +1,210 @@
 //! The log: what is acknowledged is here until it is in files.
 //!
-//! Positions count the bytes ever logged. A segment file `<position>.wal` begins with a head and holds records; it
-//! stands alone: the first use of a tag set in it carries the labels. Only whole segments are deleted. A segment in
-//! which a write failed gets no further record, and a restart begins a new one.
+//! Positions count the bytes ever logged. The log is cut into *segments*, each of which stands alone: the first use of a
+//! tag set in it carries the labels, and only whole segments are deleted. A segment is stored as one or more *chunks*,
+//! each a head and records: in the data folder one file is one segment, in the object store each group is an object. A
+//! segment in which a write failed gets no further record, and a restart begins a new one.
+//!
+//! The head of a chunk says where the durable log ended when it was made. So a failed write that could not be taken
+//! back is void once something was logged after it, and bytes that vanished from before it are noticed.
 //!
 //! Always: a record is applied to memtables only after it is durable, in the order of the log.
 
 mod bytes;
+mod local;
+mod objects;
 mod record;
+mod replay;
 mod samples;
 
 use std::collections::VecDeque;
-use std::io::ErrorKind;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
-use catalog::fs::FsFile;
-use catalog::{Error, FileSystem, Ordinal, Result, Series, TagSet};
-
-pub(crate) use record::Record;
-use record::{FRAME, Reader, Writer, payload};
+use catalog::{Error, FileSystem, Ordinal, Result, Series};
+use object_store::ObjectStore;
 
 use crate::{Batch, MetricMetadata};
+use local::Local;
+use objects::Objects;
+pub(crate) use record::Record;
+use record::Writer;
+pub(crate) use replay::{Item, Replay};
 
 const MAGIC: &[u8; 8] = b"THALWAL\n";
-const FORMAT_VERSION: u32 = 1;
-/// `magic, format version u32, first position u64, CRC-32 of these u32`.
-const HEAD: usize = 24;
+const FORMAT_VERSION: u32 = 2;
 
 /// A segment ends when it is this long. Shorter ones are deleted sooner but repeat the labels of all tag sets.
 const SEGMENT_BYTES: u64 = 64 << 20;
 
+/// What a chunk begins with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Head {
+    /// Position of the segment's first byte.
+    first: u64,
+    /// Position of the chunk's first byte.
+    at: u64,
+    /// Position behind the last durable byte before the chunk; `None` in format version 1, which did not say.
+    end: Option<u64>,
+    /// Everything before this position is in files.
+    start: u64,
+    /// Which opening of the log wrote it: a number that no other one has.
+    owner: u64,
+}
+
+impl Head {
+    /// Bytes of a head of the present version.
+    const BYTES: usize = 60;
+    /// What heads of all versions begin with, and all of it in version 1.
+    const BASE: usize = 24;
+
+    fn to_bytes(self) -> [u8; Self::BYTES] {
+        let mut out = [0; Self::BYTES];
+        out[..8].copy_from_slice(MAGIC);
+        out[8..12].copy_from_slice(&FORMAT_VERSION.to_le_bytes());
+        out[12..20].copy_from_slice(&self.first.to_le_bytes());
+        seal(&mut out[..Self::BASE]);
+        let numbers = [self.at, self.end.unwrap_or(self.at), self.start, self.owner];
+        for (slot, number) in out[Self::BASE..].chunks_exact_mut(8).zip(numbers) {
+            slot.copy_from_slice(&number.to_le_bytes());
+        }
+        seal(&mut out);
+        out
+    }
+
+    /// The head at the start of a chunk and its length; `None` when it is damaged.
+    ///
+    /// # Errors
+    /// `Invalid` when a newer version wrote it.
+    fn parse(bytes: &[u8]) -> Result<Option<(Self, usize)>> {
+        let Some(base) = sealed(bytes, Self::BASE).filter(|b| b[..8] == MAGIC[..]) else { return Ok(None) };
+        let number = |b: &[u8], at: usize| b[at..at + 8].iter().rev().fold(0, |n, byte| n << 8 | u64::from(*byte));
+        let first = number(base, 12);
+        match u32::from_le_bytes([base[8], base[9], base[10], base[11]]) {
+            1 => Ok(Some((Self { first, at: first, end: None, start: 0, owner: 0 }, Self::BASE))),
+            FORMAT_VERSION => Ok(sealed(bytes, Self::BYTES).map(|b| {
+                let [at, end, start, owner] = [0, 1, 2, 3].map(|i| number(b, Self::BASE + 8 * i));
+                (Self { first, at, end: Some(end), start, owner }, Self::BYTES)
+            })),
+            version => Err(Error::invalid(format!(
+                "log has format version {version}; this version reads up to {FORMAT_VERSION}"
+            ))),
+        }
+    }
+}
+
+/// Puts the CRC-32 of the bytes before into the last four.
+fn seal(bytes: &mut [u8]) {
+    let (body, crc) = bytes.split_at_mut(bytes.len() - 4);
+    crc.copy_from_slice(&crc32fast::hash(body).to_le_bytes());
+}
+
+/// The first `len` bytes when they end in their CRC-32.
+fn sealed(bytes: &[u8], len: usize) -> Option<&[u8]> {
+    let (body, crc) = bytes.get(..len)?.split_at(len - 4);
+    (crc32fast::hash(body).to_le_bytes() == crc).then(|| &bytes[..len])
+}
+
+/// Where the chunks are.
+#[derive(Debug)]
+pub(crate) enum Storage {
+    /// Files in the data folder.
+    Local(Local),
+    /// Objects in the bucket.
+    Objects(Objects),
+}
+
+impl Storage {
+    /// A folder, made when the log is read.
+    pub(crate) fn local(fs: Arc<dyn FileSystem>, dir: &Path) -> Self {
+        Self::Local(Local::new(fs, dir))
+    }
+
+    /// Objects `<database>/wal/<number>`.
+    pub(crate) fn objects(store: Arc<dyn ObjectStore>, database: &str) -> Self {
+        Self::Objects(Objects::new(store, database))
+    }
+
+    /// Whether no record is there.
+    ///
+    /// # Errors
+    /// Of the storage.
+    pub(crate) async fn is_empty(&self) -> Result<bool> {
+        match self {
+            Self::Local(local) => Ok(local.list()?.is_empty()),
+            Self::Objects(objects) => objects.is_empty().await,
+        }
+    }
+}
+
+/// A part of the log that is deleted as a whole.
+#[derive(Debug)]
+struct Segment {
+    first: u64,
+    /// Behind its last byte.
+    end: u64,
+    /// Names of its chunks.
+    chunks: Vec<String>,
+    /// Whether something in it could not be read back.
+    damaged: bool,
+}
+
+impl Segment {
+    fn at(first: u64) -> Self {
+        Self { first, end: first, chunks: vec![], damaged: false }
+    }
+}
+
 /// The log, open for appending.
 #[derive(Debug)]
 pub(crate) struct Wal {
-    fs: Arc<dyn FileSystem>,
-    dir: PathBuf,
-    older: VecDeque<Older>,
-    current: Option<Current>,
+    storage: Storage,
+    /// Segments that get no more records, oldest first.
+    older: VecDeque<Segment>,
+    current: Option<Segment>,
     /// Where the next segment begins when there is no current one.
     next: u64,
+    /// Behind the last byte that is known to be durable.
+    durable: u64,
+    owner: u64,
     writer: Writer,
     /// Records encoded and not yet written.
     pending: Vec<u8>,
 }
 
-#[derive(Debug)]
-struct Older {
-    path: PathBuf,
-    first: u64,
-    end: u64,
-}
-
-#[derive(Debug)]
-struct Current {
-    path: PathBuf,
-    /// `None` until the first write.
-    file: Option<Box<dyn FsFile>>,
-    first: u64,
-    len: u64,
-}
-
 impl Wal {
-    /// Opens the log behind what [`replay`] found.
-    pub(crate) fn open(fs: Arc<dyn FileSystem>, dir: &Path, replayed: Vec<Replayed>) -> Self {
-        let older: VecDeque<Older> =
-            replayed.into_iter().map(|r| Older { path: r.path, first: r.first, end: r.end }).collect();
-        let next = older.back().map_or(0, |o| o.end);
-        Self { fs, dir: dir.to_owned(), older, current: None, next, writer: Writer::default(), pending: vec![] }
+    /// A log without records. [`Replay::finish`] opens one behind what it read.
+    pub(crate) fn new(storage: Storage, owner: u64) -> Self {
+        Self {
+            storage,
+            older: VecDeque::new(),
+            current: None,
+            next: 0,
+            durable: 0,
+            owner,
+            writer: Writer::default(),
+            pending: vec![],
+        }
     }
 
     /// Where the next record will begin, pending ones included.
     pub(crate) fn position(&self) -> u64 {
-        self.current.as_ref().map_or(self.next, |c| c.first + c.len) + self.pending.len() as u64
-    }
-
-    /// Where the oldest record that is kept begins, or the next one will.
-    pub(crate) fn begin(&self) -> u64 {
-        let current = self.current.as_ref().map_or(self.next, |c| c.first);
-        self.older.front().map_or(current, |o| o.first)
+        self.current.as_ref().map_or(self.next, |c| c.end) + self.pending.len() as u64
     }
 
     /// Bytes of all segments.
     pub(crate) fn bytes(&self) -> u64 {
-        let older: u64 = self.older.iter().map(|o| o.end - o.first).sum();
-        older + self.current.as_ref().map_or(0, |c| c.len)
+        self.older.iter().chain(&self.current).map(|s| s.end - s.first).sum()
+    }
+
+    /// Chunks of all segments.
+    pub(crate) fn chunks(&self) -> usize {
+        self.older.iter().chain(&self.current).map(|s| s.chunks.len()).sum()
+    }
+
+    /// Where the oldest record that is kept begins, or the next one will: everything before this position is in files.
+    pub(crate) fn start(&self) -> u64 {
+        self.older.iter().chain(&self.current).map(|s| s.first).next().unwrap_or(self.next)
     }
 
     /// Encodes a request as one record of the pending group and returns its position. Tag columns of `batches` are
@@ -99,14 +219,8 @@ impl Wal {
         batches: &[Batch],
         metadata: &[MetricMetadata],
     ) -> Result<u64> {
-        if self.pending.is_empty() && self.current.as_ref().is_some_and(|c| c.len >= SEGMENT_BYTES) {
-            self.roll();
-        }
-        if self.current.is_none() {
-            let (first, path) = (self.next, self.dir.join(format!("{:020}.wal", self.next)));
-            self.current = Some(Current { path, file: None, first, len: 0 });
-            self.writer.restart();
-            self.pending.extend_from_slice(&head(first));
+        if self.pending.is_empty() {
+            self.begin();
         }
         let position = self.position();
         let before = self.pending.len();
@@ -120,22 +234,45 @@ impl Wal {
         Ok(position)
     }
 
+    /// Begins a group, and what it needs of a new segment and a new chunk.
+    fn begin(&mut self) {
+        if self.current.as_ref().is_some_and(|c| c.end - c.first >= SEGMENT_BYTES) {
+            self.roll();
+        }
+        if self.current.is_none() {
+            self.writer.restart();
+        }
+        let new = self.current.is_none();
+        let first = self.current.get_or_insert_with(|| Segment::at(self.next)).first;
+        if new || matches!(self.storage, Storage::Objects(_)) {
+            let (at, end) = (self.position(), Some(self.durable));
+            let head = Head { first, at, end, start: self.start(), owner: self.owner };
+            self.pending.extend_from_slice(&head.to_bytes());
+        }
+    }
+
     /// Writes the pending records and makes them durable; returns how many bytes that were.
     ///
     /// # Errors
-    /// `Unavailable`: nothing of the group is in the log then, as far as the disk allows, and the next group begins a
-    /// new segment.
-    pub(crate) fn commit(&mut self) -> Result<u64> {
-        let Some(current) = &mut self.current else { return Ok(0) };
+    /// `Unavailable`: nothing of the group is acknowledged then. It is in the log whole or not at all, and is void as
+    /// soon as a later group is in it, which begins a new segment.
+    pub(crate) async fn commit(&mut self) -> Result<u64> {
+        let Some(current) = self.current.as_mut().filter(|_| !self.pending.is_empty()) else { return Ok(0) };
         let len = self.pending.len() as u64;
-        if len == 0 {
-            return Ok(0);
-        }
-        let result = current.append(&*self.fs, &self.dir, &self.pending);
-        self.pending.clear();
+        let pending = std::mem::take(&mut self.pending);
+        let result = match &mut self.storage {
+            Storage::Local(local) => {
+                let result = local.append(current, &pending);
+                self.pending = pending;
+                self.pending.clear();
+                result.map_err(Error::from)
+            }
+            Storage::Objects(objects) => objects.append(current, pending.into(), self.owner).await,
+        };
         match result {
             Ok(()) => {
-                current.len += len;
+                current.end += len;
+                self.durable = current.end;
                 Ok(len)
             }
             Err(e) => {
@@ -148,200 +285,89 @@ impl Wal {
     /// Leaves the current segment after a failed write of `len` bytes. Whether they, or what the kernel held back
     /// before them, reach the disk later can't be known.
     fn abandon(&mut self, len: u64) {
-        let Some(mut current) = self.current.take() else { return };
-        self.next = current.first + current.len + len;
-        // A client that was told to try again may do so: its first attempt had better not come back at replay.
-        let undone = match &mut current.file {
-            Some(file) if current.len > 0 => file.set_len(current.len).and_then(|()| file.sync()),
-            _ => self.fs.remove(&current.path),
-        };
-        if let Err(e) = undone {
-            tracing::warn!(segment = %current.path.display(), error = %e, "failed write could not be cut off the log");
+        let Some(mut segment) = self.current.take() else { return };
+        self.next = segment.end + len;
+        if let Storage::Local(local) = &mut self.storage {
+            local.abandon(&mut segment);
         }
-        if current.len > 0 {
-            self.older.push_back(Older { path: current.path, first: current.first, end: self.next });
+        if !segment.chunks.is_empty() {
+            segment.end = self.next;
+            self.older.push_back(segment);
         }
     }
 
     /// Ends the current segment, so that it can be deleted once what it holds is in files.
     pub(crate) fn roll(&mut self) {
         assert!(self.pending.is_empty(), "a segment ends between groups");
-        if let Some(current) = self.current.take() {
-            self.next = current.first + current.len;
-            self.older.push_back(Older { path: current.path, first: current.first, end: self.next });
+        if let Some(segment) = self.current.take() {
+            self.next = segment.end;
+            self.older.push_back(segment);
+        }
+        if let Storage::Local(local) = &mut self.storage {
+            local.close();
         }
     }
 
-    /// Deletes the segments that end at or before `position`: all that begins there or later is kept.
-    pub(crate) fn trim(&mut self, position: u64) -> Result<()> {
-        let mut deleted = false;
-        while let Some(segment) = self.older.front().filter(|s| s.end <= position) {
-            match self.fs.remove(&segment.path) {
-                Err(e) if e.kind() != ErrorKind::NotFound => {
-                    return Err(Error::from(e).context(format_args!("delete {}", segment.path.display())));
-                }
-                _ => {}
-            }
-            self.older.pop_front();
-            deleted = true;
-        }
-        if deleted {
-            self.fs.sync_dir(&self.dir)?;
-        }
-        Ok(())
-    }
-}
-
-impl Current {
-    fn append(&mut self, fs: &dyn FileSystem, dir: &Path, bytes: &[u8]) -> std::io::Result<()> {
-        let new = self.file.is_none();
-        let file = match &mut self.file {
-            Some(file) => file,
-            none => none.insert(fs.create(&self.path)?),
-        };
-        file.write_all(bytes)?;
-        file.sync()?;
-        if new {
-            fs.sync_dir(dir)?;
-        }
-        Ok(())
-    }
-}
-
-fn head(first: u64) -> [u8; HEAD] {
-    let mut out = [0; HEAD];
-    out[..8].copy_from_slice(MAGIC);
-    out[8..12].copy_from_slice(&FORMAT_VERSION.to_le_bytes());
-    out[12..20].copy_from_slice(&first.to_le_bytes());
-    let crc = crc32fast::hash(&out[..20]);
-    out[20..].copy_from_slice(&crc.to_le_bytes());
-    out
-}
-
-/// A segment that was there at start.
-#[derive(Debug)]
-pub(crate) struct Replayed {
-    path: PathBuf,
-    first: u64,
-    end: u64,
-}
-
-/// Bytes of a segment that are no intact record.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Damage {
-    /// Position of the first byte.
-    pub start: u64,
-    /// Position behind the last byte.
-    pub end: u64,
-    /// True when no record follows: a write that a crash cut short.
-    pub tail: bool,
-}
-
-/// A segment file while it is read back.
-#[derive(Debug)]
-pub(crate) struct SegmentReader {
-    path: PathBuf,
-    first: u64,
-    bytes: Vec<u8>,
-    at: usize,
-    reader: Reader,
-}
-
-/// What comes next in a segment.
-#[derive(Debug)]
-pub(crate) enum Item {
-    /// A record and its position.
-    Record(u64, Record),
-    /// Intact bytes that can't be used, at this position: they lean on a damaged record.
-    Lost(u64, Error),
-    /// Damaged bytes.
-    Damage(Damage),
-}
-
-/// The segments of a log, in order; creates the folder on first use.
-///
-/// # Errors
-/// Reading the folder failed, or a segment can't be told from its name.
-pub(crate) fn segments(fs: &dyn FileSystem, dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
-    fs.create_dir_all(dir)?;
-    let mut out = vec![];
-    for path in fs.list(dir)? {
-        if path.extension().is_none_or(|e| e != "wal") {
-            continue;
-        }
-        let first = path.file_stem().and_then(|s| s.to_str()).and_then(|s| s.parse().ok());
-        out.push((
-            first
-                .ok_or_else(|| Error::corrupt(format!("log segment {} has no position as its name", path.display())))?,
-            path,
-        ));
-    }
-    out.sort();
-    Ok(out)
-}
-
-impl SegmentReader {
-    /// Reads a segment.
+    /// Gives up the segments that end at or before `position`: all that begins there or later is kept. Returns what is
+    /// left to delete, which can be done while the log goes on.
     ///
     /// # Errors
-    /// `Invalid` when a newer version wrote it; reading errors.
-    pub(crate) fn open(fs: &dyn FileSystem, first: u64, path: PathBuf) -> Result<Self> {
-        let bytes = fs.read(&path).map_err(|e| Error::from(e).context(format_args!("read {}", path.display())))?;
-        let mut at = 0;
-        if let Some(found) = bytes.get(..HEAD) {
-            let sound = found[..8] == MAGIC[..] && crc32fast::hash(&found[..20]).to_le_bytes() == found[20..];
-            let version = u32::from_le_bytes([found[8], found[9], found[10], found[11]]);
-            if sound && version > FORMAT_VERSION {
-                return Err(Error::invalid(format!(
-                    "log segment {} has format version {version}; this version reads up to {FORMAT_VERSION}",
-                    path.display()
-                )));
-            }
-            // A damaged head is reported like any damage; records say themselves where they belong.
-            if sound && found == head(first) {
-                at = HEAD;
-            }
-        }
-        Ok(Self { path, first, bytes, at, reader: Reader::default() })
-    }
-
-    /// The file.
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// From references in this segment's rows to ordinals, as far as it was read.
-    pub(crate) fn ordinals(&self) -> &[Ordinal] {
-        self.reader.ordinals()
-    }
-
-    /// The next record or damage; `None` at the end. `publish` gives each tag set its ordinal.
-    ///
-    /// # Errors
-    /// `Invalid` when a newer version wrote the record; what `publish` returns.
-    pub(crate) fn next(&mut self, publish: &mut impl FnMut(TagSet) -> Result<Ordinal>) -> Result<Option<Item>> {
-        if self.at >= self.bytes.len() {
+    /// Of the storage; what could not be given up is kept.
+    pub(crate) async fn trim(&mut self, position: u64) -> Result<Option<Garbage>> {
+        let count = self.older.iter().take_while(|s| s.end <= position).count();
+        if count == 0 {
             return Ok(None);
         }
-        let position = self.first + self.at as u64;
-        let Some(found) = payload(&self.bytes[self.at..], position) else {
-            let intact = |at: &usize| payload(&self.bytes[*at..], self.first + *at as u64).is_some();
-            let next = (self.at + 1..self.bytes.len()).find(intact);
-            self.at = next.unwrap_or(self.bytes.len());
-            let end = self.first + self.at as u64;
-            return Ok(Some(Item::Damage(Damage { start: position, end, tail: next.is_none() })));
+        let store = match &mut self.storage {
+            Storage::Local(local) => {
+                for _ in 0..count {
+                    local.remove(&self.older[0])?;
+                    self.older.pop_front();
+                }
+                return Ok(None);
+            }
+            Storage::Objects(objects) => {
+                self.older.iter_mut().take(count).for_each(|s| objects.keep_fences(s));
+                objects.store()
+            }
         };
-        self.at += FRAME + found.len();
-        match self.reader.decode(found, publish) {
-            Ok(record) => Ok(Some(Item::Record(position, record))),
-            Err(e) if e.kind() == catalog::ErrorKind::Corrupt => Ok(Some(Item::Lost(position, e))),
-            Err(e) => Err(e.context(format_args!("log segment {} at {position}", self.path.display()))),
+        // Objects go in any order, so the log first says that all of them are void.
+        let gone: Vec<Segment> = self.older.drain(..count).collect();
+        self.begin();
+        if let Err(e) = self.commit().await {
+            gone.into_iter().rev().for_each(|s| self.older.push_front(s));
+            return Err(e);
         }
+        Ok(Some(Garbage { store, segments: gone }))
     }
 
-    /// What [`Wal::open`] needs to know of it.
-    pub(crate) fn finish(self) -> Replayed {
-        Replayed { path: self.path, first: self.first, end: self.first + (self.bytes.len() as u64).max(HEAD as u64) }
+    /// Damaged segments that were set aside in the data folder.
+    ///
+    /// # Errors
+    /// Of the storage.
+    pub(crate) fn damaged(&self) -> Result<usize> {
+        match &self.storage {
+            Storage::Local(local) => Ok(local.damaged()?.len()),
+            Storage::Objects(_) => Ok(0),
+        }
+    }
+}
+
+/// Chunks that the log has given up.
+#[derive(Debug)]
+pub(crate) struct Garbage {
+    store: objects::Store,
+    segments: Vec<Segment>,
+}
+
+impl Garbage {
+    /// Deletes them. What is left by a failure is found again at the next start.
+    pub(crate) async fn delete(self) {
+        for segment in self.segments {
+            if let Err(e) = self.store.remove(&segment).await {
+                tracing::warn!(position = segment.first, error = %e, "old log could not be deleted");
+            }
+        }
     }
 }
 

@@ -299,3 +299,31 @@ impl Setting for LogFormat {
         }
     }
 }
+
+/// Where the log is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogPlace {
+    /// In the data folder.
+    Local,
+    /// In the object store.
+    Object,
+}
+
+impl Setting for LogPlace {
+    const KIND: &'static str = "local or object";
+
+    fn parse(text: &str) -> Result<Self, String> {
+        match text {
+            "local" => Ok(Self::Local),
+            "object" => Ok(Self::Object),
+            other => Err(format!("{other:?} is neither local nor object")),
+        }
+    }
+
+    fn show(&self) -> String {
+        match self {
+            Self::Local => "local".to_owned(),
+            Self::Object => "object".to_owned(),
+        }
+    }
+}

@@ -58,9 +58,16 @@ impl Faults {
         self.0.lock().at.insert(call, fault);
     }
 
-    /// Makes every call from now on fail, or none but those set by [`Faults::at`].
-    pub fn always(&self, fault: Option<Fault>) {
-        self.0.lock().always = fault;
+    /// Makes every call from now on fail.
+    pub fn always(&self, fault: Fault) {
+        self.0.lock().always = Some(fault);
+    }
+
+    /// Lets all calls succeed, as far as there is room.
+    pub fn clear(&self) {
+        let mut state = self.0.lock();
+        state.at.clear();
+        state.always = None;
     }
 
     /// Limits the bytes of all files that were created here: what would need more fails with [`Fault::Short`].

@@ -93,8 +93,8 @@ fn room_is_taken_and_given_back() {
     other.allocate(20).unwrap();
     let calls = faults.calls();
     assert_eq!(calls.last(), Some(&Call { what: "allocate", path: c }));
-    faults.always(Some(Fault::Io));
+    faults.always(Fault::Io);
     assert!(fs.sync_dir(dir.path()).is_err());
-    faults.always(None);
+    faults.clear();
     fs.sync_dir(dir.path()).unwrap();
 }

@@ -1,5 +1,7 @@
 //! Opening, writing, restarting, and reading while memtables are frozen.
 
+mod faults;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -52,6 +54,11 @@ fn request(engine: &Engine, rows: &[(&str, i64, f64)]) -> Write {
     let rows = RecordBatch::try_new(SAMPLES.arrow().clone(), columns).unwrap();
     let batch = Batch { table: SAMPLES.clone(), rows };
     Write { tags: encoder.finish(), batches: vec![batch], metadata: vec![] }
+}
+
+/// The log's files.
+fn logs(dir: &Path) -> Vec<std::path::PathBuf> {
+    Disk.list(&dir.join("wal")).unwrap()
 }
 
 /// All rows in memtables, the newest winning.
@@ -142,7 +149,7 @@ async fn metadata_survive_and_say_the_newest() {
     assert_eq!(engine.metadata(None), expected);
     engine.shutdown(Duration::from_secs(10)).await.unwrap();
     // Now from the file catalog: the log is empty.
-    assert_eq!(wal::segments(&Disk, &crashed.path().join("wal")).unwrap(), vec![]);
+    assert_eq!(logs(crashed.path()), Vec::<std::path::PathBuf>::new());
     drop(engine);
     assert_eq!(open(crashed.path(), &store).await.metadata(Some("m")), [of("m", "2")]);
 }
@@ -309,12 +316,12 @@ async fn a_flush_empties_memory_and_log() {
     }
     engine.flush().await.unwrap();
     assert!(rows(&engine).is_empty());
-    assert_eq!(wal::segments(&Disk, &dir.path().join("wal")).unwrap(), vec![]);
+    assert_eq!(logs(dir.path()), Vec::<std::path::PathBuf>::new());
     assert_eq!(engine.inner().version().table(SAMPLES.id).unwrap().files.len(), 3);
     engine.write(request(&engine, &[("a", NOW, 5.0)])).await.unwrap();
     assert_eq!(rows(&engine), model(&[("a", NOW, 5.0)]));
     engine.shutdown(Duration::from_secs(10)).await.unwrap();
-    assert_eq!(wal::segments(&Disk, &dir.path().join("wal")).unwrap(), vec![]);
+    assert_eq!(logs(dir.path()), Vec::<std::path::PathBuf>::new());
 }
 
 /// How many rows of each series a query sees, and how many distinct (series, time).
@@ -452,4 +459,79 @@ async fn replay_flushes_when_memory_is_short() {
     let again = Engine::open(settings, components(&store), Extensions::default()).await.unwrap();
     assert!(!again.inner().version().table(SAMPLES.id).unwrap().files.is_empty());
     assert_eq!(query(&again).await.1, all.len());
+}
+
+#[tokio::test]
+async fn a_clock_that_jumps_loses_and_stalls_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (engine, clock) = open_with(dir.path(), |s| s.flush_interval = Duration::from_secs(60)).await;
+    engine.inner().stopping.cancel();
+    let mut ts = NOW;
+    let mut write = async || {
+        ts += 1;
+        engine.write(request(&engine, &[("a", ts, 1.0)])).await.unwrap();
+    };
+    let due = async || engine.inner().freeze_due().await;
+    let (year_2100, year_1970) = (4_102_444_800_000, 0);
+    write().await;
+    clock.set(year_2100);
+    assert!(due().await, "a minute has gone by");
+    write().await;
+    clock.set(year_2100 - 1000);
+    engine.flush().await.unwrap();
+    write().await;
+    clock.set(year_2100 - 2000);
+    assert!(!due().await, "a small step means nothing");
+    clock.set(year_1970);
+    assert!(due().await, "nobody knows how long it has been");
+    write().await;
+    engine.flush().await.unwrap();
+    write().await;
+    clock.set(59_999);
+    assert!(!due().await);
+    clock.set(60_000);
+    assert!(due().await);
+    engine.flush().await.unwrap();
+    assert_eq!(query(&engine).await.1, 5);
+    // An idle set that was last seen in 2100 leaves two hours after the clock was put right.
+    let registry = engine.registry();
+    let idle = Series::new(registry.hasher(), catalog::tag::tag_set(&[("__name__", "idle")]).unwrap());
+    registry.publish(&Arc::new(idle), &[], committer::minute(year_2100)).unwrap();
+    let sets = registry.len();
+    let mut held = std::collections::HashSet::new();
+    let now = committer::minute(NOW);
+    committer::retire(engine.inner(), &mut held, now).await;
+    assert_eq!(registry.len(), sets - 1, "the others have not been seen since 1970");
+    committer::retire(engine.inner(), &mut held, now + 121).await;
+    assert_eq!(registry.len(), 0);
+}
+
+#[tokio::test]
+async fn a_log_in_the_bucket_outlives_disk_and_process() {
+    let store = bucket();
+    // Numbers that no two processes draw alike.
+    let entropy = Arc::new(catalog::SeededEntropy::new(9));
+    let open = async |dir: &Path, wal: LogStore| {
+        let components = Components { entropy: entropy.clone(), ..components(&store) };
+        Engine::open(Settings { wal, ..settings(dir) }, components, Extensions::default()).await
+    };
+    let dirs = [0; 4].map(|_| tempfile::tempdir().unwrap());
+    let first = open(dirs[0].path(), LogStore::Object).await.unwrap();
+    first.write(request(&first, &[("a", 1, 1.0)])).await.unwrap();
+    let second = open(dirs[1].path(), LogStore::Object).await.unwrap();
+    assert_eq!(rows(&second), model(&[("a", 1, 1.0)]));
+    let refused = first.write(request(&first, &[("a", 2, 2.0)])).await.unwrap_err();
+    assert_eq!(refused.kind(), catalog::ErrorKind::Unavailable, "it has lost the log");
+    second.write(request(&second, &[("b", 3, 3.0)])).await.unwrap();
+    drop((first, second));
+    let refused = open(dirs[2].path(), LogStore::Local).await.map(|_| ()).unwrap_err();
+    assert!(refused.message().contains("object store"), "{refused}");
+    let third = open(dirs[3].path(), LogStore::Object).await.unwrap();
+    assert_eq!(rows(&third), model(&[("a", 1, 1.0), ("b", 3, 3.0)]));
+    third.shutdown(Duration::from_secs(10)).await.unwrap();
+    drop(third);
+    // All is in files, so the log may be elsewhere.
+    let fourth = open(dirs[3].path(), LogStore::Local).await.unwrap();
+    assert_eq!(query(&fourth).await.1, 2);
+    assert!(rows(&fourth).is_empty());
 }

@@ -1,0 +1,175 @@
+//! Segments as files `<position>.wal` in the data folder.
+
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use catalog::fs::FsFile;
+use catalog::{Error, FileSystem, Result};
+use futures::StreamExt;
+use futures::stream::BoxStream;
+
+use super::Segment;
+
+const SUFFIX: &str = ".wal";
+/// Damaged files that are kept for an operator, the newest, and their bytes in all.
+const DAMAGED: &str = ".damaged";
+const DAMAGED_FILES_MAX: usize = 16;
+const DAMAGED_BYTES_MAX: u64 = 256 << 20;
+
+/// The folder of a log.
+#[derive(Debug)]
+pub(crate) struct Local {
+    fs: Arc<dyn FileSystem>,
+    dir: PathBuf,
+    /// The current segment's file, once there is one.
+    file: Option<Box<dyn FsFile>>,
+}
+
+impl Local {
+    pub(super) fn new(fs: Arc<dyn FileSystem>, dir: &Path) -> Self {
+        Self { fs, dir: dir.to_owned(), file: None }
+    }
+
+    /// Appends to the current segment and makes it durable.
+    pub(super) fn append(&mut self, segment: &mut Segment, bytes: &[u8]) -> std::io::Result<()> {
+        let name = name(segment.first);
+        let new = self.file.is_none();
+        let file = match &mut self.file {
+            Some(file) => file,
+            none => none.insert(self.fs.create(&self.dir.join(&name))?),
+        };
+        file.write_all(bytes)?;
+        file.sync()?;
+        if new {
+            self.fs.sync_dir(&self.dir)?;
+            segment.chunks.push(name);
+        }
+        Ok(())
+    }
+
+    /// Leaves a segment in which a write failed and takes back what was written behind its end, as far as the disk
+    /// allows: it takes room, and the client may be about to send it again.
+    pub(super) fn abandon(&mut self, segment: &mut Segment) {
+        let name = name(segment.first);
+        let path = self.dir.join(&name);
+        let undone = match self.file.take() {
+            None => Ok(()),
+            Some(mut file) if !segment.chunks.is_empty() => {
+                file.set_len(segment.end - segment.first).and_then(|()| file.sync())
+            }
+            Some(_) => match self.fs.remove(&path) {
+                Err(e) if e.kind() != ErrorKind::NotFound => {
+                    segment.chunks.push(name);
+                    Err(e)
+                }
+                _ => Ok(()),
+            },
+        };
+        if let Err(e) = undone {
+            tracing::warn!(segment = %path.display(), error = %e, "failed write could not be cut off the log");
+        }
+    }
+
+    pub(super) fn close(&mut self) {
+        self.file = None;
+    }
+
+    /// Deletes a segment, or sets it aside when it is damaged. Durable when it returns: were a newer segment gone before
+    /// an older one, a restart would read old values without those that came after them.
+    pub(super) fn remove(&self, segment: &Segment) -> Result<()> {
+        for name in &segment.chunks {
+            let path = self.dir.join(name);
+            let removed = if segment.damaged {
+                let aside = self.aside(name)?;
+                tracing::warn!(path = %aside.display(), "damaged log segment is set aside");
+                self.fs.rename(&path, &aside)
+            } else {
+                self.fs.remove(&path)
+            };
+            match removed {
+                Err(e) if e.kind() != ErrorKind::NotFound => {
+                    return Err(Error::from(e).context(format_args!("delete {}", path.display())));
+                }
+                _ => self.fs.sync_dir(&self.dir)?,
+            }
+        }
+        if segment.damaged {
+            self.bound_damaged()?;
+        }
+        Ok(())
+    }
+
+    /// Where to put a damaged segment: names count up, since positions begin again once the log was empty.
+    fn aside(&self, name: &str) -> Result<PathBuf> {
+        let last = self.damaged()?.pop();
+        let number = last.as_ref().and_then(|p| p.file_name()?.to_str()?.split('-').next()?.parse::<u32>().ok());
+        Ok(self.dir.join(format!("{:06}-{name}{DAMAGED}", number.map_or(1, |n| n + 1))))
+    }
+
+    fn bound_damaged(&self) -> Result<()> {
+        let mut bytes = 0;
+        for (i, path) in self.damaged()?.into_iter().rev().enumerate() {
+            bytes += self.fs.len(&path)?;
+            if i >= DAMAGED_FILES_MAX || bytes > DAMAGED_BYTES_MAX {
+                tracing::warn!(path = %path.display(), "damaged log segment is deleted; newer ones are kept");
+                self.fs.remove(&path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Damaged segments that were set aside, oldest first.
+    pub(super) fn damaged(&self) -> Result<Vec<PathBuf>> {
+        let mut paths = self.fs.list(&self.dir)?;
+        paths.retain(|p| p.to_string_lossy().ends_with(DAMAGED));
+        Ok(paths)
+    }
+
+    /// Positions and names of the segments, in order; makes the folder on first use.
+    ///
+    /// # Errors
+    /// `Corrupt` when a file is not named like a segment; reading errors.
+    pub(super) fn list(&self) -> Result<Vec<(u64, String)>> {
+        self.fs.create_dir_all(&self.dir)?;
+        let mut out = vec![];
+        for path in self.fs.list(&self.dir)? {
+            let Some(name) = path.file_name().and_then(|n| n.to_str()).filter(|n| n.ends_with(SUFFIX)) else {
+                continue;
+            };
+            let first = name.strip_suffix(SUFFIX).and_then(|n| n.parse().ok());
+            let first = first
+                .ok_or_else(|| Error::corrupt(format!("log segment {} has no position as its name", path.display())))?;
+            out.push((first, name.to_owned()));
+        }
+        out.sort();
+        Ok(out)
+    }
+
+    /// Position, name and bytes of each segment, in order, read when asked for.
+    pub(super) fn chunks(&self) -> Result<BoxStream<'static, Result<(u64, String, Bytes)>>> {
+        let (fs, dir) = (self.fs.clone(), self.dir.clone());
+        let read = move |(first, name): (u64, String)| {
+            let path = dir.join(&name);
+            match fs.read(&path) {
+                Ok(bytes) => Ok((first, name, bytes.into())),
+                Err(e) => Err(Error::from(e).context(format_args!("read {}", path.display()))),
+            }
+        };
+        Ok(futures::stream::iter(self.list()?).map(read).boxed())
+    }
+
+    /// Makes durable what was read of a file. A process that was killed may have left bytes which the next one sees and
+    /// a power loss would still take.
+    pub(super) fn settle(&self, name: &str) -> Result<()> {
+        let path = self.dir.join(name);
+        let settled = self.fs.open(&path).and_then(|mut file| file.sync()).and_then(|()| self.fs.sync_dir(&self.dir));
+        settled
+            .map_err(|e| Error::unavailable(format!("log segment {} can't be synced", path.display())).with_source(e))
+    }
+}
+
+fn name(first: u64) -> String {
+    format!("{first:020}{SUFFIX}")
+}
