@@ -89,7 +89,8 @@ async fn try_open(dir: &Path, faults: &Faults, change: impl FnOnce(&mut Settings
     let store: Arc<dyn ObjectStore> = Arc::new(LocalStore::open(fs.clone(), &dir.join("objects"))?);
     let mut settings = Settings { cpu_threads: 1, own_threads: false, reserve_bytes: 1 << 20, ..settings(dir) };
     change(&mut settings);
-    Engine::open(settings, Components { fs, ..components(&store) }, Extensions::default()).await
+    let entropy = Arc::new(catalog::SystemEntropy);
+    Engine::open(settings, Components { fs, entropy, ..components(&store) }, Extensions::default()).await
 }
 
 /// A start that failed is tried again.
