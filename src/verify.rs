@@ -52,7 +52,8 @@ pub fn run(verify: &Verify) -> Result<()> {
     let (number, stored) = journal;
     let log = match &lock {
         Some(Ok(_)) if config.data_dir.join("wal").exists() => {
-            Some(engine::verify::log(&Disk, &config.data_dir, stored.seed).context("the log can't be read")?)
+            let log = engine::verify::log(Arc::new(Disk), &config.data_dir, stored.seed);
+            Some(runtime.block_on(log).context("the log can't be read")?)
         }
         _ => None,
     };

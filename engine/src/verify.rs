@@ -15,7 +15,7 @@ use object_store::ObjectStore;
 use object_store::path::Path;
 
 use crate::segment::Segments;
-use crate::wal::{self, Item, SegmentReader};
+use crate::wal::{Item, Replay, Storage};
 
 /// Something that is not as it was written.
 #[derive(Debug, Clone)]
@@ -200,32 +200,22 @@ pub struct LogReport {
 ///
 /// # Errors
 /// Of the file system; `Invalid` for a log of a newer version.
-pub fn log(fs: &dyn FileSystem, data_dir: &std::path::Path, seed: u64) -> Result<LogReport> {
+pub async fn log(fs: Arc<dyn FileSystem>, data_dir: &std::path::Path, seed: u64) -> Result<LogReport> {
     let registry = Registry::new(TagHasher::new(seed), usize::MAX);
     let mut publish = |tags| registry.publish(&Arc::new(Series::new(registry.hasher(), tags)), &[], 0);
     let mut report = LogReport::default();
-    for (first, path) in wal::segments(fs, &data_dir.join("wal"))? {
-        report.segments += 1;
-        let name = path.display().to_string();
-        let mut segment = match SegmentReader::open(fs, first, path) {
-            Ok(segment) => segment,
-            Err(e) if e.kind() == ErrorKind::Corrupt => {
-                report.damage.push(e.to_string());
-                continue;
+    let mut log = Replay::open(Storage::local(fs, &data_dir.join("wal")), 0).await?;
+    while let Some(item) = log.next(&mut publish).await? {
+        match item {
+            Item::Record(_, record) => {
+                report.records += 1;
+                report.rows += record.batches.iter().map(|b| b.rows.num_rows() as u64).sum::<u64>();
             }
-            Err(e) => return Err(e),
-        };
-        while let Some(item) = segment.next(&mut publish)? {
-            match item {
-                Item::Record(_, record) => {
-                    report.records += 1;
-                    report.rows += record.batches.iter().map(|b| b.rows.num_rows() as u64).sum::<u64>();
-                }
-                Item::Lost(position, e) => report.damage.push(format!("{name}: record at {position} is lost: {e}")),
-                Item::Damage(d) if d.tail => report.torn += d.end - d.start,
-                Item::Damage(d) => report.damage.push(format!("{name}: bytes {} to {} are damaged", d.start, d.end)),
-            }
+            Item::Lost(name, position, e) => report.damage.push(format!("{name}: record at {position} is lost: {e}")),
+            Item::Damage(d) if d.tail => report.torn += d.end - d.start,
+            Item::Damage(d) => report.damage.push(format!("{}: bytes {} to {} are damaged", d.chunk, d.start, d.end)),
         }
     }
+    report.segments = log.segments() as u64;
     Ok(report)
 }

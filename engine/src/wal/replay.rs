@@ -162,6 +162,11 @@ impl Replay {
         self.reader.ordinals()
     }
 
+    /// Segments so far.
+    pub(crate) fn segments(&self) -> usize {
+        self.segments.len()
+    }
+
     /// The next record or damage; `None` at the end. `publish` gives each tag set its ordinal.
     ///
     /// # Errors
