@@ -52,7 +52,7 @@ pub fn run(verify: &Verify) -> Result<()> {
     let (number, stored) = journal;
     let log = match &lock {
         Some(Ok(_)) if config.data_dir.join("wal").exists() => {
-            let log = engine::verify::log(Arc::new(Disk), &config.data_dir, stored.seed);
+            let log = verify::log(Arc::new(Disk), &config.data_dir, stored.seed);
             Some(runtime.block_on(log).context("the log can't be read")?)
         }
         _ => None,
