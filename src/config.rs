@@ -232,11 +232,19 @@ impl Config {
     fn check(&self) -> Result<()> {
         ensure!(self.http.address().is_some(), "http must be an address: nothing works without it");
         // Shown in many places, so that no secret may stand in it; nor is it quoted here.
-        let url = self.object_store.split_once("://").map_or("", |(_, rest)| rest);
+        let (scheme, rest) = self.object_store.split_once("://").unwrap_or_default();
+        let (place, options) = rest.split_once('?').unwrap_or((rest, ""));
+        let host = place.split('/').next().unwrap_or_default();
+        // Azure's form is container@account.
+        let user = host.contains('@') && (host.contains(':') || !scheme.starts_with("abfs"));
         ensure!(
-            !url.contains('?') && !url.split('/').next().is_some_and(|host| host.contains('@')),
-            "object_store holds a user, a password or parameters; credentials belong into the environment"
+            !user && !options.contains('@'),
+            "object_store holds a user or a password; credentials belong into the environment"
         );
+        if !self.object_store.is_empty() {
+            // Options that are unknown are refused there, without their values.
+            catalog::object::location(&self.object_store)?;
+        }
         if self.insecure.0 {
             return Ok(());
         }

