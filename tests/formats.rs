@@ -119,7 +119,7 @@ fn a_newer_version_is_refused_by_name() {
     let check = |change: &dyn Fn(&Path), expected: &[&str]| {
         let down = copied(&newest);
         change(&down.data_dir());
-        let ended = down.try_start().err().expect("it must not start");
+        let ended = down.try_start().expect_err("it must not start");
         for part in expected {
             assert!(ended.contains(part), "{ended:?} does not contain {part:?}");
         }

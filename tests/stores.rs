@@ -63,12 +63,12 @@ fn a_store_without_conditions_is_refused() {
     let Some(s3) = S3::start() else { return };
     let proxy = Proxy::before(s3.address, 0);
     proxy.forget_conditions();
-    let ended = Down::new(S3::setup(proxy.address)).try_start().err().expect("it must not start");
+    let ended = Down::new(S3::setup(proxy.address)).try_start().expect_err("it must not start");
     assert!(ended.contains("If-None-Match is not honoured"), "{ended}");
     // Credentials in the wrong place are not repeated.
     let mut setup = S3::setup(s3.address);
     setup.arguments[1].push_str("&secret_access_key=canary");
-    let ended = Down::new(setup).try_start().err().expect("it must not start");
+    let ended = Down::new(setup).try_start().expect_err("it must not start");
     assert!(ended.contains("secret_access_key") && !ended.contains("canary"), "{ended}");
 }
 

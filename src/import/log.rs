@@ -75,9 +75,7 @@ pub fn read(dir: &Path, range: &Range, reading: &mut Reading) -> std::result::Re
                 Err(Unwanted) => Err(Damage::new("nobody wants more")),
             }
         });
-        if wanted.is_err() {
-            return wanted;
-        }
+        wanted.as_ref()?;
     }
     hand_on(collected, &head, reading)?;
     reading.report.units += 1;
