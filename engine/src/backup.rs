@@ -273,7 +273,7 @@ async fn check_object(seed: u64, one: Named<'_>, bytes: &Bytes) -> Result<()> {
         Named::File(file) => {
             let table = tables::all().into_iter().find(|t| t.id == file.table_id);
             let table = table.ok_or_else(|| Error::invalid(format!("table {} is unknown", file.table_id)))?;
-            Segments::new(store, "copied", 0).check(&table, file).await.map(|_| ())
+            Segments::new(store, "copied", 0).check(table, file).await.map(|_| ())
         }
         Named::Part(part) => {
             let registry = Arc::new(Registry::new(TagHasher::new(seed), 0));

@@ -118,7 +118,7 @@ impl Objects<'_> {
 
     async fn file(&self, file: &DataFile, sets: Option<&Sets>, report: &mut Report) -> Result<()> {
         let checked = match tables::all().into_iter().find(|t| t.id == file.table_id) {
-            Some(table) => self.segments.check(&table, file).await,
+            Some(table) => self.segments.check(table, file).await,
             None => {
                 Err(Error::corrupt(format!("segment {} is of table {}, which is unknown", file.path, file.table_id)))
             }

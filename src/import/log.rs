@@ -62,8 +62,8 @@ pub fn read(dir: &Path, range: &Range, reading: &mut Reading) -> std::result::Re
     }
     reading.batcher.begin("log", 0);
     let mut collected = Collected::default();
-    let mut wanted = Ok(());
     for file in &files {
+        let mut wanted = Ok(());
         // Damage was told the first time.
         let _ = records(file, |record| {
             head.samples(record, &mut collected)?;
@@ -75,7 +75,7 @@ pub fn read(dir: &Path, range: &Range, reading: &mut Reading) -> std::result::Re
                 Err(Unwanted) => Err(Damage::new("nobody wants more")),
             }
         });
-        wanted.as_ref()?;
+        wanted?;
     }
     hand_on(collected, &head, reading)?;
     reading.report.units += 1;

@@ -196,8 +196,8 @@ mod tests {
             let parameter = [&length.to_be_bytes(), bytes].concat();
             typed(b'B', &[b"p\0s\0\0\x01\0\x01\0\x01", &parameter[..], b"\0\0"].concat())
         };
-        check(&bind(3, b"abc"), true, Ok(Some(25)));
-        check(&bind(-1, b""), true, Ok(Some(22)));
+        check(&bind(3, b"abc"), true, Ok(Some(24)));
+        check(&bind(-1, b""), true, Ok(Some(21)));
         check(&bind(-2, b""), true, Err("a message of kind 'B' ends too early"));
         check(&bind(i32::MAX, b""), true, Err("a message of kind 'B' ends too early"));
         check(&typed(b'E', b"p\0\0\0\0"), true, Err("a message of kind 'E' ends too early"));
