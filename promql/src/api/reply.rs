@@ -1,6 +1,6 @@
 //! What every endpoint answers: Prometheus's envelope, and the one table from kinds of errors to statuses.
 
-use axum::http::header::CONTENT_TYPE;
+use axum::http::header::{CONTENT_TYPE, RETRY_AFTER};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 
@@ -106,7 +106,11 @@ impl IntoResponse for Failure {
         out.extend_from_slice(br#","error":"#);
         json::text(&mut out, &message);
         out.push(b'}');
-        (status, json_type(), out).into_response()
+        let mut response = (status, json_type(), out).into_response();
+        if kind == QueryErrorKind::Unavailable {
+            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("5"));
+        }
+        response
     }
 }
 
