@@ -49,7 +49,7 @@ fn request(number: u64, base_ms: i64) -> Vec<Series> {
 
 /// How many requests are there; they are the first ones, each whole.
 fn prefix(server: &Server) -> u64 {
-    let rows = server.sql("SELECT value FROM prometheus.saved ORDER BY value");
+    let rows = server.sql("SELECT value FROM samples WHERE metric = 'saved' ORDER BY value");
     let found: Vec<f64> = rows.iter().map(|row| row.parse().expect("a number")).collect();
     let requests = found.len() as u64 / SERIES;
     let expected: Vec<f64> =
