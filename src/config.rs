@@ -243,7 +243,7 @@ impl Config {
         );
         if !self.object_store.is_empty() {
             // Options that are unknown are refused there, without their values.
-            catalog::object::location(&self.object_store)?;
+            catalog::object::location(&self.object_store).context("object_store")?;
         }
         if self.insecure.0 {
             return Ok(());

@@ -40,6 +40,8 @@ pub struct Writer {
     base_ms: i64,
     random: Random,
     requests: Vec<State>,
+    /// As in the ledger.
+    disk_fails: bool,
     /// Answers that no request of ours may get.
     faults: Vec<String>,
     /// How long acknowledgements took.
@@ -140,6 +142,8 @@ impl Writer {
         match answer {
             Ok(answer) if matches!(answer.status, 200 | 204) => State::Acknowledged,
             Ok(answer) if answer.status == 503 && answer.header("retry-after").is_some() => State::Refused,
+            // A disk that is gone fails what can't be put off, too; whether it was done is not known then.
+            Ok(_) if self.disk_fails => State::Unknown,
             Ok(answer) => {
                 self.faults.push(format!("{what} of writer {} got {}: {}", self.number, answer.status, answer.text()));
                 State::Refused
@@ -217,6 +221,7 @@ impl Ledger {
             base_ms,
             random: Random(random.number()),
             requests: Vec::new(),
+            disk_fails: false,
             faults: Vec::new(),
             acknowledged_after: Vec::new(),
             refused_after: Vec::new(),
@@ -241,6 +246,7 @@ impl Ledger {
         let (stop, deletes, disturber) = (&AtomicBool::new(false), self.upkeep, Random(random.number()));
         std::thread::scope(|scope| {
             for writer in &mut self.writers {
+                writer.disk_fails = self.disk_fails;
                 scope.spawn(move || writer.run(Client::new(address), deletes, stop));
             }
             let (faults, disk_fails) = (&mut self.faults, self.disk_fails);
