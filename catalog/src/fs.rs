@@ -11,7 +11,7 @@ mod faulty;
 
 use std::fmt::Debug;
 use std::fs::{self, File};
-use std::io::{ErrorKind, Result};
+use std::io::{ErrorKind, Read, Result};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -21,7 +21,8 @@ pub use faulty::{Call, Fault, Faults, Faulty};
 
 /// A file system. Paths are those of the machine.
 pub trait FileSystem: Send + Sync + Debug {
-    /// Makes a folder and its parents, each durable; nothing happens when it is there.
+    /// Makes a folder and its parents where they are missing; its name is durable when this returns, also where it was
+    /// there.
     fn create_dir_all(&self, dir: &Path) -> Result<()>;
 
     /// Creates a file for writing; `AlreadyExists` when the name is taken. The name is durable after
@@ -33,6 +34,13 @@ pub trait FileSystem: Send + Sync + Debug {
 
     /// All bytes of a file.
     fn read(&self, path: &Path) -> Result<Vec<u8>>;
+
+    /// The first `len` bytes of a file, or all when it is shorter.
+    fn read_start(&self, path: &Path, len: usize) -> Result<Vec<u8>> {
+        let mut bytes = self.read(path)?;
+        bytes.truncate(len);
+        Ok(bytes)
+    }
 
     /// Length of a file in bytes.
     fn len(&self, path: &Path) -> Result<u64>;
@@ -84,17 +92,7 @@ struct DiskFile {
 
 impl FileSystem for Disk {
     fn create_dir_all(&self, dir: &Path) -> Result<()> {
-        if dir.is_dir() {
-            return Ok(());
-        }
-        let parent = dir.parent().filter(|p| !p.as_os_str().is_empty());
-        if let Some(parent) = parent {
-            self.create_dir_all(parent)?;
-        }
-        match fs::create_dir(dir) {
-            Err(e) if e.kind() != ErrorKind::AlreadyExists => Err(e),
-            _ => self.sync_dir(parent.unwrap_or(Path::new("."))),
-        }
+        create_dirs(dir, &mut |parent| self.sync_dir(parent))
     }
 
     fn create(&self, path: &Path) -> Result<Box<dyn FsFile>> {
@@ -110,6 +108,12 @@ impl FileSystem for Disk {
 
     fn read(&self, path: &Path) -> Result<Vec<u8>> {
         fs::read(path)
+    }
+
+    fn read_start(&self, path: &Path, len: usize) -> Result<Vec<u8>> {
+        let mut bytes = vec![];
+        File::open(path)?.take(len as u64).read_to_end(&mut bytes)?;
+        Ok(bytes)
     }
 
     fn len(&self, path: &Path) -> Result<u64> {
@@ -143,6 +147,32 @@ impl FileSystem for Disk {
     fn sync_dir(&self, dir: &Path) -> Result<()> {
         File::open(dir)?.sync_all()
     }
+}
+
+/// Makes a folder and what is missing above it. A folder is made only once the name of the one above it is durable, so of
+/// folders that are there only the last one's name may not be: whoever made it may have been stopped, or its sync failed.
+fn create_dirs(dir: &Path, sync: &mut dyn FnMut(&Path) -> Result<()>) -> Result<()> {
+    let parent = dir.parent().filter(|p| !p.as_os_str().is_empty());
+    let there = dir.is_dir();
+    if !there {
+        if let Some(parent) = parent {
+            create_dirs(parent, sync)?;
+        }
+        match fs::create_dir(dir) {
+            Err(e) if e.kind() != ErrorKind::AlreadyExists => return Err(e),
+            _ => {}
+        }
+    }
+    match sync(parent.unwrap_or(Path::new("."))) {
+        // A mount point, or a folder that an administrator made in one that is not ours.
+        Err(e) if there && is_foreign(e.kind()) => Ok(()),
+        result => result,
+    }
+}
+
+fn is_foreign(kind: ErrorKind) -> bool {
+    use ErrorKind::{InvalidInput, PermissionDenied, ReadOnlyFilesystem, Unsupported};
+    matches!(kind, PermissionDenied | ReadOnlyFilesystem | InvalidInput | Unsupported)
 }
 
 impl FsFile for DiskFile {

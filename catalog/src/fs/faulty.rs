@@ -174,6 +174,10 @@ impl FileSystem for Faulty {
         self.inner.read(path)
     }
 
+    fn read_start(&self, path: &Path, len: usize) -> Result<Vec<u8>> {
+        self.inner.read_start(path, len)
+    }
+
     fn len(&self, path: &Path) -> Result<u64> {
         self.inner.len(path)
     }

@@ -5,7 +5,11 @@
 //! that after a crash an object is whole or absent. All of that goes through [`FileSystem`]; reads and listings go to the
 //! wrapped store. One process at a time may use a folder: what lies in staging when it is opened was left by a crash and
 //! is deleted.
+//!
+//! Always: an object that a put meets, or that is read, is durable. One in place whose folder could not be synced is
+//! synced once more before anybody is told that it is there.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::io::ErrorKind;
 use std::ops::Range;
@@ -46,6 +50,10 @@ struct Folder {
     staged: AtomicU64,
     /// Held while an object is put into place, which makes compare-and-replace atomic.
     place: Mutex<()>,
+    /// Folders whose names are durable.
+    folders: Mutex<HashSet<PathBuf>>,
+    /// Objects that may be in place without being durable.
+    unsure: Mutex<HashSet<PathBuf>>,
 }
 
 impl LocalStore {
@@ -64,7 +72,16 @@ impl LocalStore {
             fs.remove(&left).map_err(context)?;
         }
         let reads = LocalFileSystem::new_with_prefix(&root)?;
-        Ok(Self { folder: Arc::new(Folder { fs, reads, root, staged: AtomicU64::new(0), place: Mutex::new(()) }) })
+        let folder = Folder {
+            fs,
+            reads,
+            root,
+            staged: AtomicU64::new(0),
+            place: Mutex::new(()),
+            folders: Mutex::default(),
+            unsure: Mutex::default(),
+        };
+        Ok(Self { folder: Arc::new(folder) })
     }
 }
 
@@ -99,10 +116,12 @@ impl ObjectStore for LocalStore {
     }
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
+        self.folder.clone().make_sure(location).await?;
         self.folder.reads.get_opts(location, options).await
     }
 
     async fn get_ranges(&self, location: &Path, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
+        self.folder.clone().make_sure(location).await?;
         self.folder.reads.get_ranges(location, ranges).await
     }
 
@@ -115,6 +134,7 @@ impl ObjectStore for LocalStore {
                 blocking(move || {
                     let path = folder.path(&location)?;
                     folder.fs.remove(&path).and_then(|()| folder.sync_parent(&path)).map_err(|e| failed(&path, e))?;
+                    folder.unsure.lock().remove(&path);
                     Ok(location)
                 })
                 .await
@@ -138,6 +158,7 @@ impl ObjectStore for LocalStore {
     }
 
     async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
+        self.folder.clone().make_sure(from).await?;
         let (folder, from, to) = (self.folder.clone(), self.folder.path(from)?, self.folder.path(to)?);
         blocking(move || {
             let source = folder.fs.read(&from).map_err(|e| failed(&from, e))?;
@@ -172,6 +193,37 @@ impl Folder {
     fn sync_parent(&self, path: &FsPath) -> std::io::Result<()> {
         path.parent().map_or(Ok(()), |parent| self.fs.sync_dir(parent))
     }
+
+    /// Makes the folder of an object, durable.
+    fn make_parent(&self, path: &FsPath) -> std::io::Result<()> {
+        let Some(parent) = path.parent() else { return Ok(()) };
+        if !self.folders.lock().contains(parent) {
+            self.fs.create_dir_all(parent)?;
+            self.folders.lock().insert(parent.to_owned());
+        }
+        Ok(())
+    }
+
+    /// Makes an object durable that is in place.
+    fn settle(&self, path: &FsPath) -> std::io::Result<()> {
+        self.make_parent(path)?;
+        self.fs.open(path)?.sync()?;
+        self.sync_parent(path)?;
+        self.unsure.lock().remove(path);
+        Ok(())
+    }
+
+    /// Makes an object durable, should that not be sure, before it is read.
+    async fn make_sure(self: Arc<Self>, location: &Path) -> Result<()> {
+        if self.unsure.lock().is_empty() {
+            return Ok(());
+        }
+        let path = self.path(location)?;
+        if !self.unsure.lock().contains(&path) {
+            return Ok(());
+        }
+        blocking(move || self.settle(&path).map_err(|e| failed(&path, e))).await
+    }
 }
 
 /// A file in staging; deleted when dropped, unless it was put into place.
@@ -192,32 +244,54 @@ impl Drop for Staged {
 impl Staged {
     fn place(&self, to: &FsPath, mode: &PutMode) -> Result<PutResult> {
         let io = |e| failed(to, e);
-        let fs = &self.folder.fs;
         self.file.lock().sync().map_err(io)?;
-        if let Some(parent) = to.parent() {
-            fs.create_dir_all(parent).map_err(io)?;
-        }
+        self.folder.make_parent(to).map_err(io)?;
         let tag = e_tag(&self.path).map_err(io)?;
         {
             let _place = self.folder.place.lock();
-            match mode {
-                PutMode::Overwrite => fs.rename(&self.path, to).map_err(io)?,
-                // Unlike a rename, a link never replaces what is there.
-                PutMode::Create => fs.hard_link(&self.path, to).map_err(io)?,
-                PutMode::Update(version) => {
-                    let present = e_tag(to).map_err(io)?;
-                    if version.e_tag.as_ref() != Some(&present) {
-                        return Err(Error::Precondition {
-                            path: to.display().to_string(),
-                            source: format!("object is at {present}, expected {:?}", version.e_tag).into(),
-                        });
-                    }
-                    fs.rename(&self.path, to).map_err(io)?;
+            // From before it can be seen.
+            let new = self.folder.unsure.lock().insert(to.to_owned());
+            if let Err(e) = self.put_in_place(to, mode) {
+                if let Error::AlreadyExists { .. } = e {
+                    // Whoever meets it here, perhaps after a put of its own that failed, relies on it from now on.
+                    self.folder.settle(to).map_err(io)?;
+                } else if new {
+                    self.folder.unsure.lock().remove(to);
                 }
+                return Err(e);
             }
         }
         self.folder.sync_parent(to).map_err(io)?;
+        self.folder.unsure.lock().remove(to);
         Ok(PutResult { e_tag: Some(tag), version: None })
+    }
+
+    fn put_in_place(&self, to: &FsPath, mode: &PutMode) -> Result<()> {
+        let io = |e: std::io::Error| {
+            if e.kind() == ErrorKind::NotFound
+                && let Some(parent) = to.parent()
+            {
+                // The folder may have been deleted by hand; the next put makes it again.
+                self.folder.folders.lock().remove(parent);
+            }
+            failed(to, e)
+        };
+        let fs = &self.folder.fs;
+        match mode {
+            PutMode::Overwrite => fs.rename(&self.path, to).map_err(io),
+            // Unlike a rename, a link never replaces what is there.
+            PutMode::Create => fs.hard_link(&self.path, to).map_err(io),
+            PutMode::Update(version) => {
+                let present = e_tag(to).map_err(io)?;
+                if version.e_tag.as_ref() != Some(&present) {
+                    return Err(Error::Precondition {
+                        path: to.display().to_string(),
+                        source: format!("object is at {present}, expected {:?}", version.e_tag).into(),
+                    });
+                }
+                fs.rename(&self.path, to).map_err(io)
+            }
+        }
     }
 }
 
@@ -302,7 +376,7 @@ mod tests {
     use object_store::{ObjectStoreExt, UpdateVersion};
 
     use super::*;
-    use crate::fs::Disk;
+    use crate::fs::{Call, Disk, Fault, Faults, Faulty};
 
     fn store() -> (tempfile::TempDir, LocalStore) {
         let dir = tempfile::tempdir().unwrap();
@@ -397,5 +471,80 @@ mod tests {
         assert_eq!(staged(&store), 1);
         let store = LocalStore::open(Arc::new(Disk), &dir.path().join("a/b")).unwrap();
         assert_eq!(staged(&store), 0);
+    }
+
+    /// Calls since the one with this number, by name, and the last part of their paths.
+    fn since(faults: &Faults, call: usize) -> Vec<(&'static str, String)> {
+        let last = |c: &Call| c.path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        faults.calls()[call..].iter().map(|c| (c.what, last(c))).collect()
+    }
+
+    fn synced(calls: &[(&'static str, String)], what: &str, name: &str) -> bool {
+        calls.iter().any(|c| c.0 == what && c.1 == name)
+    }
+
+    #[tokio::test]
+    async fn what_could_not_be_synced_is_synced_before_it_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let faults = Faults::default();
+        let store = LocalStore::open(Arc::new(Faulty::new(Arc::new(Disk), faults.clone())), dir.path()).unwrap();
+        let path = Path::from("journal/1");
+        store.put(&Path::from("journal/0"), Bytes::from_static(b"0").into()).await.unwrap();
+        let create = || store.put_opts(&path, Bytes::from_static(b"1").into(), PutMode::Create.into());
+        // The sync of the folder is the last but one call: what is in staging is removed after it.
+        faults.at(faults.calls().len() + 4, Fault::Io);
+        let begun = faults.calls().len();
+        assert!(matches!(create().await, Err(Error::Generic { .. })), "{:?}", since(&faults, begun));
+        assert_eq!(since(&faults, begun)[4], ("sync_dir", "journal".to_owned()));
+        // While the disk fails nobody learns that it is there.
+        faults.always(Fault::Io);
+        assert!(matches!(store.get(&path).await, Err(Error::Generic { .. })));
+        assert!(matches!(store.head(&path).await, Err(Error::Generic { .. })));
+        faults.clear();
+        // A put that meets it, and a read.
+        let begun = faults.calls().len();
+        assert!(matches!(create().await, Err(Error::AlreadyExists { .. })));
+        let calls = since(&faults, begun);
+        assert!(synced(&calls, "sync", "1") && synced(&calls, "sync_dir", "journal"), "{calls:?}");
+        let begun = faults.calls().len();
+        assert_eq!(store.get(&path).await.unwrap().bytes().await.unwrap(), "1");
+        assert_eq!(since(&faults, begun), [], "it is durable now");
+        // Also when a process before met its end between the two.
+        let store = LocalStore::open(Arc::new(Faulty::new(Arc::new(Disk), faults.clone())), dir.path()).unwrap();
+        let begun = faults.calls().len();
+        let put = store.put_opts(&path, Bytes::from_static(b"1").into(), PutMode::Create.into());
+        assert!(matches!(put.await, Err(Error::AlreadyExists { .. })));
+        assert!(synced(&since(&faults, begun), "sync_dir", "journal"));
+        // A replacement that is read back.
+        faults.at(faults.calls().len() + 4, Fault::Io);
+        assert!(store.put(&path, Bytes::from_static(b"2").into()).await.is_err());
+        let begun = faults.calls().len();
+        assert_eq!(store.get(&path).await.unwrap().bytes().await.unwrap(), "2");
+        assert!(synced(&since(&faults, begun), "sync_dir", "journal"));
+    }
+
+    #[tokio::test]
+    async fn a_folder_counts_as_made_once_its_name_is_durable() {
+        let dir = tempfile::tempdir().unwrap();
+        let faults = Faults::default();
+        let store = LocalStore::open(Arc::new(Faulty::new(Arc::new(Disk), faults.clone())), dir.path()).unwrap();
+        let put = |name: &str| {
+            let store = &store;
+            let path = Path::from(format!("samples/20000/{name}"));
+            async move { store.put(&path, Bytes::from_static(b"x").into()).await }
+        };
+        let makes = || faults.calls().iter().filter(|c| c.what == "create_dir_all").count();
+        let before = makes();
+        // Made, but its sync fails: as if by the call that makes it.
+        std::fs::create_dir_all(dir.path().join("samples/20000")).unwrap();
+        faults.at(faults.calls().len() + 3, Fault::Io);
+        assert!(put("1").await.is_err());
+        assert_eq!(makes(), before + 1);
+        put("1").await.unwrap();
+        put("2").await.unwrap();
+        assert_eq!(makes(), before + 2, "made sure of again, and then remembered");
+        std::fs::remove_dir_all(dir.path().join("samples")).unwrap();
+        assert!(put("3").await.is_err());
+        put("3").await.unwrap();
     }
 }
