@@ -270,7 +270,8 @@ fn stage(inner: &Inner, log: &mut Wal, write: &Write, minute: u32) -> Result<Opt
 }
 
 fn apply(inner: &Inner, version: &Version, staged: &Staged, now_ms: i64) -> Result<()> {
-    for batch in &staged.job.write.batches {
+    // A batch without rows must not tie the log to a memtable that is never flushed.
+    for batch in staged.job.write.batches.iter().filter(|b| b.rows.num_rows() > 0) {
         let table = version
             .table(batch.table.id)
             .ok_or_else(|| Error::internal(format!("table {} is not in the database", batch.table.name)))?;

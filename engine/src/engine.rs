@@ -167,7 +167,7 @@ impl Engine {
             clock: components.clock.clone(),
         };
         let (files, state) = FileCatalog::open(opening).await?;
-        let log = open_log(&settings, &components, files.epoch()).await?;
+        let log = open_log(&settings, &components, &files).await?;
         let registry = Arc::new(Registry::new(TagHasher::new(state.seed), settings.series_limit));
         let session = session::state(&settings, extensions)
             .map_err(|e| Error::internal("query session can't be made").with_source(e))?;
@@ -464,19 +464,24 @@ fn local_log(settings: &Settings, components: &Components) -> Storage {
 ///
 /// # Errors
 /// `Invalid` when there are records elsewhere; of the storage.
-async fn open_log(settings: &Settings, components: &Components, epoch: u64) -> Result<Replay> {
+async fn open_log(settings: &Settings, components: &Components, files: &FileCatalog) -> Result<Replay> {
     let local = local_log(settings, components);
     let objects = Storage::objects(components.store.clone(), &settings.database);
-    let (here, elsewhere, other) = match settings.wal {
+    let (here, mut elsewhere, other) = match settings.wal {
         LogStore::Local => (local, objects, "the object store; start once with wal = \"object\""),
         LogStore::Object => (objects, local, "the data folder; start once with wal = \"local\""),
     };
-    if !elsewhere.is_empty().await? {
+    if !elsewhere.is_given_up(files.epoch()).await? {
         return Err(Error::invalid(format!(
             "there is a log in {other} and stop the server, which writes it to data files"
         )));
     }
-    Replay::open(here, epoch).await
+    let log = Replay::open(here, files.epoch()).await?;
+    if settings.wal == LogStore::Object {
+        // A server with a local log that opened the database since then did not see this log, and put no fence into it.
+        files.confirm().await?;
+    }
+    Ok(log)
 }
 
 /// Applies what the log holds to empty memtables, flushing when they grow too large, and opens the log behind it.
@@ -531,7 +536,7 @@ fn apply(inner: &Inner, record: &Record, ordinals: &[catalog::Ordinal], position
     let version = inner.version();
     let now_ms = inner.now_ms();
     let mut rows = 0;
-    for batch in &record.batches {
+    for batch in record.batches.iter().filter(|b| b.rows.num_rows() > 0) {
         let Some(table) = version.table(batch.table.id) else { continue };
         table.active.note_position(position, now_ms);
         table.active.append(ordinals, &batch.rows)?;

@@ -55,7 +55,8 @@ impl Inner {
                 });
             }
         }
-        if any {
+        // Metadata of metrics are in no memtable, and what holds them is deleted once they are saved.
+        if any || self.metadata.lock().first_position().is_some() {
             log.roll();
         }
     }
@@ -90,7 +91,7 @@ impl Inner {
         self.freeze(|_| true).await;
         self.write_frozen().await?;
         self.trim().await?;
-        let begin = self.log.lock().await.start();
+        let begin = self.log.lock().await.oldest();
         if begin < end {
             return Err(Error::unavailable(format!(
                 "the log still holds records from {begin} on that are in files; those before {end} should be gone"
@@ -202,23 +203,21 @@ impl Inner {
         let version = self.version();
         let greatest = version.tables.iter().map(|t| t.active.bytes()).max().unwrap_or(0);
         let pressed = version.memory() > self.memtable_bytes_soft();
-        let pinning = if self.metrics.wal_size.get() as u64 > self.wal_bytes_soft()
-            || self.metrics.wal_chunks.get() > WAL_CHUNKS_SOFT
-        {
-            self.pins().into_iter().min().and_then(|(_, table)| table)
-        } else {
-            None
-        };
+        let long = self.metrics.wal_size.get() as u64 > self.wal_bytes_soft()
+            || self.metrics.wal_chunks.get() > WAL_CHUNKS_SOFT;
+        let pin = self.pins().into_iter().min().filter(|_| long);
+        let pinning = pin.and_then(|(_, table)| table);
+        let metadata_due = pin.is_some_and(|(_, table)| table.is_none());
         let due = |m: &Memtable| {
             m.bytes() >= self.settings.flush_bytes
                 || m.first_ms().is_some_and(|first| now_ms - first >= interval_ms || now_ms < first - CLOCK_STEP_MS)
                 || (pressed && m.bytes() == greatest)
                 || pinning == Some(m.table().id)
         };
-        if version.tables.iter().any(|t| t.active.rows() > 0 && due(&t.active)) {
+        if metadata_due || version.tables.iter().any(|t| t.active.rows() > 0 && due(&t.active)) {
             self.freeze(due).await;
         }
-        self.version().tables.iter().any(|t| !t.flushing.is_empty())
+        metadata_due || self.version().tables.iter().any(|t| !t.flushing.is_empty())
     }
 
     /// Refuses when memory or log are beyond what a flush could free in time, and when nothing can be flushed any more.

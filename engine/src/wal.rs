@@ -6,12 +6,17 @@
 //! segment in which a write failed gets no further record, and a restart begins a new one.
 //!
 //! The head of a chunk says where the durable log ended when it was made. So a failed write that could not be taken
-//! back is void once something was logged after it, and bytes that vanished from before it are noticed.
+//! back is void once something was logged after it, and bytes that vanished from before it are noticed. What vanishes from
+//! the end is noticed by a *mark* beside the segments of the data folder, which says the same after each group.
+//!
+//! Heads and mark also say before which position all is in files. What lies there and could not be deleted is never read
+//! again: it would come back over what was written, or deleted, later.
 //!
 //! Always: a record is applied to memtables only after it is durable, in the order of the log.
 
 mod bytes;
 mod local;
+mod mark;
 mod objects;
 mod record;
 mod replay;
@@ -26,6 +31,7 @@ use object_store::ObjectStore;
 
 use crate::{Batch, MetricMetadata};
 use local::Local;
+use mark::Mark;
 use objects::Objects;
 pub(crate) use record::Record;
 use record::Writer;
@@ -125,14 +131,14 @@ impl Storage {
         Self::Objects(Objects::new(store, database))
     }
 
-    /// Whether no record is there.
+    /// Whether no record is there, nor should be. In the bucket nobody who had a log before can put one from then on.
     ///
     /// # Errors
     /// Of the storage.
-    pub(crate) async fn is_empty(&self) -> Result<bool> {
+    pub(crate) async fn is_given_up(&mut self, owner: u64) -> Result<bool> {
         match self {
-            Self::Local(local) => Ok(local.list()?.is_empty()),
-            Self::Objects(objects) => objects.is_empty().await,
+            Self::Local(local) => Ok(local.list()?.is_empty() && local.mark()?.is_none_or(|m| m.end <= m.start)),
+            Self::Objects(objects) => objects.is_given_up(owner).await,
         }
     }
 }
@@ -166,6 +172,8 @@ pub(crate) struct Wal {
     next: u64,
     /// Behind the last byte that is known to be durable.
     durable: u64,
+    /// Everything before this position is in files, whatever could not be deleted yet.
+    start: u64,
     owner: u64,
     writer: Writer,
     /// Records encoded and not yet written.
@@ -181,6 +189,7 @@ impl Wal {
             current: None,
             next: 0,
             durable: 0,
+            start: 0,
             owner,
             writer: Writer::default(),
             pending: vec![],
@@ -202,9 +211,19 @@ impl Wal {
         self.older.iter().chain(&self.current).map(|s| s.chunks.len()).sum()
     }
 
-    /// Where the oldest record that is kept begins, or the next one will: everything before this position is in files.
-    pub(crate) fn start(&self) -> u64 {
+    /// Where the oldest record that is kept begins, or the next one will.
+    pub(crate) fn oldest(&self) -> u64 {
         self.older.iter().chain(&self.current).map(|s| s.first).next().unwrap_or(self.next)
+    }
+
+    /// Everything before this position is in files.
+    fn start(&self) -> u64 {
+        self.oldest().max(self.start)
+    }
+
+    fn mark(&self) -> Mark {
+        let newest = self.current.as_ref().or(self.older.back()).map_or(self.next, |s| s.first);
+        Mark { newest, end: self.durable, start: self.start(), owner: self.owner }
     }
 
     /// Encodes a request as one record of the pending group and returns its position. Tag columns of `batches` are
@@ -273,6 +292,10 @@ impl Wal {
             Ok(()) => {
                 current.end += len;
                 self.durable = current.end;
+                let mark = self.mark();
+                if let Storage::Local(local) = &mut self.storage {
+                    local.note(mark);
+                }
                 Ok(len)
             }
             Err(e) => {
@@ -315,11 +338,13 @@ impl Wal {
     /// Of the storage; what could not be given up is kept.
     pub(crate) async fn trim(&mut self, position: u64) -> Result<Option<Garbage>> {
         let count = self.older.iter().take_while(|s| s.end <= position).count();
-        if count == 0 {
-            return Ok(None);
-        }
+        let Some(last) = count.checked_sub(1).and_then(|i| self.older.get(i)) else { return Ok(None) };
+        self.start = self.start.max(last.end);
+        let mark = self.mark();
         let store = match &mut self.storage {
             Storage::Local(local) => {
+                // Were they gone before it is known that they may be, they would be missed.
+                local.settle_mark(mark)?;
                 for _ in 0..count {
                     local.remove(&self.older[0])?;
                     self.older.pop_front();

@@ -56,9 +56,11 @@ fn request(engine: &Engine, rows: &[(&str, i64, f64)]) -> Write {
     Write { tags: encoder.finish(), batches: vec![batch], metadata: vec![] }
 }
 
-/// The log's files.
+/// The log's segments.
 fn logs(dir: &Path) -> Vec<std::path::PathBuf> {
-    Disk.list(&dir.join("wal")).unwrap()
+    let mut files = Disk.list(&dir.join("wal")).unwrap();
+    files.retain(|f| f.extension().is_some_and(|e| e == "wal"));
+    files
 }
 
 /// All rows in memtables, the newest winning.
@@ -534,4 +536,76 @@ async fn a_log_in_the_bucket_outlives_disk_and_process() {
     let fourth = open(dirs[3].path(), LogStore::Local).await.unwrap();
     assert_eq!(query(&fourth).await.1, 2);
     assert!(rows(&fourth).is_empty());
+}
+
+#[tokio::test]
+async fn a_start_with_a_local_log_fences_the_one_in_the_bucket() {
+    let store = bucket();
+    let entropy = Arc::new(catalog::SeededEntropy::new(9));
+    let open = async |dir: &Path, wal: LogStore| {
+        let components = Components { entropy: entropy.clone(), ..components(&store) };
+        Engine::open(Settings { wal, ..settings(dir) }, components, Extensions::default()).await
+    };
+    let dirs = [0; 2].map(|_| tempfile::tempdir().unwrap());
+    let alive = open(dirs[0].path(), LogStore::Object).await.unwrap();
+    let local = open(dirs[1].path(), LogStore::Local).await.unwrap();
+    let refused = alive.write(request(&alive, &[("a", 1, 1.0)])).await.unwrap_err();
+    assert_eq!(refused.kind(), catalog::ErrorKind::Unavailable, "nobody would read it");
+    local.write(request(&local, &[("a", 2, 2.0)])).await.unwrap();
+    // What is in the local log is not passed over either.
+    drop(local);
+    let refused = open(dirs[1].path(), LogStore::Object).await.map(|_| ()).unwrap_err();
+    assert!(refused.message().contains("data folder"), "{refused}");
+    let local = open(dirs[1].path(), LogStore::Local).await.unwrap();
+    assert_eq!(rows(&local), model(&[("a", 2, 2.0)]));
+}
+
+#[tokio::test]
+async fn a_request_without_rows_does_not_pin_the_log() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = bucket();
+    let metadata = |help: &str| {
+        vec![MetricMetadata {
+            metric: "a".to_owned(),
+            kind: "gauge".to_owned(),
+            help: help.to_owned(),
+            unit: String::new(),
+        }]
+    };
+    // A batch without rows beside metadata, metadata alone; now, and replayed.
+    for restart in [false, true] {
+        let mut engine = open(dir.path(), &store).await;
+        let help = format!("{restart}");
+        engine.write(Write { metadata: metadata(&help), ..request(&engine, &[]) }).await.unwrap();
+        let alone = Write { metadata: metadata(&format!("{help}, alone")), batches: vec![], ..request(&engine, &[]) };
+        engine.write(alone).await.unwrap();
+        assert_eq!(logs(dir.path()).len(), 1);
+        if restart {
+            drop(engine);
+            engine = open(dir.path(), &store).await;
+        }
+        engine.flush().await.unwrap();
+        assert_eq!(logs(dir.path()), Vec::<std::path::PathBuf>::new(), "restarted {restart}");
+        engine.shutdown(Duration::from_secs(10)).await.unwrap();
+    }
+    let engine = open(dir.path(), &store).await;
+    assert_eq!(engine.metadata(Some("a"))[0].help, "true, alone");
+}
+
+#[tokio::test]
+async fn metadata_alone_are_saved_when_the_log_grows() {
+    let dir = tempfile::tempdir().unwrap();
+    let (engine, _) = open_with(dir.path(), |s| s.wal_bytes_max = 1).await;
+    engine.inner().stopping.cancel();
+    let metadata = |n: usize| MetricMetadata {
+        metric: "a".to_owned(),
+        kind: "gauge".to_owned(),
+        help: format!("{n}"),
+        unit: String::new(),
+    };
+    engine.write(Write { metadata: vec![metadata(1)], batches: vec![], ..request(&engine, &[]) }).await.unwrap();
+    assert!(engine.inner().freeze_due().await, "there is something to save");
+    engine.inner().flush_frozen().await.unwrap();
+    assert_eq!(logs(dir.path()), Vec::<std::path::PathBuf>::new());
+    assert!(!engine.inner().freeze_due().await);
 }

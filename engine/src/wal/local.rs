@@ -1,4 +1,4 @@
-//! Segments as files `<position>.wal` in the data folder.
+//! Segments as files `<position>.wal` in the data folder, and the mark beside them.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,8 @@ use catalog::{Error, FileSystem, Result};
 use futures::StreamExt;
 use futures::stream::BoxStream;
 
-use super::Segment;
+use super::mark::{self, Mark};
+use super::{Head, Segment};
 
 const SUFFIX: &str = ".wal";
 /// Damaged files that are kept for an operator, the newest, and their bytes in all.
@@ -25,11 +26,13 @@ pub(crate) struct Local {
     dir: PathBuf,
     /// The current segment's file, once there is one.
     file: Option<Box<dyn FsFile>>,
+    /// The mark's file, once it is synced; `None` again when it could not be written.
+    mark: Option<Box<dyn FsFile>>,
 }
 
 impl Local {
     pub(super) fn new(fs: Arc<dyn FileSystem>, dir: &Path) -> Self {
-        Self { fs, dir: dir.to_owned(), file: None }
+        Self { fs, dir: dir.to_owned(), file: None, mark: None }
     }
 
     /// Appends to the current segment and makes it durable.
@@ -70,6 +73,71 @@ impl Local {
         if let Err(e) = undone {
             tracing::warn!(segment = %path.display(), error = %e, "failed write could not be cut off the log");
         }
+    }
+
+    fn mark_path(&self) -> PathBuf {
+        self.dir.join(mark::NAME)
+    }
+
+    /// The mark; `None` when there is none, or when it is damaged.
+    ///
+    /// # Errors
+    /// `Invalid` when a newer version wrote it; reading errors.
+    pub(super) fn mark(&self) -> Result<Option<Mark>> {
+        let path = self.mark_path();
+        let bytes = match self.fs.read(&path) {
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+            read => read.map_err(|e| Error::from(e).context(format_args!("read {}", path.display())))?,
+        };
+        let mark = Mark::parse(&bytes).map_err(|e| e.context(format_args!("log {}", path.display())))?;
+        if mark.is_none() {
+            tracing::warn!(path = %path.display(), "mark of the log is damaged; whether the log's end is missing is not known");
+        }
+        Ok(mark)
+    }
+
+    /// Notes how far the log goes, as far as the disk allows: an older mark is as true.
+    pub(super) fn note(&mut self, mark: Mark) {
+        if let Some(file) = &mut self.mark
+            && let Err(e) = file.write_all_at(&mark.to_bytes(), 0)
+        {
+            tracing::debug!(path = %self.mark_path().display(), error = %e, "mark of the log can't be written");
+            self.mark = None;
+        }
+    }
+
+    /// Makes a mark durable, or makes sure that there is none.
+    ///
+    /// # Errors
+    /// `Unavailable` when neither can be done: an older one may be there.
+    pub(super) fn settle_mark(&mut self, mark: Mark) -> Result<()> {
+        let path = self.mark_path();
+        let Err(e) = self.try_settle_mark(&path, mark) else { return Ok(()) };
+        self.mark = None;
+        tracing::warn!(path = %path.display(), error = %e, "mark of the log can't be written; it is given up for now");
+        let removed = match self.fs.remove(&path) {
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
+            removed => removed,
+        };
+        removed.and_then(|()| self.fs.sync_dir(&self.dir)).map_err(|e| {
+            Error::unavailable(format!("mark of the log {} can't be written or deleted", path.display())).with_source(e)
+        })
+    }
+
+    fn try_settle_mark(&mut self, path: &Path, mark: Mark) -> std::io::Result<()> {
+        if let Some(file) = &mut self.mark {
+            file.write_all_at(&mark.to_bytes(), 0)?;
+            return file.sync();
+        }
+        let mut file = match self.fs.open(path) {
+            Err(e) if e.kind() == ErrorKind::NotFound => self.fs.create(path)?,
+            opened => opened?,
+        };
+        file.write_all_at(&mark.to_bytes(), 0)?;
+        file.sync()?;
+        self.fs.sync_dir(&self.dir)?;
+        self.mark = Some(file);
+        Ok(())
     }
 
     pub(super) fn close(&mut self) {
@@ -147,6 +215,21 @@ impl Local {
         Ok(out)
     }
 
+    /// Before which position all is in files, and which opening wrote last, as far as intact heads say.
+    pub(super) fn heads(&self) -> Result<(u64, u64)> {
+        let (mut start, mut owner) = (0, 0);
+        for (_, name) in self.list()? {
+            let path = self.dir.join(&name);
+            let bytes = self.fs.read_start(&path, Head::BYTES);
+            let bytes = bytes.map_err(|e| Error::from(e).context(format_args!("read {}", path.display())))?;
+            let head = Head::parse(&bytes).map_err(|e| e.context(format_args!("log {name}")))?;
+            if let Some((head, _)) = head {
+                (start, owner) = (head.start.max(start), head.owner.max(owner));
+            }
+        }
+        Ok((start, owner))
+    }
+
     /// Position, name and bytes of each segment, in order, read when asked for.
     pub(super) fn chunks(&self) -> Result<BoxStream<'static, Result<(u64, String, Bytes)>>> {
         let (fs, dir) = (self.fs.clone(), self.dir.clone());
@@ -170,6 +253,7 @@ impl Local {
     }
 }
 
-fn name(first: u64) -> String {
+/// Name of the segment that begins at a position.
+pub(super) fn name(first: u64) -> String {
     format!("{first:020}{SUFFIX}")
 }

@@ -158,9 +158,24 @@ impl Objects {
         Ok(out)
     }
 
-    /// Whether there is nothing but heads.
-    pub(super) async fn is_empty(&self) -> Result<bool> {
-        Ok(self.list().await?.iter().all(|(_, bytes)| *bytes <= Head::BYTES as u64))
+    /// Whether there is nothing but heads. If there is anything, a fence is put first: what whoever had the log put
+    /// before is seen then, and nothing comes after it.
+    pub(super) async fn is_given_up(&mut self, owner: u64) -> Result<bool> {
+        if self.list().await?.is_empty() {
+            return Ok(true);
+        }
+        self.open(owner).await?;
+        let mut objects = self.list().await?;
+        if objects.iter().any(|(_, bytes)| *bytes > Head::BYTES as u64) {
+            return Ok(false);
+        }
+        // All are heads, and most of them fences.
+        objects.truncate(objects.len().saturating_sub(FENCES));
+        let chunks = objects.into_iter().map(|o| o.0).collect();
+        if let Err(e) = self.store.remove(&Segment { chunks, ..Segment::at(0) }).await {
+            tracing::debug!(error = %e, "old fences of the log could not be deleted");
+        }
+        Ok(true)
     }
 
     /// Reads objects, in order.

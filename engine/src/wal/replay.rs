@@ -7,8 +7,9 @@ use catalog::{Error, Ordinal, Result, TagSet};
 use futures::StreamExt;
 use futures::stream::BoxStream;
 
+use super::mark::Mark;
 use super::record::{FRAME, Reader, payload};
-use super::{Head, Record, Segment, Storage, Wal};
+use super::{Head, Record, Segment, Storage, Wal, local};
 
 /// Bytes of the log that are no intact record.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,7 +53,11 @@ pub(crate) struct Replay {
     durable: u64,
     /// Behind the last byte.
     end: u64,
+    /// Everything before this position is in files. Known before the first record is read: what could not be deleted may
+    /// be any of what is there.
     start: u64,
+    /// How far the log went when something was last said of it.
+    mark: Option<Mark>,
     last_owner: Option<u64>,
 }
 
@@ -69,8 +74,8 @@ pub(super) struct Chunk {
     pub(super) offset: usize,
     /// Bytes that count.
     limit: usize,
-    /// Whether later chunks say that those are all there.
-    confirmed: bool,
+    /// Bytes before this position are known to have been durable.
+    confirmed: u64,
 }
 
 impl Chunk {
@@ -86,7 +91,7 @@ impl Chunk {
             (None, None) => return Err(Error::corrupt(format!("head of log object {name} is damaged"))),
         };
         let limit = bytes.len();
-        Ok(Self { name, head: head.map(|h| h.0), first, at, bytes, offset, limit, confirmed: false })
+        Ok(Self { name, head: head.map(|h| h.0), first, at, bytes, offset, limit, confirmed: 0 })
     }
 
     fn end(&self) -> u64 {
@@ -108,7 +113,7 @@ impl Chunk {
             let intact = |at: &usize| payload(&bytes[*at..], self.at + *at as u64).is_some();
             let next = (self.offset + 1..bytes.len()).find(intact);
             self.offset = next.unwrap_or(bytes.len());
-            let (end, tail) = (self.at + self.offset as u64, next.is_none() && !self.confirmed);
+            let (end, tail) = (self.at + self.offset as u64, next.is_none() && position >= self.confirmed);
             return Ok(Some(Item::Damage(Damage { chunk: self.name.clone(), start: position, end, tail })));
         };
         self.offset += FRAME + found.len();
@@ -127,9 +132,13 @@ impl Replay {
     /// # Errors
     /// Of the storage; `Invalid` when a newer version wrote the log.
     pub(crate) async fn open(mut storage: Storage, owner: u64) -> Result<Self> {
-        let (mut fence, mut start) = (None, 0);
+        let (mut fence, mut mark) = (None, None);
+        let start;
         let chunks = match &mut storage {
             Storage::Local(local) => {
+                let (said, last) = local.heads()?;
+                mark = local.mark()?.filter(|m| m.owner >= last);
+                start = said.max(mark.map_or(0, |m| m.start));
                 local.chunks()?.map(|r| r.and_then(|(first, name, bytes)| Chunk::new(name, Some(first), bytes))).boxed()
             }
             Storage::Objects(objects) => {
@@ -151,6 +160,7 @@ impl Replay {
             durable: 0,
             end: 0,
             start,
+            mark,
             last_owner: None,
         };
         out.next = out.chunks.next().await.transpose()?;
@@ -177,8 +187,6 @@ impl Replay {
     ) -> Result<Option<Item>> {
         loop {
             if let Some(missing) = self.missing.take() {
-                // They were at the end of the segment before, if that is there at all.
-                self.segments.iter_mut().rev().take(2).for_each(|s| s.damaged = true);
                 return Ok(Some(Item::Damage(missing)));
             }
             if let Some(chunk) = &mut self.current
@@ -194,7 +202,7 @@ impl Replay {
                 }
                 return Ok(Some(item));
             }
-            if !self.advance().await? {
+            if !self.advance().await? && !self.miss_end() {
                 return Ok(None);
             }
         }
@@ -223,10 +231,16 @@ impl Replay {
             self.last_owner = Some(head.owner);
             let from = self.durable.max(self.start);
             if let Some(end) = head.end
-                && self.end > 0
+                && (self.end > 0 || self.mark.is_some())
                 && end > from
             {
-                self.missing = Some(Damage { chunk: chunk.name.clone(), start: from, end, tail: false });
+                let chunk = match &self.storage {
+                    Storage::Local(_) => self.vanished(self.end.max(self.start)),
+                    Storage::Objects(_) => chunk.name.clone(),
+                };
+                self.missing = Some(Damage { chunk, start: from, end, tail: false });
+                // They were at the end of the segment before, if that is there at all.
+                self.segments.iter_mut().rev().take(2).for_each(|s| s.damaged = true);
             }
         }
         self.next = self.chunks.next().await.transpose()?;
@@ -234,9 +248,12 @@ impl Replay {
         if let Some(end) = next_head.and_then(|h| h.end) {
             // What lies behind was never acknowledged, and something else has been since.
             chunk.limit = chunk.limit.min(end.saturating_sub(chunk.at) as usize);
-            chunk.confirmed = true;
+            chunk.confirmed = end;
         }
-        if chunk.end() <= self.start || next_head.is_some_and(|h| chunk.end() <= h.start) {
+        if let Some(mark) = self.mark {
+            chunk.confirmed = chunk.confirmed.max(mark.end);
+        }
+        if chunk.end() <= self.start {
             // All of it is in files; it was left by a deletion that did not end.
             chunk.offset = chunk.limit;
         }
@@ -246,6 +263,27 @@ impl Replay {
         }
         self.current = Some(chunk);
         Ok(true)
+    }
+
+    /// Whether bytes are missing behind all that was read; then they are the next item.
+    fn miss_end(&mut self) -> bool {
+        let from = self.durable.max(self.start);
+        let Some(mark) = self.mark.take_if(|m| m.end > from) else { return false };
+        let chunk = self.vanished(mark.newest);
+        self.missing = Some(Damage { chunk, start: from, end: mark.end, tail: false });
+        self.segments.iter_mut().rev().take(1).for_each(|s| s.damaged = true);
+        self.end = self.end.max(mark.end);
+        true
+    }
+
+    /// What to call bytes of the data folder that are not where they were: a segment that began at this position, or the
+    /// end of the one that was read last.
+    fn vanished(&self, first: u64) -> String {
+        let name = local::name(first);
+        match &self.current {
+            Some(last) if last.name != name => format!("{} or {name}", last.name),
+            _ => name,
+        }
     }
 
     /// The log, open behind what was read. Call it when [`Replay::next`] has returned `None`.
@@ -264,6 +302,14 @@ impl Replay {
             (next, durable) = (fence.end, fence.end);
             self.segments.push_back(fence);
         }
-        Ok(Wal { older: self.segments, next, durable, ..Wal::new(self.storage, self.owner) })
+        // No position is given twice, and none before which all counts as void.
+        let next = next.max(self.start).max(self.mark.map_or(0, |m| m.end));
+        let start = self.start;
+        let mut wal = Wal { older: self.segments, next, durable, start, ..Wal::new(self.storage, self.owner) };
+        let mark = wal.mark();
+        if let Storage::Local(local) = &mut wal.storage {
+            local.settle_mark(mark)?;
+        }
+        Ok(wal)
     }
 }

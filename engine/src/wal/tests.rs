@@ -329,9 +329,191 @@ fn a_segment_that_is_gone_or_cut_is_noticed() {
     fs::remove_file(&paths[1].1).unwrap();
     let (records, wrong) = read(dir.path()).unwrap();
     assert_eq!((values(&records), wrong), (vec![0.0, 1.0, 4.0, 5.0], vec!["middle".to_owned()]));
-    // The oldest ones are gone because they were trimmed.
+    // The oldest one too: the mark, which the first start made, knows of no trim.
     fs::remove_file(&paths[0].1).unwrap();
+    assert_eq!(read(dir.path()).unwrap().1, ["middle"]);
+    // A version without marks could have trimmed it.
+    fs::remove_file(dir.path().join(mark::NAME)).unwrap();
     assert_eq!(read(dir.path()).unwrap().1, Vec::<String>::new());
+}
+
+/// The names that damage is given, and the values that are there.
+fn damage(dir: &Path) -> (Vec<f64>, Vec<String>) {
+    let registry = registry();
+    let (mut found, mut named) = (vec![], vec![]);
+    let mut replay = block_on(Replay::open(local(dir), 9)).unwrap();
+    while let Some(item) = block_on(replay.next(&mut |tags| publish(&registry, tags))).unwrap() {
+        match item {
+            Item::Record(_, record) => {
+                found.push(record.batches[0].rows.column(2).as_primitive::<Float64Type>().value(0));
+            }
+            Item::Damage(d) if !d.tail => named.push(d.chunk),
+            other => panic!("{other:?}"),
+        }
+    }
+    (found, named)
+}
+
+#[test]
+fn a_newest_segment_that_is_gone_or_cut_is_noticed() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = registry();
+    let (_, _, mut wal) = block_on(reopen(local(dir.path()), 1)).unwrap();
+    let mut ends = vec![];
+    for v in 0..6 {
+        block_on(put(&mut wal, &registry, f64::from(v))).unwrap();
+        ends.push(wal.position());
+        if v == 2 {
+            wal.roll();
+        }
+    }
+    // However it ended: nothing more is said at the end of a process.
+    drop(wal);
+    let (first, path) = segments(dir.path()).pop().unwrap();
+    let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+    let bytes = fs::read(&path).unwrap();
+    let all: Vec<f64> = (0..6).map(f64::from).collect();
+    assert_eq!(damage(dir.path()), (all.clone(), vec![]));
+    for len in 0..bytes.len() {
+        fs::write(&path, &bytes[..len]).unwrap();
+        let (found, named) = damage(dir.path());
+        let whole = ends.iter().filter(|end| **end <= first + len as u64).count();
+        assert_eq!(found, all[..whole.max(3)], "cut at {len}");
+        assert!(!named.is_empty() && named.iter().all(|n| n.contains(&name)), "cut at {len}: {named:?}");
+    }
+    fs::remove_file(&path).unwrap();
+    let (found, named) = damage(dir.path());
+    assert_eq!(found, all[..3]);
+    assert!(named.len() == 1 && named[0].contains(&name), "{named:?}");
+    // All of the log, as well.
+    let (_, oldest) = segments(dir.path()).pop().unwrap();
+    fs::rename(&oldest, dir.path().join("elsewhere")).unwrap();
+    assert!(!block_on(local(dir.path()).is_given_up(9)).unwrap());
+    assert_eq!(damage(dir.path()), (vec![], vec![name.clone()]));
+    // It is said once, and the log goes on behind it.
+    let (records, wrong, mut wal) = block_on(reopen(local(dir.path()), 2)).unwrap();
+    assert_eq!((records, wrong), (vec![], vec!["middle".to_owned()]));
+    assert_eq!(wal.position(), *ends.last().unwrap());
+    assert_eq!(damage(dir.path()), (vec![], vec![]));
+    assert!(block_on(local(dir.path()).is_given_up(9)).unwrap());
+    block_on(put(&mut wal, &registry, 7.0)).unwrap();
+    assert_eq!(damage(dir.path()), (vec![7.0], vec![]));
+}
+
+#[test]
+fn a_mark_never_claims_what_may_be_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = registry();
+    let mark = dir.path().join(mark::NAME);
+    let (_, _, mut wal) = block_on(reopen(local(dir.path()), 1)).unwrap();
+    let mut marks = vec![fs::read(&mark).unwrap()];
+    let mut synced = 0;
+    for v in 0..9 {
+        block_on(put(&mut wal, &registry, f64::from(v))).unwrap();
+        marks.push(fs::read(&mark).unwrap());
+        if v % 3 == 2 {
+            wal.roll();
+            if v == 5 {
+                block_on(wal.trim(wal.position())).unwrap();
+                synced = marks.len();
+                marks.push(fs::read(&mark).unwrap());
+            }
+        }
+    }
+    // A power loss brings back any that was written since the last that was synced; a torn one says nothing.
+    for bytes in &marks[synced..] {
+        fs::write(&mark, bytes).unwrap();
+        assert_eq!(damage(dir.path()), (vec![6.0, 7.0, 8.0], vec![]));
+        for at in 0..bytes.len() {
+            let mut torn = bytes.clone();
+            torn[at] ^= 1;
+            fs::write(&mark, &torn).unwrap();
+            assert_eq!(damage(dir.path()), (vec![6.0, 7.0, 8.0], vec![]), "byte {at}");
+        }
+    }
+    // One that a version without marks went on from is not believed: its positions began again.
+    drop(wal);
+    segments(dir.path()).iter().for_each(|s| fs::remove_file(&s.1).unwrap());
+    fs::write(&mark, marks.last().unwrap()).unwrap();
+    let mut old = Wal::new(local(dir.path()), 2);
+    block_on(put(&mut old, &registry, 1.0)).unwrap();
+    assert_eq!(damage(dir.path()), (vec![1.0], vec![]));
+    let mut newer = Mark { newest: 0, end: 0, start: 0, owner: 0 }.to_bytes();
+    newer[8] = 9;
+    seal(&mut newer);
+    fs::write(&mark, newer).unwrap();
+    let e = read(dir.path()).unwrap_err();
+    assert!(e.message().contains("format version 9"), "{e}");
+}
+
+/// What is logged after the log was empty, or torn, is behind all that was void before.
+#[test]
+fn positions_go_on_behind_what_was_deleted() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = registry();
+    for round in 0..4 {
+        let (records, _, mut wal) = block_on(reopen(local(dir.path()), 1)).unwrap();
+        assert_eq!(records, vec![], "round {round}");
+        block_on(put(&mut wal, &registry, 1.0)).unwrap();
+        if round % 2 == 1 {
+            // A write that a crash cut short.
+            let (_, path) = segments(dir.path()).pop().unwrap();
+            let bytes = fs::read(&path).unwrap();
+            fs::write(&path, [&bytes[..], &[1, 2, 3]].concat()).unwrap();
+        }
+        drop(wal);
+        for owner in 2..5 {
+            let (records, wrong, _) = block_on(reopen(local(dir.path()), owner)).unwrap();
+            assert_eq!(values(&records), [1.0], "round {round}: {wrong:?}");
+        }
+        let (_, _, mut wal) = block_on(reopen(local(dir.path()), 5)).unwrap();
+        block_on(wal.trim(u64::MAX)).unwrap();
+        let end = wal.position();
+        drop(wal);
+        for owner in 6..9 {
+            let (records, wrong, wal) = block_on(reopen(local(dir.path()), owner)).unwrap();
+            assert_eq!((records, wrong), (vec![], vec![]));
+            assert_eq!(wal.position(), end);
+        }
+    }
+}
+
+#[test]
+fn what_could_not_be_deleted_does_not_come_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = registry();
+    let faults = Faults::default();
+    let fs = Arc::new(Faulty::new(Arc::new(Disk), faults.clone()));
+    let (_, _, mut wal) = block_on(reopen(Storage::local(fs, dir.path()), 1)).unwrap();
+    for v in 0..4 {
+        block_on(put(&mut wal, &registry, f64::from(v))).unwrap();
+        wal.roll();
+    }
+    let end = segments(dir.path())[3].0;
+    // The mark is written and synced, and then nothing can be deleted.
+    let call = faults.calls().len() + 2;
+    faults.at(call, Fault::Io);
+    block_on(wal.trim(end)).unwrap_err();
+    assert_eq!(faults.calls()[call].what, "remove");
+    assert_eq!(segments(dir.path()).len(), 4);
+    let read_values = |owner| block_on(reopen(local(dir.path()), owner)).map(|r| (values(&r.0), r.1)).unwrap();
+    assert_eq!(read_values(2), (vec![3.0], vec![]));
+    // Heads know it, without the mark, and what is written after a restart still says so.
+    block_on(put(&mut wal, &registry, 4.0)).unwrap();
+    drop(wal);
+    fs::remove_file(dir.path().join(mark::NAME)).unwrap();
+    assert_eq!(read_values(3), (vec![3.0, 4.0], vec![]));
+    let (_, _, mut wal) = block_on(reopen(local(dir.path()), 4)).unwrap();
+    block_on(put(&mut wal, &registry, 5.0)).unwrap();
+    drop(wal);
+    fs::remove_file(&segments(dir.path())[4].1).unwrap();
+    fs::remove_file(dir.path().join(mark::NAME)).unwrap();
+    let (found, _) = damage(dir.path());
+    assert_eq!(found, [3.0, 5.0]);
+    // The next trim deletes all of it.
+    let (_, _, mut wal) = block_on(reopen(local(dir.path()), 5)).unwrap();
+    block_on(wal.trim(u64::MAX)).unwrap();
+    assert_eq!(segments(dir.path()), vec![]);
 }
 
 #[test]
@@ -342,6 +524,8 @@ fn damaged_segments_are_set_aside() {
         paths.into_iter().filter(|p| p.ends_with(".damaged")).collect::<Vec<_>>()
     };
     for round in 1..=20usize {
+        // Positions begin again, as if the log were another one.
+        let _ = fs::remove_file(dir.path().join(mark::NAME));
         let written = write(dir.path());
         let (_, path) = segments(dir.path()).swap_remove(0);
         let mut bytes = fs::read(&path).unwrap();

@@ -126,7 +126,8 @@ async fn objects(store: &Flaky) -> usize {
 #[tokio::test(start_paused = true)]
 async fn all_is_read_back_without_a_disk() {
     let (store, registry) = (Arc::new(Flaky::default()), registry());
-    assert!(Storage::objects(store.clone(), "db").is_empty().await.unwrap());
+    let given_up = async |owner| Storage::objects(store.clone(), "db").is_given_up(owner).await.unwrap();
+    assert!(given_up(0).await);
     let mut expected = vec![];
     for owner in 1..5 {
         let (found, mut wal) = open(&store, owner).await.unwrap();
@@ -140,7 +141,7 @@ async fn all_is_read_back_without_a_disk() {
             wal.roll();
         }
     }
-    assert!(!Storage::objects(store.clone(), "db").is_empty().await.unwrap());
+    assert!(!given_up(5).await);
 }
 
 #[tokio::test(start_paused = true)]
@@ -216,4 +217,39 @@ async fn what_files_hold_is_deleted() {
     garbage.delete().await;
     assert!(objects(&store).await <= 4, "{}", objects(&store).await);
     assert_eq!(open(&store, 3).await.unwrap().0, [10.0]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_could_not_be_deleted_does_not_come_back() {
+    let (store, registry) = (Arc::new(Flaky::default()), registry());
+    let (_, mut wal) = open(&store, 1).await.unwrap();
+    for v in 0..4 {
+        put(&mut wal, &registry, f64::from(v)).await.unwrap();
+    }
+    wal.roll();
+    put(&mut wal, &registry, 10.0).await.unwrap();
+    let position = wal.position();
+    // The process ends before anything is deleted.
+    drop(wal.trim(position).await.unwrap());
+    for owner in 2..5 {
+        let (found, mut wal) = open(&store, owner).await.unwrap();
+        let expected: Vec<f64> = (0..owner - 1).map(|n| 10.0 + n as f64).collect();
+        assert_eq!(found, expected, "owner {owner}");
+        put(&mut wal, &registry, 10.0 + (owner - 1) as f64).await.unwrap();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_log_that_is_given_up_is_fenced() {
+    let (store, registry) = (Arc::new(Flaky::default()), registry());
+    let (_, mut alive) = open(&store, 1).await.unwrap();
+    // Nothing is in it yet, and nothing comes any more.
+    assert!(Storage::objects(store.clone(), "db").is_given_up(2).await.unwrap());
+    assert_eq!(put(&mut alive, &registry, 1.0).await.unwrap_err().kind(), ErrorKind::Unavailable);
+    // Fences don't pile up.
+    for owner in 3..250 {
+        assert!(Storage::objects(store.clone(), "db").is_given_up(owner).await.unwrap());
+    }
+    assert!(objects(&store).await <= 101, "{}", objects(&store).await);
+    assert_eq!(open(&store, 250).await.unwrap().0, Vec::<f64>::new());
 }
