@@ -16,6 +16,7 @@ mod kill;
 mod ledger;
 mod memory;
 mod mutation;
+mod object_log;
 mod overload;
 mod power_loss;
 mod speed;

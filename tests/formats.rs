@@ -132,7 +132,8 @@ fn a_newer_version_is_refused_by_name() {
     check(&description, &["default/database.json has format 99, which is newer"]);
     let log = |data: &Path| {
         let logs = std::fs::read_dir(data.join("wal")).expect("the log's folder");
-        let path = logs.flatten().map(|e| e.path()).max().expect("a log file");
+        let logs = logs.flatten().map(|e| e.path()).filter(|f| f.extension().is_some_and(|e| e == "wal"));
+        let path = logs.max().expect("a log file");
         let mut bytes = std::fs::read(&path).expect("a readable log");
         bytes[8] = 99;
         let sum = crc32(&bytes[..20]);

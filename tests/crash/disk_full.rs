@@ -31,14 +31,6 @@ fn is_stored(answer: &Response) -> bool {
     !refused
 }
 
-/// Sends a request; once more over a new connection where the old one was closed behind an early refusal.
-fn put(client: &mut Client, address: std::net::SocketAddr, body: &[Series]) -> Response {
-    client.write(body).unwrap_or_else(|_| {
-        *client = Client::new(address);
-        client.write(body).expect("the server is up")
-    })
-}
-
 fn reads_go_on(client: &mut Client) {
     let query = client.form("/api/v1/query", &[("query", "count(ledger)")]);
     assert_eq!(query.status, 200, "a query while the disk is full: {}", query.text());
@@ -62,16 +54,18 @@ fn run(kind: &str, disk: &Disk, seed: u64, rounds: u64) {
             std::thread::sleep(wait);
             disk.fill();
             // What the log has allocated already may take a while to fill.
-            wait_for("the first refusal", || (!is_stored(&put(&mut client, address, &bulk(&mut own)))).then_some(()));
+            wait_for("the first refusal", || {
+                (!is_stored(&client.write(&bulk(&mut own)).expect("the server is up"))).then_some(())
+            });
             let refused = Instant::now();
             while refused.elapsed() < FULL {
                 reads_go_on(&mut client);
-                is_stored(&put(&mut client, address, &bulk(&mut own)));
+                is_stored(&client.write(&bulk(&mut own)).expect("the server is up"));
             }
             disk.free();
             let freed = Instant::now();
             let probe = [series("probe", &[], &[(now_ms(), 1.0)])];
-            wait_for("writing to go on", || is_stored(&put(&mut client, address, &probe)).then_some(()));
+            wait_for("writing to go on", || is_stored(&client.write(&probe).expect("the server is up")).then_some(()));
             slowest = slowest.max(freed.elapsed());
         });
         ledger.check(&server).assert_none(&format!("{kind}, seed {seed}, round {round}"));

@@ -58,9 +58,8 @@ fn a_torn_log_tail_is_cut_and_the_rest_kept() {
     let mut ledger = Ledger::new(2, &mut Random(1));
     ledger.write(&server, 10);
     let server = server.kill_and_damage(|data_dir| {
-        let newest =
-            std::fs::read_dir(data_dir.join("wal")).expect("the log's folder").flatten().map(|e| e.path()).max();
-        let newest = newest.expect("a log file");
+        let files = std::fs::read_dir(data_dir.join("wal")).expect("the log's folder").flatten().map(|e| e.path());
+        let newest = files.filter(|f| f.extension().is_some_and(|e| e == "wal")).max().expect("a log file");
         let mut bytes = std::fs::read(&newest).expect("a readable log");
         // A record header that promises more than is there, as a write that never ended leaves it.
         bytes.extend_from_slice(&[0x40, 0, 0, 0, 1, 2, 3]);

@@ -40,8 +40,6 @@ pub struct Writer {
     base_ms: i64,
     random: Random,
     requests: Vec<State>,
-    /// As in the ledger.
-    disk_fails: bool,
     /// Answers that no request of ours may get.
     faults: Vec<String>,
     /// How long acknowledgements took.
@@ -58,8 +56,6 @@ pub struct Ledger {
     pub writers: Vec<Writer>,
     /// Whether writers delete some of what they wrote, and somebody asks for flushes and compactions.
     pub upkeep: bool,
-    /// Whether the disk is going to fail, which flushes and compactions may say.
-    pub disk_fails: bool,
     /// Answers to flushes and compactions that must not be.
     faults: Vec<String>,
 }
@@ -142,8 +138,6 @@ impl Writer {
         match answer {
             Ok(answer) if matches!(answer.status, 200 | 204) => State::Acknowledged,
             Ok(answer) if answer.status == 503 && answer.header("retry-after").is_some() => State::Refused,
-            // A disk that is gone fails what can't be put off, too; whether it was done is not known then.
-            Ok(_) if self.disk_fails => State::Unknown,
             Ok(answer) => {
                 self.faults.push(format!("{what} of writer {} got {}: {}", self.number, answer.status, answer.text()));
                 State::Refused
@@ -221,18 +215,11 @@ impl Ledger {
             base_ms,
             random: Random(random.number()),
             requests: Vec::new(),
-            disk_fails: false,
             faults: Vec::new(),
             acknowledged_after: Vec::new(),
             refused_after: Vec::new(),
         };
-        Self {
-            base_ms,
-            writers: (0..writers).map(writer).collect(),
-            upkeep: true,
-            disk_fails: false,
-            faults: Vec::new(),
-        }
+        Self { base_ms, writers: (0..writers).map(writer).collect(), upkeep: true, faults: Vec::new() }
     }
 
     /// Writes with all writers at once, and asks for flushes and compactions, while `during` runs. It may set the flag
@@ -246,12 +233,11 @@ impl Ledger {
         let (stop, deletes, disturber) = (&AtomicBool::new(false), self.upkeep, Random(random.number()));
         std::thread::scope(|scope| {
             for writer in &mut self.writers {
-                writer.disk_fails = self.disk_fails;
                 scope.spawn(move || writer.run(Client::new(address), deletes, stop));
             }
-            let (faults, disk_fails) = (&mut self.faults, self.disk_fails);
+            let faults = &mut self.faults;
             if self.upkeep {
-                scope.spawn(move || disturb(Client::new(address), disturber, disk_fails, faults, stop));
+                scope.spawn(move || disturb(Client::new(address), disturber, faults, stop));
             }
             // However `during` ends, the threads do, or the scope would wait for ever.
             let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| during(stop)));
@@ -395,12 +381,12 @@ pub fn read(client: &mut Client) -> Result<Vec<Row>, String> {
     answer.text().lines().skip(1).map(|line| parse(line).ok_or_else(|| format!("an odd row: {line:?}"))).collect()
 }
 
-fn disturb(mut client: Client, mut random: Random, disk_fails: bool, faults: &mut Vec<String>, stop: &AtomicBool) {
+fn disturb(mut client: Client, mut random: Random, faults: &mut Vec<String>, stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
         std::thread::sleep(Duration::from_millis(random.below(150)));
         let path = if random.below(3) == 0 { "/api/v1/admin/compact" } else { "/api/v1/admin/flush" };
         match client.request("POST", path, &[], b"") {
-            Ok(answer) if !matches!(answer.status, 204 | 503) && !disk_fails => {
+            Ok(answer) if !matches!(answer.status, 204 | 503) => {
                 faults.push(format!("{path} got {}: {}", answer.status, answer.text()));
             }
             // A server that is gone may come back.

@@ -15,19 +15,16 @@ fn run(seed: u64, cuts: u64) {
     let Some(disk) = Disk::ext4(MIB) else { return };
     let mut random = Random(seed);
     let mut ledger = Ledger::new(WRITERS, &mut random);
-    ledger.disk_fails = true;
-    // A disk that is gone is worth any number of warnings.
-    let expected = vec![String::new()];
-    let mut server = Down::new(Setup { data_dir: Some(disk.data_dir()), expected, ..Setup::default() }).start();
+    let mut server = Down::new(Setup { data_dir: Some(disk.data_dir()), ..Setup::default() }).start();
     for cut in 0..cuts {
         let wait = Duration::from_millis(50 + random.below(1200));
-        let after = Duration::from_millis(random.below(100));
         let address = server.http;
         let down = ledger.write_during(address, &mut random, |stop| {
             std::thread::sleep(wait);
+            // A machine without power acknowledges nothing. The server must not go on either: a sync that is under way while
+            // the file system goes may succeed, although nothing of it reaches the disk.
+            server.pause();
             disk.cut_power();
-            // Nothing that is acknowledged from here on can be true.
-            std::thread::sleep(after);
             let down = server.kill();
             stop.store(true, Ordering::Relaxed);
             down

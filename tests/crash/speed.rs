@@ -37,7 +37,9 @@ fn body(number: u64, series_count: u64, base_ms: i64) -> Vec<u8> {
         let labels =
             [("instance", format!("host-{}:9100", item % 50)), ("item", item.to_string()), ("job", "node".to_owned())];
         let labels: Vec<(&str, &str)> = labels.iter().map(|(k, v)| (*k, v.as_str())).collect();
-        let sample = |i: u64| (base_ms + ((number * each + i) * 100) as i64, (number * i) as f64 / 8.0);
+        // As many digits as measurements have: a log of regular values would be read in no time.
+        let value = |i: u64| ((number * 131 + i * 7919 + item * 104_729) % 100_003) as f64 / 100.0;
+        let sample = |i: u64| (base_ms + ((number * each + i) * 100) as i64, value(i));
         series("steady", &labels, &(0..each).map(sample).collect::<Vec<_>>())
     };
     let all: Vec<Series> = (0..series_count).map(one).collect();
@@ -103,8 +105,12 @@ fn a_long_log_is_read_soon() {
     let log = std::fs::read_dir(server.data_dir().join("wal")).expect("the log's folder").flatten();
     let bytes: u64 = log.map(|entry| entry.metadata().expect("a file").len()).sum();
     let server = server.kill().start();
+    let text = server.log();
+    let replayed = text.lines().filter(|l| l.contains("log replayed")).find_map(|l| l.split("rows=").nth(1));
+    let replayed = replayed.and_then(|rest| rest.split(' ').next()).unwrap_or("0").to_owned();
     let cells = [
         ("samples", samples.to_string()),
+        ("of them in the log", replayed),
         ("log", format!("{} MiB", bytes >> 20)),
         ("ready after", format!("{:.2} s", server.ready_after.as_secs_f64())),
     ];

@@ -155,7 +155,7 @@ def main():
         server.kill()
         server.wait()
     shutil.rmtree(output / "data", ignore_errors=True)
-    shutil.copytree(DATA, output / "data", ignore=shutil.ignore_patterns("lock", "*-shm", ".staging", "reserve"))
+    shutil.copytree(DATA, output / "data", ignore=shutil.ignore_patterns("lock", "*-shm", ".staging", "reserve", "spill"))
     shutil.rmtree(DATA)
     (output / "answers.json").write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
 

@@ -210,6 +210,25 @@ impl Server {
         down.start()
     }
 
+    /// SIGSTOP; none of its threads runs any more when this returns, also none that was in a call to the kernel.
+    pub fn pause(&self) {
+        signal(self.pid(), "STOP");
+        let tasks = format!("/proc/{}/task", self.pid());
+        wait_for("all threads to stop", || {
+            let stopped = |task: std::fs::DirEntry| {
+                let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+                // The state follows the name, which stands in parentheses. A thread that has just ended has none.
+                stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with(['T', 'Z', 'X']))
+            };
+            std::fs::read_dir(&tasks).expect("the server runs").flatten().all(stopped).then_some(())
+        });
+    }
+
+    /// SIGCONT.
+    pub fn resume(&self) {
+        signal(self.pid(), "CONT");
+    }
+
     /// SIGTERM, then the exit status.
     pub fn terminate(&mut self) -> ExitStatus {
         signal(self.pid(), "TERM");
