@@ -193,12 +193,14 @@ pub fn parts(config: &Config, telemetry: Arc<Telemetry>) -> Result<(Settings, Co
     let store = catalog::object::open(&fs, &url).context("cannot open the object store")?;
     let components =
         Components { store, fs, clock: Arc::new(SystemClock), entropy: Arc::new(SystemEntropy), telemetry };
-    let settings = Settings { store_location: catalog::object::location(&url)?, ..settings(config) };
-    Ok((settings, components))
+    Ok((settings(config)?, components))
 }
 
 /// The engine's settings. Sizes that follow from the memory limit are not settings of their own.
-fn settings(config: &Config) -> Settings {
+///
+/// # Errors
+/// For an object store whose name says nothing.
+pub fn settings(config: &Config) -> Result<Settings> {
     let memory = match config.memory_limit.0 {
         0 => memory::available() / 2,
         bytes => bytes,
@@ -207,7 +209,8 @@ fn settings(config: &Config) -> Settings {
         0 => std::thread::available_parallelism().map_or(2, usize::from),
         threads => threads as usize,
     };
-    Settings {
+    Ok(Settings {
+        store_location: catalog::object::location(&config.object_store_url())?,
         data_dir: config.data_dir.clone(),
         catalog: if config.catalog.is_empty() {
             SqlCatalog::DataDir
@@ -234,7 +237,7 @@ fn settings(config: &Config) -> Settings {
         query_timeout: config.query_timeout.duration(),
         cpu_threads: threads,
         ..Settings::default()
-    }
+    })
 }
 
 /// Creates the data folder and takes it for this process alone. The kernel gives it back when the process ends,

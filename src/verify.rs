@@ -1,4 +1,5 @@
-//! `thalweg verify`: reads all that a database stores, checks every checksum and every statistic, and lists what is wrong.
+//! `thalweg verify`: reads all that a database stores, checks every checksum and every statistic, compares the SQL catalog
+//! with the journal, and lists what is wrong.
 //!
 //! It changes nothing. While a server runs on the data folder, the log is its own and is left out; what the server
 //! deletes meanwhile is not reported as missing.
@@ -34,6 +35,8 @@ struct Findings {
     report: Report,
     /// `None` when a server uses it, or when there is none here.
     log: Option<LogReport>,
+    /// What the SQL catalog says else than the journal; `None` when it is not there or stands at another entry.
+    sql: Option<Vec<String>>,
     /// All that is wrong.
     problems: Vec<String>,
 }
@@ -57,9 +60,21 @@ pub fn run(verify: &Verify) -> Result<()> {
         }
         _ => None,
     };
+    let sql = match engine::sql_catalog(&serve::settings(&config)?, stored.seed)? {
+        Some(mut index) => runtime
+            .block_on(async {
+                let found = index.differences(&stored, number).await;
+                index.close().await;
+                found
+            })
+            .context("the SQL catalog can't be read")?,
+        None => None,
+    };
     let mut problems: Vec<String> = report.damage.iter().map(|d| d.what.clone()).collect();
     problems.extend(log.iter().flat_map(|log| log.damage.clone()));
-    let findings = Findings { journal: number, report, log, problems };
+    problems
+        .extend(sql.iter().flatten().map(|what| format!("SQL catalog: {what}; `thalweg catalog rebuild` mends it")));
+    let findings = Findings { journal: number, report, log, sql, problems };
     if verify.json {
         println!("{}", findings.json())
     } else {
@@ -115,6 +130,11 @@ impl Findings {
             }
             None => writeln!(out, "log         not read: a server uses it, or there is none here"),
         };
+        let _ = match &self.sql {
+            Some(found) if found.is_empty() => writeln!(out, "SQL catalog as the journal"),
+            Some(_) => writeln!(out, "SQL catalog differs from the journal"),
+            None => writeln!(out, "SQL catalog not compared: it is at another entry, or there is none"),
+        };
         for orphan in &r.orphans {
             let _ = writeln!(out, "orphan      {orphan}");
         }
@@ -131,7 +151,7 @@ impl Findings {
         );
         json!({
             "journal": self.journal, "files": r.files, "rows": r.rows, "parts": r.parts, "tag_sets": r.sets,
-            "bytes": r.bytes, "log": log, "orphans": r.orphans, "problems": self.problems,
+            "bytes": r.bytes, "log": log, "sql_catalog": self.sql.as_ref().map(Vec::is_empty), "orphans": r.orphans, "problems": self.problems,
         })
     }
 }

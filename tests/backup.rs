@@ -244,10 +244,11 @@ fn verify_finds_what_is_wrong() {
     let alone = report();
     assert_eq!((&alone["log"]["records"], &alone["log"]["rows"]), (&2.into(), &6.into()), "{alone}");
     assert_eq!((&alone["problems"], &alone["orphans"]), (&json!([]), &json!([])), "{alone}");
+    assert_eq!(alone["sql_catalog"], json!(true), "{alone}");
 
     let below = |folder: &str| -> Vec<PathBuf> { files(&data.join(folder)).into_iter().map(|f| f.0).collect() };
     let (segments, parts) = (below("objects/default/samples"), below("objects/default/tag_sets"));
-    let log = below("wal").pop().expect("a log file");
+    let log = below("wal").into_iter().find(|f| f.extension().is_some_and(|e| e == "wal")).expect("a log file");
     let check = |damaged: &Path, change: &dyn Fn(&Path), expected: &str| {
         let before = std::fs::read(damaged).expect("a readable file");
         change(damaged);
@@ -268,6 +269,7 @@ fn verify_finds_what_is_wrong() {
     );
     check(&parts[0], &|path| flip(path, 100), "CRC-32");
     check(&log, &|path| flip(path, 60), "wal");
+    check(&log, &|path| std::fs::remove_file(path).expect("a file"), "wal");
 
     let orphan = data.join("objects/default/samples/1/1.parquet");
     std::fs::create_dir_all(orphan.parent().expect("a folder")).expect("a folder");

@@ -363,11 +363,11 @@ impl FileCatalog {
     /// catalog is brought up to date as far as it can be reached.
     ///
     /// # Errors
-    /// `Corrupt` for what no version of ours wrote, for damage that can't be gone around, and for rows without a
-    /// journal; `Invalid` when a newer version wrote it, or when the SQL catalog is another database's; `Unavailable`
+    /// `Corrupt` for what no version of ours wrote, for damage that can't be gone around, for rows without a journal, and
+    /// when the SQL catalog has entries that the journal has not; `Invalid` when a newer version wrote it, or when the SQL catalog is another database's; `Unavailable`
     /// when the store can't be reached.
     pub async fn open(opening: Opening<'_>) -> Result<(Self, State)> {
-        let Opening { store, database, entropy, seed, index, format1, clock } = opening;
+        let Opening { store, database, entropy, seed, mut index, format1, clock } = opening;
         let (closing, closed) = watch::channel(false);
         let read = || Journal::read(store.clone(), database, entropy.clone(), closed.clone());
         let mut journal = match read().await? {
@@ -381,6 +381,13 @@ impl FileCatalog {
             return Err(Error::corrupt(format!(
                 "the journal of {database} has the codes of another database; its description in the bucket is not its own"
             )));
+        }
+        let place = match &mut index {
+            Some(index) => index.place(clock.now_ms()).await,
+            None => Ok(None),
+        };
+        if let Ok(Some(at)) = place {
+            complete(&mut journal, at).await?;
         }
         journal.take_over(clock.now_ms()).await?;
         let state = journal.state().clone();
@@ -396,12 +403,16 @@ impl FileCatalog {
             closing,
             followed: AtomicU64::new(if index.is_some() { 0 } else { u64::MAX }),
             backlog: parking_lot::Mutex::new(backlog),
-            follower: Mutex::new(Follower { index, at: None }),
+            follower: Mutex::new(Follower { index, at: place.as_ref().ok().copied().flatten() }),
             failing: AtomicBool::new(false),
             journal: Mutex::new(journal),
         };
         // A catalog in the wrong hands is worth stopping for, an outage is not.
-        if let Err(e) = catalog.follow_on().await {
+        let followed = match place {
+            Ok(_) => catalog.follow_on().await,
+            Err(e) => Err(e),
+        };
+        if let Err(e) = followed {
             if e.kind() == crate::ErrorKind::Invalid {
                 return Err(e);
             }
@@ -653,6 +664,28 @@ async fn begin(store: Arc<dyn ObjectStore>, database: &str, seed: u64, format1: 
         store.delete(object).await?;
     }
     Ok(())
+}
+
+/// Makes sure that a journal has the entries that the SQL catalog has, which follows it. Without the newest ones rows
+/// would be gone, and a new entry would take the place of the first that is missing.
+async fn complete(journal: &mut Journal, followed: Place) -> Result<()> {
+    if followed.number > journal.place().number {
+        // Another server may have gone on since the journal was read.
+        journal.catch_up().await?;
+    }
+    let end = journal.place().number;
+    if followed.number <= end {
+        return Ok(());
+    }
+    let missing = match followed.number - end {
+        1 => format!("{} is", journal.location(followed.number)),
+        _ => format!("{} to {} are", journal.location(end + 1), journal.location(followed.number)),
+    };
+    Err(Error::corrupt(format!(
+        "{missing} missing, but the SQL catalog has been told of entry {}; put back what is lost from a backup of the \
+         bucket, or, to go on without, run `thalweg catalog rebuild`",
+        followed.number
+    )))
 }
 
 /// A new journal would not know the rows that are there, and give them up.

@@ -392,7 +392,10 @@ impl Journal {
     }
 
     /// Reads entries that follow and applies them.
-    async fn catch_up(&mut self) -> Result<()> {
+    ///
+    /// # Errors
+    /// As [`Journal::read`].
+    pub async fn catch_up(&mut self) -> Result<()> {
         let mut listed = self.folder.numbers(ENTRY_FOLDER).await?;
         listed.retain(|n| *n > self.place.number);
         let last = listed.last().copied().unwrap_or(0);
@@ -488,6 +491,11 @@ impl Journal {
     /// The state after all entries.
     pub fn state(&self) -> &State {
         &self.state
+    }
+
+    /// The object that would hold the entry with a number.
+    pub fn location(&self, number: u64) -> Path {
+        self.folder.entry(number)
     }
 
     /// Where it stands.

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use sqlx::sqlite::{SqliteConnectOptions, SqliteRow};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteLockingMode, SqliteRow};
 use sqlx::{ConnectOptions, Connection, Row, SqliteConnection};
 
 use super::{ColumnStats, DataFile, State, TagPart};
@@ -18,8 +18,9 @@ pub(super) async fn load(path: &Path) -> Result<Option<State>> {
         return Ok(None);
     }
     let context = |e: Error| e.context(format_args!("file catalog {}", path.display()));
-    // A log that a crash left beside it is read too, which writes.
-    let connected = SqliteConnectOptions::new().filename(path).connect().await;
+    // A log that a crash left beside it is read too, which writes. Its index is kept in memory, see `Connection::sqlite`.
+    let options = SqliteConnectOptions::new().filename(path).locking_mode(SqliteLockingMode::Exclusive);
+    let connected = options.connect().await;
     let mut connection = connected.map_err(Error::from).map_err(context)?;
     let state = read(&mut connection).await.map_err(context);
     connection.close().await.map_err(Error::from).map_err(context)?;

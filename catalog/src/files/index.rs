@@ -4,6 +4,7 @@
 //! catalog stands, so that an entry is applied once however often it is tried. What is missing, damaged or of another
 //! history is made anew from the journal's state. Nothing of ours reads it back.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -11,7 +12,7 @@ use async_trait::async_trait;
 use sqlx::ConnectOptions;
 use sqlx::postgres::PgConnectOptions;
 
-use super::sql::{Connection, values};
+use super::sql::{Connection, Row, values};
 use super::{DataFile, Delete, State, TagPart, lake};
 use crate::journal::{Entry, Place};
 use crate::{Error, Result};
@@ -46,6 +47,15 @@ pub trait Index: Send + std::fmt::Debug {
     /// # Errors
     /// `Unavailable`.
     async fn expire(&mut self, older_than_ms: i64) -> Result<()>;
+
+    /// Where it says something else than a state after the journal's entry with this number; `None` when it stands
+    /// elsewhere, or is not there. Changes nothing.
+    ///
+    /// # Errors
+    /// As [`Index::place`].
+    async fn differences(&mut self, _state: &State, _number: u64) -> Result<Option<Vec<String>>> {
+        Ok(None)
+    }
 
     /// Gives up the connection.
     async fn close(&mut self);
@@ -145,7 +155,8 @@ impl SqlIndex {
         let e = e.context(format_args!("SQL catalog {}", path.display()));
         if damaged {
             tracing::warn!(error = %e, "SQL catalog is damaged and is made anew");
-            for suffix in ["-wal", "-shm", ""] {
+            // What would be rolled back goes before the file that it belongs to.
+            for suffix in ["-journal", "-wal", "-shm", ""] {
                 let mut file = path.clone().into_os_string();
                 file.push(suffix);
                 match tokio::fs::remove_file(&file).await {
@@ -226,6 +237,28 @@ impl SqlIndex {
         Ok(())
     }
 
+    async fn compare(&mut self, state: &State, number: u64) -> Result<Option<Vec<String>>> {
+        let mut c = self.connection().await?;
+        // One view of all tables.
+        let begin = match self.database {
+            Database::Sqlite(_) => "BEGIN",
+            Database::Postgres(_) => "BEGIN ISOLATION LEVEL REPEATABLE READ",
+        };
+        c.script(begin).await?;
+        let ours = c.tables().await?.iter().any(|t| t == "thalweg_setting")
+            && setting(&mut c, "seed").await?.as_deref() == Some(self.seed.to_string().as_str())
+            && setting(&mut c, "format").await?.as_deref() == Some(FORMAT.to_string().as_str());
+        let place = if ours { setting(&mut c, "place").await? } else { None };
+        let place: Option<Place> = place.and_then(|p| p.parse().ok());
+        let out = match place {
+            Some(place) if place.number == number => Some(differing(&said(state), &stored(&mut c).await?)),
+            _ => None,
+        };
+        c.script("ROLLBACK").await?;
+        self.connection = Some(c);
+        Ok(out)
+    }
+
     async fn drop_old(&mut self, older_than_ms: i64) -> Result<()> {
         let mut c = self.connection().await?;
         c.begin().await?;
@@ -270,11 +303,111 @@ impl Index for SqlIndex {
         }
     }
 
+    async fn differences(&mut self, state: &State, number: u64) -> Result<Option<Vec<String>>> {
+        if let Database::Sqlite(path) = &self.database
+            && !path.exists()
+        {
+            return Ok(None);
+        }
+        match self.compare(state, number).await {
+            Ok(found) => Ok(found),
+            // Unlike a server, who only looks does not take a damaged file away.
+            Err(e) if damaged(&e) => Ok(Some(vec![format!("it is damaged: {e}")])),
+            Err(e) => Err(e),
+        }
+    }
+
     async fn close(&mut self) {
         if let Some(connection) = self.connection.take() {
             connection.close().await;
         }
     }
+}
+
+/// One line for each thing that a state says, as far as the SQL catalog has it.
+fn said(state: &State) -> BTreeSet<String> {
+    let mut out = BTreeSet::new();
+    for f in &state.files {
+        out.insert(format!("{}: visible with {} rows and {} bytes", f.path, f.rows, f.bytes));
+        let range = [f.ts_min, f.ts_max, f.metric_min, f.metric_max];
+        out.insert(format!(
+            "{}: file {} of table {}, day {}, level {}, footer {}, flushes {} to {}, CRC {}, range {range:?}",
+            f.path, f.id, f.table_id, f.day, f.level, f.footer_bytes, f.seq_min, f.seq_max, f.crc32
+        ));
+    }
+    for p in &state.parts {
+        out.insert(format!("{}: visible with {} rows and {} bytes", p.path, p.sets, p.bytes));
+        out.insert(format!(
+            "{}: part {}, day {}, footer {}, flush {}, CRC {}",
+            p.path, p.id, p.day, p.footer_bytes, p.seq, p.crc32
+        ));
+    }
+    out.extend(state.deletes.iter().map(|d| format!("delete {}", d.id)));
+    out.extend(state.metadata.iter().map(|(metric, json)| format!("metadata of {metric}: {json}")));
+    out
+}
+
+/// The same lines of the SQL catalog.
+async fn stored(c: &mut Connection) -> Result<BTreeSet<String>> {
+    let mut out = BTreeSet::new();
+    let number = |row: &Row, column| Ok::<_, Error>(row.int(column)?.unwrap_or_default());
+    let text = |row: &Row, column| Ok::<_, Error>(row.text(column)?.unwrap_or_default());
+    let files = "SELECT path, record_count, file_size_bytes FROM ducklake_data_file WHERE end_snapshot IS NULL";
+    for r in &c.rows(files, values![]).await? {
+        out.insert(format!("{}: visible with {} rows and {} bytes", text(r, 0)?, number(r, 1)?, number(r, 2)?));
+    }
+    let files = "SELECT path, id, table_id, day, level, footer_bytes, seq_min, seq_max, crc32, ts_min, ts_max,
+                     metric_min, metric_max FROM thalweg_file";
+    for r in &c.rows(files, values![]).await? {
+        let n = (1..13).map(|i| number(r, i)).collect::<Result<Vec<i64>>>()?;
+        out.insert(format!(
+            "{}: file {} of table {}, day {}, level {}, footer {}, flushes {} to {}, CRC {}, range {:?}",
+            text(r, 0)?,
+            n[0],
+            n[1],
+            n[2],
+            n[3],
+            n[4],
+            n[5],
+            n[6],
+            n[7],
+            &n[8..]
+        ));
+    }
+    for r in &c.rows("SELECT path, id, day, footer_bytes, seq, crc32 FROM thalweg_part", values![]).await? {
+        let n = (1..6).map(|i| number(r, i)).collect::<Result<Vec<i64>>>()?;
+        out.insert(format!(
+            "{}: part {}, day {}, footer {}, flush {}, CRC {}",
+            text(r, 0)?,
+            n[0],
+            n[1],
+            n[2],
+            n[3],
+            n[4]
+        ));
+    }
+    for r in &c.rows("SELECT id FROM thalweg_delete", values![]).await? {
+        out.insert(format!("delete {}", number(r, 0)?));
+    }
+    for r in &c.rows("SELECT metric, json FROM thalweg_metadata", values![]).await? {
+        out.insert(format!("metadata of {}: {}", text(r, 0)?, text(r, 1)?));
+    }
+    Ok(out)
+}
+
+/// Most differences that are told.
+const DIFFERENCES_MAX: usize = 20;
+
+fn differing(said: &BTreeSet<String>, stored: &BTreeSet<String>) -> Vec<String> {
+    let missing = said.difference(stored).map(|line| format!("it has not what the journal says, {line}"));
+    let more = stored.difference(said).map(|line| format!("it says what the journal does not, {line}"));
+    let mut out: Vec<String> = missing.chain(more).collect();
+    if out.len() > DIFFERENCES_MAX {
+        let rest = out.len() - DIFFERENCES_MAX;
+        out.truncate(DIFFERENCES_MAX);
+        out.push(format!("it differs in {rest} things more"));
+    }
+    out
 }
 
 /// Whether SQLite says that a file is none of its own, or that its content is broken.

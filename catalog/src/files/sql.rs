@@ -11,7 +11,7 @@ use sqlx::encode::IsNull;
 use sqlx::error::BoxDynError;
 use sqlx::postgres::types::Oid;
 use sqlx::postgres::{PgArgumentBuffer, PgConnectOptions, PgRow, PgTypeInfo};
-use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteRow, SqliteSynchronous};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteLockingMode, SqliteRow, SqliteSynchronous};
 use sqlx::{
     AssertSqlSafe, ConnectOptions, Connection as _, Encode, PgConnection, Postgres, Row as _, SqliteConnection,
 };
@@ -143,18 +143,28 @@ pub(super) enum Connection {
 
 impl Connection {
     /// Opens a SQLite file, creating it when it is absent.
+    ///
+    /// It has a rollback journal, not SQLite's own write-ahead log: the index of that is a file mapped into memory whose
+    /// blocks are found when they are touched, which on a full disk ends the process by a signal. The journal is truncated
+    /// and not deleted, so that no commit has to make its name durable.
     pub async fn sqlite(path: &Path) -> Result<Self> {
         let options = SqliteConnectOptions::new()
             .filename(path)
             .create_if_missing(true)
             // Some forty tables, most of them empty, take a page each.
             .page_size(1024)
-            .journal_mode(SqliteJournalMode::Wal)
+            // A file that an earlier version left with a write-ahead log is converted without mapping its index.
+            .locking_mode(SqliteLockingMode::Exclusive)
+            .journal_mode(SqliteJournalMode::Truncate)
+            .pragma("mmap_size", "0")
             .synchronous(SqliteSynchronous::Full)
             .busy_timeout(LOCK_WAIT)
             .foreign_keys(false)
             .disable_statement_logging();
-        Ok(Self::Sqlite(bounded(options.connect()).await?))
+        let mut connection = Self::Sqlite(bounded(options.connect()).await?);
+        // The lock goes with the next statement.
+        connection.script("PRAGMA locking_mode = NORMAL; SELECT count(*) FROM sqlite_master").await?;
+        Ok(connection)
     }
 
     /// Connects to PostgreSQL.
@@ -172,17 +182,7 @@ impl Connection {
     }
 
     pub async fn commit(&mut self) -> Result<()> {
-        self.script("COMMIT").await?;
-        if let Self::Sqlite(_) = self {
-            // The write-ahead log keeps its greatest size otherwise. An outside reader may hold it: the next commit
-            // tries again.
-            let trimmed = self.script("PRAGMA busy_timeout = 0; PRAGMA wal_checkpoint(TRUNCATE)").await;
-            if let Err(e) = trimmed {
-                tracing::debug!(error = %e, "log of the SQL catalog was not trimmed");
-            }
-            self.script("PRAGMA busy_timeout = 500").await?;
-        }
-        Ok(())
+        self.script("COMMIT").await
     }
 
     /// Statements without values, separated by semicolons. They are ours: nothing in them comes from outside.

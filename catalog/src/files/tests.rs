@@ -252,6 +252,29 @@ async fn a_sql_catalog_that_is_not_ours_is_made_anew() {
     let contents = f.contents().await;
     assert!(contents.contains("samples/20000/2.parquet") && contents.contains("a|b"), "{contents}");
 
+    let full = {
+        let (catalog, _) = f.open().await.unwrap();
+        let journal = catalog.journal.lock().await;
+        (journal.state().clone(), journal.place().number)
+    };
+    let differences = async || f.index().unwrap().differences(&full.0, full.1).await.unwrap();
+    assert_eq!(differences().await, Some(vec![]));
+    f.run("UPDATE thalweg_file SET seq_max = seq_max + 1 WHERE id = 2").await;
+    f.run("UPDATE ducklake_data_file SET record_count = 7 WHERE data_file_id = 3").await;
+    f.run("DELETE FROM thalweg_delete").await;
+    let told = differences().await.unwrap();
+    assert_eq!(told.len(), 5, "{told:#?}");
+    assert!(
+        ["samples/20000/2.parquet", "samples/20000/3.parquet", "delete 9"]
+            .iter()
+            .all(|p| told.iter().any(|t| t.contains(p)))
+    );
+    assert_eq!(f.index().unwrap().differences(&full.0, full.1 + 1).await.unwrap(), None, "it stands elsewhere");
+    std::fs::remove_file(f.path()).unwrap();
+    assert_eq!((differences().await, f.path().exists()), (None, false));
+    std::fs::write(f.path(), "not a database, but text of some length").unwrap();
+    assert!(differences().await.unwrap()[0].contains("damaged"));
+
     let check = async |what: &str| {
         let (catalog, state) = f.open().await.unwrap();
         assert_eq!((catalog.behind(), f.contents().await), (0, contents.clone()), "{what}");
@@ -475,7 +498,7 @@ async fn a_changed_view_becomes_a_snapshot() {
 }
 
 #[tokio::test]
-async fn readers_and_commits_do_not_wait_for_each_other() {
+async fn a_reader_holds_up_no_commit_and_keeps_what_it_began_with() {
     let f = Fixture::new();
     let (catalog, _) = f.open().await.unwrap();
     let mut reader = connect(&f.path()).await;
@@ -486,10 +509,72 @@ async fn readers_and_commits_do_not_wait_for_each_other() {
         catalog.commit(&Commit { add: vec![file(i, 1)], ..Commit::default() }, HOUR).await.unwrap();
     }
     let again: i64 = sqlx::query_scalar(FILES).fetch_one(&mut *tx).await.unwrap();
-    assert_eq!((files, again), (0, 0), "a reader keeps what it began with");
+    assert_eq!((files, again, catalog.behind()), (0, 0, 3), "the SQL catalog waits for its reader");
     tx.rollback().await.unwrap();
+    catalog.follow().await;
     let now: i64 = sqlx::query_scalar(FILES).fetch_one(&mut reader).await.unwrap();
-    assert_eq!(now, 3);
+    assert_eq!((now, catalog.behind()), (3, 0));
+}
+
+/// SQLite's write-ahead log has an index that is mapped into memory: on a full disk touching it ends the process.
+#[tokio::test]
+async fn nothing_of_the_sql_catalog_is_mapped_into_memory() {
+    let f = Fixture::new();
+    let mapped = || {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        maps.lines().filter(|l| l.contains(&f.path().display().to_string())).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let beside = || {
+        let entries = std::fs::read_dir(f.dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+        entries.filter(|n| n.ends_with("-shm") || n.ends_with("-wal")).collect::<Vec<_>>()
+    };
+    let (catalog, _) = f.open().await.unwrap();
+    catalog.commit(&Commit { add: vec![file(1, 1)], ..Commit::default() }, HOUR).await.unwrap();
+    assert_eq!((mapped(), beside()), (vec![], vec![]));
+    catalog.close().await;
+    // As an earlier version left it, which was killed.
+    let mode: String = f.sql("PRAGMA journal_mode = WAL").await;
+    assert_eq!(mode, "wal");
+    let mut killed = connect(&f.path()).await;
+    sqlx::raw_sql("UPDATE thalweg_setting SET \"value\" = \"value\"").execute(&mut killed).await.unwrap();
+    assert_eq!(beside().len(), 2);
+    let old = tempfile::tempdir().unwrap();
+    for suffix in ["", "-wal", "-shm"] {
+        let name = format!("catalog.sqlite{suffix}");
+        std::fs::copy(f.dir.path().join(&name), old.path().join(&name)).unwrap();
+    }
+    drop(killed);
+    let f = Fixture { dir: old, store: f.store.clone(), clock: f.clock.clone() };
+    let (catalog, _) = f.open().await.unwrap();
+    assert_eq!(catalog.behind(), 0);
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    assert!(!maps.contains(&f.path().display().to_string()), "{maps}");
+    let mode: String = f.sql("PRAGMA journal_mode").await;
+    assert_eq!(mode, "delete", "which is what a rollback journal is called without a connection");
+}
+
+#[tokio::test]
+async fn a_journal_that_lost_its_newest_entries_is_noticed() {
+    let f = Fixture::new();
+    let (catalog, _) = f.open().await.unwrap();
+    for i in 1..4 {
+        catalog.commit(&Commit { add: vec![file(i, 1)], ..Commit::default() }, HOUR).await.unwrap();
+    }
+    catalog.close().await;
+    let entry = |number: u64| object_store::path::Path::from(format!("default/journal/{number:020}"));
+    f.store.delete(&entry(4)).await.unwrap();
+    let check = async |missing: &[u64]| {
+        let error = f.open().await.unwrap_err();
+        assert_eq!(error.kind(), crate::ErrorKind::Corrupt);
+        assert!(missing.iter().all(|n| error.message().contains(&entry(*n).to_string())), "{error}");
+    };
+    check(&[4]).await;
+    f.store.delete(&entry(3)).await.unwrap();
+    check(&[3, 4]).await;
+    // Whoever accepts the loss says so.
+    FileCatalog::rebuild(f.store.clone(), "default", HOUR, |_| Ok(f.index())).await.unwrap();
+    let (catalog, state) = f.open().await.unwrap();
+    assert_eq!((state.files.len(), catalog.behind()), (1, 0));
 }
 
 #[tokio::test]
@@ -500,12 +585,8 @@ async fn the_database_is_small() {
         let commit = Commit { add: vec![file(2 * i + 1, 1)], add_parts: vec![part(2 * i + 2, 1)], ..Commit::default() };
         catalog.commit(&commit, HOUR).await.unwrap();
     }
-    let sizes: Vec<u64> = std::fs::read_dir(f.dir.path())
-        .unwrap()
-        .map(|e| e.unwrap())
-        .filter(|e| !e.file_name().to_string_lossy().ends_with("-shm"))
-        .map(|e| e.metadata().unwrap().len())
-        .collect();
+    let sizes: Vec<u64> =
+        std::fs::read_dir(f.dir.path()).unwrap().map(|e| e.unwrap()).map(|e| e.metadata().unwrap().len()).collect();
     assert!(sizes.iter().sum::<u64>() < 100_000, "{sizes:?} bytes");
 }
 
