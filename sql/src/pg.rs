@@ -32,6 +32,8 @@ use crate::session::Frontend;
 
 /// Most connections at a time; more are told so and closed.
 const CONNECTIONS_MAX: usize = 1000;
+/// Most connections that are told so at a time; they may also be there to cancel what another one runs.
+const REFUSALS_MAX: usize = 100;
 
 /// Answers PostgreSQL clients on `listener` until `shutdown`, then ends what runs.
 ///
@@ -55,7 +57,9 @@ pub async fn serve(listener: TcpListener, engine: Engine, access: Access, shutdo
         match accepted {
             Ok((stream, _)) => {
                 let admitted = connections.len() < CONNECTIONS_MAX;
-                connections.spawn(connection::run(server.clone(), stream, admitted));
+                if connections.len() < CONNECTIONS_MAX + REFUSALS_MAX {
+                    connections.spawn(connection::run(server.clone(), stream, admitted));
+                }
             }
             Err(error) => {
                 // Out of descriptors, mostly: give connections time to end.

@@ -1,5 +1,6 @@
 //! Answers to the messages of one connection.
 
+use std::collections::HashMap;
 use std::fmt::Debug;
 use std::sync::Arc;
 
@@ -9,6 +10,7 @@ use bytes::Bytes;
 use datafusion::common::ParamValues;
 use datafusion::logical_expr::LogicalPlan;
 use futures::{Sink, SinkExt, Stream, StreamExt, TryStreamExt, stream};
+use parking_lot::Mutex;
 use pgwire::api::portal::{Format, Portal, PortalExecutionState};
 use pgwire::api::query::{
     ExtendedQueryHandler, send_execution_response, send_partial_query_response, send_query_response,
@@ -21,7 +23,7 @@ use pgwire::api::{ClientInfo, ClientPortalStore, DEFAULT_NAME, PgWireConnectionS
 use pgwire::error::{ErrorInfo, PgWireError, PgWireResult};
 use pgwire::messages::PgWireBackendMessage;
 use pgwire::messages::copy::CopyData;
-use pgwire::messages::extendedquery::Execute;
+use pgwire::messages::extendedquery::{Bind, Close, Execute, Parse, Sync as EndOfSeries, TARGET_TYPE_BYTE_STATEMENT};
 use pgwire::messages::response::{EmptyQueryResponse, TransactionStatus};
 use pgwire::messages::startup::ParameterStatus;
 
@@ -34,6 +36,11 @@ use crate::statement::{Command, CopyFormat, Names};
 /// An error as clients are told.
 pub fn pg_error(e: SqlError) -> PgWireError {
     PgWireError::UserError(Box::new(ErrorInfo::new("ERROR".to_owned(), e.code.to_owned(), e.message)))
+}
+
+/// The name by which a statement or a portal is kept.
+fn key(name: Option<&str>) -> String {
+    name.unwrap_or(DEFAULT_NAME).to_owned()
 }
 
 /// A prepared statement.
@@ -56,10 +63,46 @@ impl Prepared {
     }
 }
 
+/// Most prepared statements that a connection keeps, and the bytes of their texts.
+const STATEMENTS: Room = Room { what: "prepared statements", count: 1000, bytes: 4 << 20 };
+/// Most portals that a connection keeps, and the bytes of their parameters.
+const PORTALS: Room = Room { what: "portals", count: 100, bytes: 16 << 20 };
+
+#[derive(Debug)]
+struct Room {
+    what: &'static str,
+    count: usize,
+    bytes: usize,
+}
+
+impl Room {
+    /// Whether `name` may be kept with so many bytes beside the others.
+    fn check(&self, kept: &HashMap<String, usize>, name: &str, bytes: usize) -> PgWireResult<()> {
+        let others = kept.iter().filter(|(n, _)| *n != name);
+        let (count, sum) = others.fold((0, 0), |(count, sum), (_, b)| (count + 1, sum + b));
+        if count < self.count && sum + bytes <= self.bytes {
+            return Ok(());
+        }
+        let message = format!(
+            "a connection keeps at most {} {} with {} bytes of text and parameters; close some first",
+            self.count, self.what, self.bytes
+        );
+        Err(pg_error(SqlError::new("54000", message)))
+    }
+}
+
+/// What a connection keeps until it is closed by name: how many bytes, by name.
+#[derive(Debug, Default)]
+struct Kept {
+    statements: HashMap<String, usize>,
+    portals: HashMap<String, usize>,
+}
+
 /// What a connection answers with.
 #[derive(Debug, Clone)]
 pub struct Answers {
     session: Arc<Session>,
+    kept: Arc<Mutex<Kept>>,
 }
 
 /// What `pgwire` asks of something that can be written to and holds prepared statements.
@@ -76,7 +119,70 @@ impl<C> Client for C where
 impl Answers {
     /// Answers for a session.
     pub fn new(session: Arc<Session>) -> Self {
-        Self { session }
+        Self { session, kept: Arc::default() }
+    }
+
+    /// Prepares a statement, if there is room for it.
+    pub async fn parse<C>(&self, client: &mut C, message: Parse) -> PgWireResult<()>
+    where
+        C: Client,
+        C::PortalStore: PortalStore<Statement = Arc<Prepared>>,
+    {
+        let (name, bytes) = (key(message.name.as_deref()), message.query.len());
+        STATEMENTS.check(&self.kept.lock().statements, &name, bytes)?;
+        self.on_parse(client, message).await?;
+        self.kept.lock().statements.insert(name, bytes);
+        Ok(())
+    }
+
+    /// Makes a portal, if there is room for it.
+    pub async fn bind<C>(&self, client: &mut C, message: Bind) -> PgWireResult<()>
+    where
+        C: Client,
+        C::PortalStore: PortalStore<Statement = Arc<Prepared>>,
+    {
+        let name = key(message.portal_name.as_deref());
+        let bytes = message.parameters.iter().flatten().map(Bytes::len).sum();
+        PORTALS.check(&self.kept.lock().portals, &name, bytes)?;
+        self.on_bind(client, message).await?;
+        self.kept.lock().portals.insert(name, bytes);
+        Ok(())
+    }
+
+    /// Forgets a prepared statement or a portal.
+    pub async fn close<C>(&self, client: &mut C, message: Close) -> PgWireResult<()>
+    where
+        C: Client,
+        C::PortalStore: PortalStore<Statement = Arc<Prepared>>,
+    {
+        let (name, kind) = (key(message.name.as_deref()), message.target_type);
+        self.on_close(client, message).await?;
+        let mut kept = self.kept.lock();
+        match kind {
+            TARGET_TYPE_BYTE_STATEMENT => kept.statements.remove(&name),
+            _ => kept.portals.remove(&name),
+        };
+        Ok(())
+    }
+
+    /// Ends a series of messages of the extended protocol.
+    pub async fn sync<C>(&self, client: &mut C, message: EndOfSeries) -> PgWireResult<()>
+    where
+        C: Client,
+        C::PortalStore: PortalStore<Statement = Arc<Prepared>>,
+    {
+        self.kept.lock().portals.remove(DEFAULT_NAME);
+        self.on_sync(client, message).await
+    }
+
+    /// Forgets all portals.
+    pub fn forget_portals<C>(&self, client: &C)
+    where
+        C: ClientPortalStore,
+        C::PortalStore: PortalStore<Statement = Arc<Prepared>>,
+    {
+        client.portal_store().clear_portals();
+        self.kept.lock().portals.clear();
     }
 
     /// The session.
@@ -91,7 +197,7 @@ impl Answers {
         C::PortalStore: PortalStore<Statement = Arc<Prepared>>,
     {
         client.set_state(PgWireConnectionState::QueryInProgress);
-        let commands = self.session.parse(text).map_err(pg_error)?;
+        let commands = self.session.parse(text).await.map_err(pg_error)?;
         if commands.is_empty() {
             client.feed(PgWireBackendMessage::EmptyQueryResponse(EmptyQueryResponse::new())).await?;
         }
@@ -189,8 +295,12 @@ impl Answers {
                 Response::Execution(Tag::new("RESET"))
             }
             Command::Deallocate(name) => {
-                if let Some(name) = name {
-                    client.portal_store().rm_statement(name);
+                let kept = &mut self.kept.lock().statements;
+                let names: Vec<String> =
+                    name.as_ref().map_or_else(|| kept.keys().cloned().collect(), |name| vec![name.clone()]);
+                for name in names {
+                    client.portal_store().rm_statement(&name);
+                    kept.remove(&name);
                 }
                 Response::Execution(Tag::new("DEALLOCATE"))
             }
@@ -342,7 +452,7 @@ impl QueryParser for Answers {
     where
         C: ClientInfo + Unpin + Send + Sync,
     {
-        let mut commands = self.session.parse(sql).map_err(pg_error)?;
+        let mut commands = self.session.parse(sql).await.map_err(pg_error)?;
         match (commands.pop(), commands.is_empty()) {
             (None, _) => Ok(None),
             (Some(command), true) => Ok(Some(Arc::new(self.prepare(command).await?))),

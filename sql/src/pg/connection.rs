@@ -10,10 +10,7 @@ use access::{Denied, Peer, Scope};
 use futures::{SinkExt, StreamExt};
 use pgwire::api::auth::{protocol_negotiation, save_startup_parameters_to_metadata};
 use pgwire::api::query::ExtendedQueryHandler;
-use pgwire::api::store::PortalStore;
-use pgwire::api::{
-    ClientInfo, ClientPortalStore, DefaultClient, METADATA_USER, PgWireConnectionState, PidSecretKeyGenerator,
-};
+use pgwire::api::{ClientInfo, DefaultClient, METADATA_USER, PgWireConnectionState, PidSecretKeyGenerator};
 use pgwire::error::{ErrorInfo, PgWireError, PgWireResult};
 use pgwire::messages::response::{ReadyForQuery, TransactionStatus};
 use pgwire::messages::startup::{Authentication, BackendKeyData, ParameterStatus, Startup};
@@ -148,7 +145,7 @@ async fn refuse_encryption(stream: &mut TcpStream) -> io::Result<()> {
                 return Ok(());
             }
             // The rest of a request that came in pieces.
-            tokio::time::sleep(Duration::from_millis(1)).await;
+            tokio::time::sleep(Duration::from_millis(10)).await;
             continue;
         }
         if head != SSL_REQUEST && head != GSS_REQUEST {
@@ -171,6 +168,7 @@ async fn start(server: &Server, connection: &mut Connection, startup: &Startup) 
     save_startup_parameters_to_metadata(connection, startup);
     let user = connection.metadata().get(METADATA_USER).cloned().ok_or(PgWireError::UserNameRequired)?;
     log_in(server, connection, &user).await?;
+    connection.get_mut().trust();
     let session = server.frontend.session(&user);
     for (name, value) in &startup.parameters {
         let of_protocol = ["user", "database", "replication", "options"].contains(&name.as_str());
@@ -264,7 +262,7 @@ async fn answer_all(
             Ended::Answered(Ok(())) => {}
             Ended::Answered(Err(error)) => {
                 // A portal that failed holds on to what it ran.
-                connection.portal_store().clear_portals();
+                answers.forget_portals(connection);
                 process_error(connection, error, extended).await?;
             }
             Ended::ClientGone => return Ok(()),
@@ -285,19 +283,19 @@ async fn answer(connection: &mut Connection, answers: &Answers, message: PgWireF
         // After an error everything up to the next Sync is ignored.
         if let PgWireFrontendMessage::Sync(sync) = message {
             connection.set_state(PgWireConnectionState::ReadyForQuery);
-            answers.on_sync(connection, sync).await?;
+            answers.sync(connection, sync).await?;
         }
         return Ok(());
     }
     match message {
         PgWireFrontendMessage::Query(query) => answers.simple(connection, &query.query).await,
-        PgWireFrontendMessage::Parse(parse) => answers.on_parse(connection, parse).await,
-        PgWireFrontendMessage::Bind(bind) => answers.on_bind(connection, bind).await,
+        PgWireFrontendMessage::Parse(parse) => answers.parse(connection, parse).await,
+        PgWireFrontendMessage::Bind(bind) => answers.bind(connection, bind).await,
         PgWireFrontendMessage::Execute(execute) => answers.execute(connection, execute).await,
         PgWireFrontendMessage::Describe(describe) => answers.on_describe(connection, describe).await,
         PgWireFrontendMessage::Flush(flush) => answers.on_flush(connection, flush).await,
-        PgWireFrontendMessage::Sync(sync) => answers.on_sync(connection, sync).await,
-        PgWireFrontendMessage::Close(close) => answers.on_close(connection, close).await,
+        PgWireFrontendMessage::Sync(sync) => answers.sync(connection, sync).await,
+        PgWireFrontendMessage::Close(close) => answers.close(connection, close).await,
         _ => Err(pg_error(SqlError::new("08P01", "unexpected message"))),
     }
 }
