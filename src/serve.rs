@@ -35,6 +35,8 @@ const FLUSH_WITHIN: Duration = Duration::from_secs(8);
 const RESERVE_BYTES: u64 = 32 << 20;
 /// Threads of the network runtime. Decoding and queries run elsewhere.
 const NETWORK_THREADS: usize = 2;
+/// Stack of each: statements and plans are dropped here, and freeing a deep tree recurses. Only what is used takes memory.
+const NETWORK_STACK_BYTES: usize = 16 << 20;
 
 /// Serves until SIGTERM or SIGINT.
 ///
@@ -45,6 +47,7 @@ pub fn run(config: &Config) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(NETWORK_THREADS)
         .thread_name("network")
+        .thread_stack_size(NETWORK_STACK_BYTES)
         .enable_all()
         .build()
         .context("cannot start the network runtime")?;

@@ -1,17 +1,19 @@
 //! Statements: which are answered, which are refused, and how PostgreSQL would call their columns.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use datafusion::sql::sqlparser::ast::{
     CopyOption, CopySource, CopyTarget, DataType, Expr, FunctionArguments, Ident, ObjectName, OrderBy, OrderByKind,
     Query, Reset, SelectItem, Set, SetExpr, Statement, Value, VisitMut, VisitorMut,
 };
 use datafusion::sql::sqlparser::dialect::PostgreSqlDialect;
-use datafusion::sql::sqlparser::parser::Parser;
+use datafusion::sql::sqlparser::parser::{Parser, ParserError};
 use datafusion_pg_catalog::sql::PostgresCompatibilityParser;
 
 use crate::error::{Result, SqlError};
+use crate::limits;
 
 /// What a statement asks for.
 #[derive(Debug, Clone)]
@@ -19,14 +21,14 @@ pub enum Command {
     /// Rows: to be planned.
     Query {
         /// The statement, with all columns named.
-        statement: Box<Statement>,
+        statement: Arc<Statement>,
         /// What its columns are called.
         names: Names,
     },
     /// `COPY ... TO STDOUT` of the rows.
     CopyOut {
         /// The query whose rows are copied.
-        statement: Box<Statement>,
+        statement: Arc<Statement>,
         /// How rows are written.
         format: CopyFormat,
     },
@@ -78,13 +80,20 @@ impl Names {
 /// The commands in `text`.
 ///
 /// # Errors
-/// 42601 for text that does not parse; 0A000 or 25006 for statements that aren't answered.
+/// 42601 for text that does not parse; 54000 and its like for text beyond [`limits`]; 0A000 or 25006 for statements that
+/// aren't answered.
 pub fn parse(parser: &PostgresCompatibilityParser, text: &str) -> Result<Vec<Command>> {
-    let statements = parser.parse(text).map_err(|e| SqlError::new("42601", e.to_string()))?;
+    limits::check_text(text)?;
+    let statements = parser.parse(text).map_err(|e| match e {
+        // The parser's own bound, on what it parses by recursion, is lower.
+        ParserError::RecursionLimitExceeded => SqlError::new("54001", "statement is nested too deep"),
+        e => SqlError::new("42601", e.to_string()),
+    })?;
     statements.into_iter().map(command).collect()
 }
 
 fn command(mut statement: Statement) -> Result<Command> {
+    limits::check_statement(&statement)?;
     Ok(match &statement {
         Statement::Query(query) => {
             if writes(query) {
@@ -92,19 +101,19 @@ fn command(mut statement: Statement) -> Result<Command> {
             }
             let names = names(query);
             name_columns(&mut statement);
-            Command::Query { statement: Box::new(statement), names }
+            Command::Query { statement: Arc::new(statement), names }
         }
         Statement::Explain { statement: inner, .. } => {
             if !matches!(inner.as_ref(), Statement::Query(q) if !writes(q)) {
                 return Err(read_only("this statement"));
             }
             name_columns(&mut statement);
-            Command::Query { statement: Box::new(statement), names: Names::default() }
+            Command::Query { statement: Arc::new(statement), names: Names::default() }
         }
         Statement::ShowTables { .. }
         | Statement::ShowColumns { .. }
         | Statement::ShowFunctions { .. }
-        | Statement::ExplainTable { .. } => Command::Query { statement: Box::new(statement), names: Names::default() },
+        | Statement::ExplainTable { .. } => Command::Query { statement: Arc::new(statement), names: Names::default() },
         Statement::Copy { source, to, target, options, .. } => copy(source, *to, target, options, &statement)?,
         Statement::Set(set) => assignment(set)?,
         Statement::Reset(reset) => match &reset.reset {
@@ -212,7 +221,7 @@ fn copy(
         }
     };
     name_columns(&mut query);
-    Ok(Command::CopyOut { statement: Box::new(query), format })
+    Ok(Command::CopyOut { statement: Arc::new(query), format })
 }
 
 fn variable(name: &ObjectName) -> String {
@@ -426,6 +435,8 @@ fn name_select(body: &mut SetExpr, ordered: bool) -> Vec<(Expr, Ident)> {
             _ => None,
         })
         .collect();
+    // Where to go on numbering, by name.
+    let mut numbers: HashMap<String, usize> = HashMap::new();
     for item in &mut select.projection {
         if let SelectItem::UnnamedExpr(expr) = item
             && !plain(expr)
@@ -435,11 +446,15 @@ fn name_select(body: &mut SetExpr, ordered: bool) -> Vec<(Expr, Ident)> {
             // to the select list first: `ORDER BY tags['b']` must go on meaning the map. The answer's own names are put
             // on at the edge.
             let shadows = ordered && matches!(expr, Expr::CompoundFieldAccess { .. });
-            let unique = (usize::from(shadows)..)
-                .map(|n| if n == 0 { name.clone() } else { format!("{name}_{n}") })
-                .find(|n| !taken.contains(n))
-                .unwrap_or_default();
-            taken.insert(unique.clone());
+            let number = numbers.entry(name.clone()).or_insert(0);
+            *number = (*number).max(usize::from(shadows));
+            let unique = loop {
+                let unique = if *number == 0 { name.clone() } else { format!("{name}_{number}") };
+                *number += 1;
+                if taken.insert(unique.clone()) {
+                    break unique;
+                }
+            };
             let alias = Ident::with_quote('"', unique);
             if shadows {
                 named.push((expr.clone(), alias.clone()));
