@@ -155,9 +155,15 @@ async fn respond(frontend: &Arc<Frontend>, request: Request, headers: &HeaderMap
     let format = format(&request, headers)?;
     let text = request.query.ok_or_else(|| SqlError::new("42601", "no statement: send it as the body or as query="))?;
     let session = frontend.session(USER);
-    let (mut batches, names) = run(&session, &text).await?;
-    // The first batch tells whether there is an answer at all.
-    let first = batches.next().await.transpose()?;
+    // The first batch tells whether there is an answer at all. Planning has the same time as running.
+    let begun = async {
+        let (mut batches, names) = run(&session, &text).await?;
+        let first = batches.next().await.transpose()?;
+        Ok::<_, SqlError>((batches, names, first))
+    };
+    let begun = tokio::time::timeout(session.timeout(), begun).await;
+    let (batches, names, first) =
+        begun.map_err(|_| SqlError::new("57014", "canceling statement due to statement timeout"))??;
     let schema = batches.schema();
     let zone = session.time_zone();
     let head = stream::iter([Ok(Bytes::from(head(&schema, &names, format)))]);
@@ -188,7 +194,7 @@ fn until_error<T>(stream: impl Stream<Item = Result<T>>) -> impl Stream<Item = R
 }
 
 async fn run(session: &Session, text: &str) -> Result<(SendableRecordBatchStream, Names)> {
-    let mut commands = session.parse(text)?;
+    let mut commands = session.parse(text).await?;
     match (commands.pop(), commands.is_empty()) {
         (Some(Command::Query { statement, names }), true) => {
             let plan = session.plan(&statement).await?;

@@ -42,7 +42,9 @@ impl Interrupt {
         self.0.store(true, Ordering::Relaxed);
     }
 
-    fn check(&self) -> Result<()> {
+    /// # Errors
+    /// Once the statement is to stop.
+    pub fn check(&self) -> Result<()> {
         if self.0.load(Ordering::Relaxed) { Err(external(Error::canceled("the query was stopped"))) } else { Ok(()) }
     }
 }

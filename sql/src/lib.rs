@@ -7,12 +7,15 @@
 //!
 //! Nothing here writes: no statement may change data, or open a file or a URL.
 
+pub mod bounded;
 pub mod error;
 pub mod format;
 pub mod functions;
 pub mod http;
 pub mod interrupt;
+pub mod limits;
 pub mod pg;
+pub mod rules;
 pub mod scan;
 pub mod schema;
 pub mod session;

@@ -22,9 +22,12 @@ use datafusion_pg_catalog::sql::PostgresCompatibilityParser;
 use engine::{Engine, QueryLimits};
 use parking_lot::Mutex;
 
+use crate::bounded::{BoundedResults, Results};
 use crate::error::{Result, SqlError};
 use crate::functions;
 use crate::interrupt::{Guard, Interrupt, Interruptible};
+use crate::limits;
+use crate::rules::watched;
 use crate::schema::{Database, Metrics};
 use crate::statement::{self, Command};
 use crate::variables::Variables;
@@ -61,11 +64,13 @@ impl Frontend {
         let metrics = Arc::new(Metrics::new(engine));
         let catalogs = MemoryCatalogProviderList::new();
         catalogs.register_catalog(DATABASE.to_owned(), Arc::new(Database::new(engine, &metrics)));
-        let mut state = SessionStateBuilder::new_from_existing(state)
+        let state = SessionStateBuilder::new_from_existing(state)
             .with_config(config)
             .with_catalog_list(Arc::new(catalogs))
+            .with_analyzer_rule(Arc::new(BoundedResults))
             .with_physical_optimizer_rule(Arc::new(Interruptible))
             .build();
+        let mut state = watched(state)?;
         functions::register_planners(&mut state)?;
         let template = SessionContext::new_with_state(state);
         setup_pg_catalog(&template, DATABASE, EmptyContextProvider).map_err(|e| SqlError::from(*e))?;
@@ -100,7 +105,7 @@ impl std::fmt::Debug for Session {
 /// # Errors
 /// 42601 and its like for text that means no query.
 pub async fn plan(text: &str, session: &Session) -> Result<LogicalPlan> {
-    let mut commands = session.parse(text)?;
+    let mut commands = session.parse(text).await?;
     match (commands.pop(), commands.is_empty()) {
         (Some(Command::Query { statement, .. }), true) => session.plan(&statement).await,
         (Some(_), true) => Err(SqlError::unsupported("a statement that is no query")),
@@ -110,27 +115,33 @@ pub async fn plan(text: &str, session: &Session) -> Result<LogicalPlan> {
 }
 
 impl Session {
-    /// The commands in `text`.
+    /// The commands in `text`. Parsed on the CPU runtime, whose stacks are made for recursion.
     ///
     /// # Errors
     /// Those of [`statement::parse`].
-    pub fn parse(&self, text: &str) -> Result<Vec<Command>> {
-        statement::parse(&self.frontend.parser, text)
+    pub async fn parse(&self, text: &str) -> Result<Vec<Command>> {
+        let (frontend, text) = (self.frontend.clone(), text.to_owned());
+        self.frontend.engine.compute(move || statement::parse(&frontend.parser, &text)).await
     }
 
     /// Plans a query.
     ///
     /// # Errors
     /// 42P01, 42703 and their like for names that mean nothing; 25006 for what would write.
-    pub async fn plan(&self, statement: &Statement) -> Result<LogicalPlan> {
+    pub async fn plan(&self, statement: &Arc<Statement>) -> Result<LogicalPlan> {
         if lists_tables(statement) {
             self.frontend.metrics.refresh().await?;
         }
-        let state = self.context.state();
-        let plan = state.statement_to_plan(DfStatement::Statement(Box::new(statement.clone()))).await?;
-        let options = SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
-        options.verify_plan(&plan).map_err(|e| SqlError::new("25006", e.message().into_owned()))?;
-        Ok(plan)
+        let (state, statement) = (self.context.state(), statement.clone());
+        let plan = async move {
+            let statement = DfStatement::Statement(Box::new(Statement::clone(&statement)));
+            let plan = state.statement_to_plan(statement).await?;
+            limits::check_columns(plan.schema().fields().len())?;
+            let options = SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
+            options.verify_plan(&plan).map_err(|e| SqlError::new("25006", e.message().into_owned()))?;
+            Ok::<_, SqlError>(plan)
+        };
+        self.frontend.engine.run(plan).await
     }
 
     /// Runs a plan. Dropping the stream stops the work.
@@ -142,6 +153,7 @@ impl Session {
         let interrupt = Interrupt::default();
         let mut state = self.context.state();
         state.config_mut().options_mut().extensions.insert(interrupt.clone());
+        state.config_mut().options_mut().extensions.insert(Results::default());
         let guard = Guard::new(interrupt);
         let stream = self.frontend.engine.execute(&state, plan, QueryLimits { timeout }).await?;
         Ok(guard.watch(stream, timeout))

@@ -377,3 +377,116 @@ async fn answers_stay_after_a_flush() {
     f.check("SELECT tags['code'], count(*) FROM samples GROUP BY 1 ORDER BY 1 NULLS LAST", &["200|3", "500|2", "-|7"])
         .await;
 }
+
+impl Fixture {
+    async fn refused(&self, text: &str, code: &str, message: &str) {
+        match self.run(text).await {
+            Ok(answer) => panic!("{text:.200} was answered: {answer:.200}"),
+            Err(e) => assert!(e.code == code && e.message.contains(message), "{text:.200}: {} {e}", e.code),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn depth_up_to_the_limit_is_answered_and_beyond_it_refused() {
+    let f = Fixture::new().await;
+    let shapes: [(&str, &str, &str, usize); 8] = [
+        ("SELECT 1", "+1", "", 495),
+        ("SELECT 1 WHERE 1 = 0", " OR 1 = 1", "", 490),
+        ("SELECT 1 WHERE 1 = 1", " AND 1 = 1", "", 490),
+        ("SELECT 1", " UNION ALL SELECT 1", "", 490),
+        ("SELECT 'x'", "||'x'", "", 495),
+        ("SELECT 1", "::int8", "", 240),
+        ("SELECT 1 IS NULL", " IS NULL", "", 240),
+        ("SELECT count(*) FROM (SELECT 1) a0", ", (SELECT 1) a", "", 30),
+    ];
+    for (head, link, tail, most) in shapes {
+        let text = |n: usize| {
+            let named = |i: usize| if link.ends_with(" a") { format!("{link}{}", i + 1) } else { link.to_owned() };
+            format!("{head}{}{tail}", (0..n).map(named).collect::<String>())
+        };
+        f.run(&text(most)).await.unwrap_or_else(|e| panic!("{head}{link}: {} {e}", e.code));
+        f.refused(&text(2_000), "54001", "levels are allowed").await;
+    }
+    for (open, inner, close) in [
+        ("(", "1", ")"),
+        ("NOT ", "true", ""),
+        ("- ", "1", ""),
+        ("abs(", "1", ")"),
+        ("CASE WHEN true THEN ", "1", " END"),
+        ("ARRAY[", "1", "]"),
+        ("(SELECT ", "1", ")"),
+    ] {
+        for depth in [60, 200, 5_000] {
+            let text = format!("SELECT {}{inner}{}", open.repeat(depth), close.repeat(depth));
+            f.refused(&text, "54001", "too deep").await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_little_text_multiplies_is_bounded() {
+    let f = Fixture::new().await;
+    let chain = |count: usize, body: &dyn Fn(usize) -> String, tail: &str| {
+        let tables: String = (1..count).map(|i| format!(", a{i} AS ({})", body(i - 1))).collect();
+        format!("WITH a0 AS (SELECT 'x' AS x){tables} SELECT {tail} FROM a{}", count - 1)
+    };
+    let doubled = |i: usize| format!("SELECT * FROM a{i} UNION ALL SELECT * FROM a{i}");
+    f.check(&chain(9, &doubled, "count(*)"), &["256"]).await;
+    f.refused(&chain(500, &doubled, "count(*)"), "54001", "WITH").await;
+    f.refused(&chain(100, &|i| format!("SELECT p.*, q.* FROM a{i} p, a{i} q"), "count(*)"), "54001", "WITH").await;
+    let text = |i: usize| format!("SELECT x || x AS x FROM a{i}");
+    f.check(&chain(11, &text, "length(x)"), &["1024"]).await;
+    f.refused(&chain(60, &text, "length(x)"), "54000", "are allowed").await;
+    f.refused(&format!("SELECT 1{}", ", 1".repeat(10_000)), "54011", "1664").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn results_of_functions_are_bounded_before_they_are_made() {
+    let f = Fixture::new().await;
+    for call in [
+        "repeat('x', 1000000000)",
+        "repeat(repeat('x', 100000), 100000)",
+        "lpad('x', 2147483647)",
+        "rpad('x', 2147483647, 'ab')",
+        "replace(repeat('x', 100000), 'x', repeat('y', 100000))",
+        "regexp_replace(repeat('x', 1000000), '(.*)', repeat('\\1', 1000))",
+        "concat(repeat('x', 40000000), repeat('x', 40000000))",
+        "repeat('x', 40000000) || repeat('x', 40000000)",
+        "concat_ws('-', repeat('x', 40000000), repeat('x', 40000000))",
+        "array_repeat(1, 1000000000)",
+        "array_repeat(array_repeat(1, 10000), 10000)",
+        "array_resize(ARRAY[1], 1000000000)",
+        "array_to_string(array_repeat('x', 10000), repeat('y', 100000))",
+        "range(1, 1000000000)",
+        "range(timestamp '1970-01-01', timestamp '2070-01-01', interval '1 second')",
+        "array_concat(range(1, 5000000), range(1, 5000000))",
+        "range(1, 5000000) || range(1, 5000000)",
+    ] {
+        f.refused(&format!("SELECT {call}"), "54000", "are allowed").await;
+    }
+    let rows = "generate_series(1, 8192) AS t(n)";
+    f.refused(&format!("SELECT repeat('x', n * 10) FROM {rows}"), "54000", "repeat would give").await;
+    f.refused(&format!("SELECT repeat('x', 20000) FROM {rows}"), "54000", "in a value or a batch").await;
+    let columns = (0..20).map(|i| format!("repeat('x', 10000000) AS c{i}")).collect::<Vec<_>>().join(", ");
+    f.refused(&format!("SELECT {columns}"), "54000", "in all results of a statement").await;
+    let window = "SELECT max(length(a)) FROM (SELECT string_agg(n::text, ',') OVER (ORDER BY n) AS a FROM";
+    f.refused(&format!("{window} generate_series(1, 100000) AS t(n)) x"), "54000", "over a window").await;
+    f.check(&format!("{window} generate_series(1, 9) AS t(n)) x"), &["17"]).await;
+    f.refused("SELECT * FROM generate_series(1, length(repeat('x', 1000000000)))", "0A000", "repeat").await;
+    f.check("SELECT length(repeat('ab', 1000)), lpad('7', 3, '0'), 'a' || 1, NULL || 'a'", &["2000|007|a1|-"]).await;
+    f.check(&format!("SELECT sum(length(repeat('x', 100))) FROM {rows}"), &["819200"]).await;
+    f.check("SELECT array_to_string(ARRAY[1, 2] || 3, ','), concat_ws('-', 'a', NULL, 'b')", &["1,2,3|a-b"]).await;
+    f.check("SELECT upper(host || '!') AS u FROM prometheus.up GROUP BY u ORDER BY u", &["H1!", "H2!", "H3!"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn planning_ends_with_its_deadline() {
+    let f = Fixture::new().await;
+    f.session.set("statement_timeout", Some("200")).unwrap();
+    // A filter that is pushed through projections takes their expressions with it, and doubles each time.
+    let tables: String = (1..40).map(|i| format!(", a{i} AS (SELECT x + x AS x FROM a{})", i - 1)).collect();
+    let text = format!("WITH a0 AS (SELECT value AS x FROM samples){tables} SELECT * FROM a39 WHERE x > 0");
+    let e = f.run(&text).await.expect_err("it never ends");
+    assert!(["54000", "57014"].contains(&e.code), "{} {e}", e.code);
+}
