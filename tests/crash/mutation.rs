@@ -99,6 +99,20 @@ fn postgres_session() -> Vec<u8> {
     out
 }
 
+/// What a stranger can send: a start, a request for TLS before one, a request to cancel, a password.
+fn first_messages() -> Vec<Vec<u8>> {
+    let whole = postgres_session();
+    let start = whole[..u32::from_be_bytes([whole[0], whole[1], whole[2], whole[3]]) as usize].to_vec();
+    let tls = 80_877_103u32.to_be_bytes();
+    let cancel = 80_877_102u32.to_be_bytes();
+    vec![
+        [&[0, 0, 0, 8], &tls[..], &start].concat(),
+        [&[0, 0, 0, 16], &cancel[..], &[0, 0, 0, 1, 0, 0, 0, 2]].concat(),
+        [&start[..], b"p\0\0\0\x0bsecret\0"].concat(),
+        start,
+    ]
+}
+
 fn send_postgres(server: &Server, bytes: &[u8]) -> Result<u16, String> {
     let talk = || -> std::io::Result<()> {
         let mut stream = TcpStream::connect(server.postgres)?;
@@ -166,6 +180,19 @@ fn targets() -> Vec<Target> {
             send: |_, client, bytes| post(client, "/api/v1/write", &HEADERS_V2, &snappy(bytes)),
         },
         Target {
+            name: "remote write 1.0 in zstd",
+            originals: vec![zstd::encode_all(&message(&made)[..], 3).expect("zstd")],
+            send: |_, client, bytes| {
+                let headers = HEADERS.map(|(n, v)| if n == "Content-Encoding" { (n, "zstd") } else { (n, v) });
+                post(client, "/api/v1/write", &headers, bytes)
+            },
+        },
+        Target {
+            name: "remote write 2.0 on the wire",
+            originals: vec![snappy(&message_v2(&made))],
+            send: |_, client, bytes| post(client, "/api/v1/write", &HEADERS_V2, bytes),
+        },
+        Target {
             name: "PromQL",
             originals: promql,
             send: |_, client, bytes| post(client, "/api/v1/query_range", &FORM, &form(bytes)),
@@ -178,6 +205,11 @@ fn targets() -> Vec<Target> {
         Target {
             name: "PostgreSQL",
             originals: vec![postgres_session()],
+            send: |server, _, bytes| send_postgres(server, bytes),
+        },
+        Target {
+            name: "PostgreSQL's first messages",
+            originals: first_messages(),
             send: |server, _, bytes| send_postgres(server, bytes),
         },
         Target {
