@@ -417,10 +417,8 @@ async fn depth_up_to_the_limit_is_answered_and_beyond_it_refused() {
         ("ARRAY[", "1", "]"),
         ("(SELECT ", "1", ")"),
     ] {
-        for depth in [60, 200, 5_000] {
-            let text = format!("SELECT {}{inner}{}", open.repeat(depth), close.repeat(depth));
-            f.refused(&text, "54001", "too deep").await;
-        }
+        let text = format!("SELECT {}{inner}{}", open.repeat(5_000), close.repeat(5_000));
+        f.refused(&text, "54001", "levels are allowed").await;
     }
 }
 
@@ -467,7 +465,7 @@ async fn results_of_functions_are_bounded_before_they_are_made() {
     }
     let rows = "generate_series(1, 8192) AS t(n)";
     f.refused(&format!("SELECT repeat('x', n * 10) FROM {rows}"), "54000", "repeat would give").await;
-    f.refused(&format!("SELECT repeat('x', 20000) FROM {rows}"), "54000", "in a value or a batch").await;
+    f.refused(&format!("SELECT repeat('x', 20000 + n % 2) FROM {rows}"), "54000", "in a value or a batch").await;
     let columns = (0..20).map(|i| format!("repeat('x', 10000000) AS c{i}")).collect::<Vec<_>>().join(", ");
     f.refused(&format!("SELECT {columns}"), "54000", "in all results of a statement").await;
     let window = "SELECT max(length(a)) FROM (SELECT string_agg(n::text, ',') OVER (ORDER BY n) AS a FROM";
