@@ -122,6 +122,8 @@ pub(crate) struct Inner {
     pub metadata: Mutex<Metadata>,
     /// Whether the last group could not be written: said once when it begins and once when it ends.
     pub log_failing: AtomicBool,
+    /// Whether something of the log that is in files could not be given up, to be tried again.
+    pub trim_due: AtomicBool,
     /// Held while memtables are written to files.
     pub flushing: tokio::sync::Mutex<()>,
     pub session: SessionState,
@@ -188,6 +190,7 @@ impl Engine {
             reserve,
             metadata: Mutex::new(Metadata::new(&state.metadata)),
             log_failing: AtomicBool::new(false),
+            trim_due: AtomicBool::new(false),
             flushing: tokio::sync::Mutex::new(()),
             session,
             cpu: cpu.as_ref().map_or_else(Handle::current, |cpu| cpu.handle().clone()),

@@ -7,6 +7,7 @@
 //! A failed write leaves the memtable where it is, readable, and is tried again.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use catalog::files::Commit;
@@ -135,6 +136,7 @@ impl Inner {
         let pinned = self.pins().into_iter().map(|(position, _)| position).min();
         let position = pinned.unwrap_or_else(|| log.position());
         let garbage = log.trim(position).await;
+        self.trim_due.store(garbage.is_err(), Ordering::Relaxed);
         self.measure(&log);
         if let Ok(damaged) = log.damaged() {
             self.metrics.wal_set_aside.set(damaged as i64);
@@ -217,7 +219,9 @@ impl Inner {
         if metadata_due || version.tables.iter().any(|t| t.active.rows() > 0 && due(&t.active)) {
             self.freeze(due).await;
         }
-        metadata_due || self.version().tables.iter().any(|t| !t.flushing.is_empty())
+        // Without rows nothing would come by here, and while the log is too long there are none.
+        let trim_due = self.trim_due.load(Ordering::Relaxed);
+        metadata_due || trim_due || self.version().tables.iter().any(|t| !t.flushing.is_empty())
     }
 
     /// Refuses when memory or log are beyond what a flush could free in time, and when nothing can be flushed any more.

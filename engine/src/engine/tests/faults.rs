@@ -244,3 +244,29 @@ async fn the_reserve_lets_a_flush_make_room() {
     assert_eq!(found, last.into_iter().chain(ledger.sure).collect::<Rows>());
     assert!(!engine.files().is_empty());
 }
+
+/// A log that is too long refuses the rows that would bring about the next flush, so it is not left to that.
+#[tokio::test]
+async fn a_log_that_could_not_be_trimmed_is_trimmed_later() {
+    let flushed = async |fault: Option<usize>| {
+        let dir = fast_dir();
+        let faults = Faults::default();
+        if let Some(call) = fault {
+            faults.at(call, Fault::Io);
+        }
+        let engine = open_again(dir.path(), &faults, "open").await;
+        engine.write(request(&engine, &[("a", NOW, 1.0)])).await.unwrap();
+        let result = engine.flush().await;
+        (dir, engine, faults, result)
+    };
+    let (_dir, _engine, faults, _) = flushed(None).await;
+    let removes = |c: &catalog::fs::Call| c.what == "remove" && c.path.extension().is_some_and(|e| e == "wal");
+    let call = faults.calls().iter().position(removes).unwrap();
+    let (dir, engine, _, result) = flushed(Some(call)).await;
+    result.unwrap_err();
+    assert_eq!((logs(dir.path()).len(), rows(&engine).len()), (1, 0));
+    assert!(engine.inner().freeze_due().await);
+    engine.inner().flush_frozen().await.unwrap();
+    assert_eq!(logs(dir.path()).len(), 0);
+    assert!(!engine.inner().freeze_due().await);
+}
