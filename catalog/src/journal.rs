@@ -33,6 +33,11 @@ const CHECKPOINT_ENTRIES: u64 = 64;
 /// Checkpoints that are kept.
 const CHECKPOINTS: usize = 2;
 
+/// Entries with which epochs began that are kept, the newest. A process that was replaced meets the first entry of its
+/// successor at the number that it believes to be the next, however long it was away. Were that entry gone, it would take
+/// its own for a part of the journal.
+const OPENINGS: usize = 100;
+
 /// Entries that are read at the same time.
 const READ_AHEAD: usize = 16;
 
@@ -143,6 +148,8 @@ struct Checkpoint {
     id: CommitId,
     epoch: u64,
     tables: Vec<(u16, u64)>,
+    #[serde(default)]
+    openings: Vec<u64>,
     state: State,
 }
 
@@ -155,6 +162,8 @@ pub struct Journal {
     epoch: u64,
     place: Place,
     tables: Vec<(u16, u64)>,
+    /// Numbers of the entries with which the last epochs began.
+    openings: Vec<u64>,
     state: State,
     /// An entry of ours of which it is not known whether it is in the bucket.
     pending: Option<(Entry, Bytes)>,
@@ -224,6 +233,7 @@ impl Journal {
             epoch: checkpoint.epoch,
             place: base,
             tables: checkpoint.tables,
+            openings: checkpoint.openings,
             state: State { next_id: first_id(checkpoint.epoch), ..checkpoint.state },
             base,
             fresh: vec![],
@@ -245,7 +255,7 @@ impl Journal {
     pub async fn begin(store: Arc<dyn ObjectStore>, database: &str, state: State) -> Result<()> {
         let folder = Folder { store, database: database.to_owned() };
         let epoch = (state.next_id.max(0) >> ID_BITS) as u64;
-        let first = Checkpoint { number: 0, id: CommitId(0), epoch, tables: vec![], state };
+        let first = Checkpoint { number: 0, id: CommitId(0), epoch, tables: vec![], openings: vec![], state };
         let (location, bytes) = (folder.checkpoint(0), encode(CHECKPOINT_KIND, &first)?);
         retried("begin the journal", || folder.create(&location, bytes.clone())).await.map(|_| ())
     }
@@ -366,6 +376,7 @@ impl Journal {
             id: self.place.id,
             epoch: self.epoch,
             tables: self.tables.clone(),
+            openings: self.openings.clone(),
             state: self.state.clone(),
         };
         let (location, bytes) = (self.folder.checkpoint(checkpoint.number), encode(CHECKPOINT_KIND, &checkpoint)?);
@@ -383,8 +394,11 @@ impl Journal {
         let kept = self.checkpoints.split_off(self.checkpoints.len() - CHECKPOINTS);
         self.checkpoints = kept;
         let oldest = self.checkpoints[0];
-        for (name, first_kept) in [(CHECKPOINT_FOLDER, oldest), (ENTRY_FOLDER, oldest + 1)] {
-            for number in self.folder.numbers(name).await?.into_iter().filter(|n| *n < first_kept) {
+        for (name, first_kept, kept) in
+            [(CHECKPOINT_FOLDER, oldest, &[][..]), (ENTRY_FOLDER, oldest + 1, &self.openings[..])]
+        {
+            let numbers = self.folder.numbers(name).await?;
+            for number in numbers.into_iter().filter(|n| *n < first_kept && !kept.contains(n)) {
                 self.folder.delete(&self.folder.object(name, number)).await?;
             }
         }
@@ -442,6 +456,8 @@ impl Journal {
         self.epoch = entry.epoch;
         if !entry.tables.is_empty() {
             self.tables.clone_from(&entry.tables);
+            self.openings.push(entry.number);
+            self.openings.drain(..self.openings.len().saturating_sub(OPENINGS));
         }
         self.state.apply(&entry.commit, entry.time_ms);
         self.state.next_id = first_id(self.epoch);

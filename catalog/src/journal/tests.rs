@@ -409,3 +409,20 @@ proptest! {
         prop_assert!(decode::<Entry>(ENTRY_KIND, &body, &Path::from("x")).is_err());
     }
 }
+
+#[tokio::test]
+async fn a_process_that_was_away_for_long_is_fenced() {
+    let store = bucket();
+    let mut old = open(&store, 1).await.unwrap();
+    old.commit(add(1), 1000).await.unwrap();
+    let mut new = open(&store, 2).await.unwrap();
+    for id in 2..4 * CHECKPOINT_ENTRIES as i64 {
+        new.commit(add(id), 2000).await.unwrap();
+        new.checkpoint_if_due().await;
+    }
+    assert!(!names(&store).await.contains(&format!("db/journal/{:020}", 2)), "the entries of then are gone");
+    let refused = old.commit(add(1000), 3000).await.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Unavailable);
+    assert!(old.is_fenced());
+    assert_eq!(read(&store, 3).await.unwrap().state(), new.state());
+}
