@@ -275,6 +275,19 @@ async fn whoever_opens_a_database_last_has_it() {
 }
 
 #[tokio::test]
+async fn a_delete_is_not_done_by_whoever_was_replaced() {
+    let (dir, other, store) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), bucket());
+    let old = open(dir.path(), &store).await;
+    let all = || vec![Selection { table: SAMPLES.clone(), matchers: vec![], start_ms: i64::MIN, end_ms: i64::MAX }];
+    old.delete(all()).await.unwrap();
+    let new = open(other.path(), &store).await;
+    new.write(request(&new, &[("a", NOW, 1.0)])).await.unwrap();
+    // The old one sees no file that it concerns, and has nothing to commit.
+    assert_eq!(old.delete(all()).await.unwrap_err().kind(), catalog::ErrorKind::Unavailable);
+    assert_eq!(query(&new).await.1, 1);
+}
+
+#[tokio::test]
 async fn rows_without_their_catalog_are_not_written_over() {
     let (dir, store) = (tempfile::tempdir().unwrap(), bucket());
     let engine = open(dir.path(), &store).await;
