@@ -39,7 +39,9 @@ impl Metadata {
     /// Those that say something new; `refused` is called for each that is left out at the limit.
     pub(crate) fn news(&mut self, metadata: &[MetricMetadata], mut refused: impl FnMut()) -> Vec<MetricMetadata> {
         let mut out: Vec<MetricMetadata> = vec![];
-        for m in metadata {
+        // Of what a request says of one metric the last counts: an earlier one must not be news when that is known.
+        let newest: BTreeMap<&str, &MetricMetadata> = metadata.iter().map(|m| (m.metric.as_str(), m)).collect();
+        for m in newest.into_values() {
             match self.by_metric.get(&m.metric) {
                 Some(known) if known == m => {}
                 None if self.by_metric.len() >= METRICS_MAX => {
@@ -116,6 +118,7 @@ mod tests {
         assert_eq!(metadata.news(&[help("a", "1")], || {}), [help("a", "1")]);
         metadata.apply(&[help("a", "1"), help("b", "1")], 10);
         assert!(metadata.news(&[help("a", "1")], || {}).is_empty());
+        assert!(metadata.news(&[help("a", "0"), help("a", "1")], || {}).is_empty(), "a request sent again");
         let rows = metadata.unsaved();
         metadata.apply(&[help("a", "2")], 20);
         metadata.saved(&rows, 15);
