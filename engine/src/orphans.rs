@@ -7,7 +7,7 @@
 //! last resort against an answer of the store that is out of date, an object must be found unnamed twice, with the grace
 //! of superseded objects between the two.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,7 +32,7 @@ pub(crate) struct Suspects {
 struct State {
     swept: Option<Instant>,
     /// Paths that nothing named, with when that was first seen.
-    found: HashMap<String, Instant>,
+    found: BTreeMap<String, Instant>,
 }
 
 /// Looks for orphans when it is time to, and deletes those that are old enough. The caller holds `compacting`.
