@@ -28,6 +28,8 @@ mod metadata;
 mod orphans;
 mod reserve;
 mod segment;
+#[cfg(test)]
+mod simulation;
 mod upkeep;
 mod version;
 mod wal;
