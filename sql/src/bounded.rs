@@ -28,7 +28,7 @@ use datafusion::optimizer::AnalyzerRule;
 use engine::Error;
 use parking_lot::Mutex;
 
-use crate::rules::check;
+use crate::rules::{check, check_constants};
 use crate::table::external;
 
 /// Most bytes of one result: a value, or the values of a batch.
@@ -161,6 +161,7 @@ pub struct BoundedResults;
 impl AnalyzerRule for BoundedResults {
     fn analyze(&self, plan: LogicalPlan, _config: &ConfigOptions) -> Result<LogicalPlan> {
         let bound = |plan: LogicalPlan| {
+            check_constants(&plan)?;
             let names = NamePreserver::new(&plan);
             plan.map_expressions(|expr| {
                 let name = names.save(&expr);
@@ -501,7 +502,8 @@ fn text_bytes(value: &ScalarValue) -> Option<u64> {
     value.try_as_str().flatten().map(|text| text.len() as u64)
 }
 
-fn scalar_bytes(value: &ScalarValue) -> u64 {
+/// The bytes of a value.
+pub fn scalar_bytes(value: &ScalarValue) -> u64 {
     match value {
         _ if value.is_null() => 0,
         ScalarValue::List(list) => array_bytes(list.as_ref()),

@@ -10,18 +10,22 @@ use datafusion::common::config::ConfigOptions;
 use datafusion::common::tree_node::{Transformed, TreeNode, TreeNodeRecursion};
 use datafusion::error::Result;
 use datafusion::execution::{FunctionRegistry, SessionState, SessionStateBuilder};
-use datafusion::logical_expr::LogicalPlan;
+use datafusion::logical_expr::{Expr, LogicalPlan};
 use datafusion::optimizer::optimizer::ApplyOrder;
 use datafusion::optimizer::{AnalyzerRule, OptimizerConfig, OptimizerRule};
 use datafusion::physical_optimizer::{PhysicalOptimizerContext, PhysicalOptimizerRule};
 use datafusion::physical_plan::ExecutionPlan;
 use engine::Error;
 
+use crate::bounded::scalar_bytes;
 use crate::interrupt::Interrupt;
 use crate::table::external;
 
 /// Most parts of the expressions of one node of a plan; the longest text has fewer.
 const EXPRESSION_PARTS_MAX: usize = 1 << 19;
+
+/// Longest constant that is written out for each row of a batch: a batch of them is as large as one result may be.
+const CONSTANT_BYTES_MAX: u64 = 8 << 10;
 
 /// `state` with all its rules watched.
 ///
@@ -88,6 +92,7 @@ impl OptimizerRule for Watched<dyn OptimizerRule + Send + Sync> {
 }
 
 fn count_parts(node: &LogicalPlan, parts: &mut usize) -> Result<()> {
+    check_constants(node)?;
     node.apply_expressions(|expr| {
         expr.apply(|_| {
             *parts += 1;
@@ -99,6 +104,35 @@ fn count_parts(node: &LogicalPlan, parts: &mut usize) -> Result<()> {
         })
     })
     .map(drop)
+}
+
+/// Refuses a long constant that would be written out for each of many rows.
+///
+/// # Errors
+/// For a projection of such a constant.
+pub fn check_constants(node: &LogicalPlan) -> Result<()> {
+    let LogicalPlan::Projection(projection) = node else { return Ok(()) };
+    if matches!(projection.input.as_ref(), LogicalPlan::EmptyRelation(_)) {
+        return Ok(());
+    }
+    projection.expr.iter().try_for_each(check_constant)
+}
+
+fn check_constant(expr: &Expr) -> Result<()> {
+    match expr {
+        Expr::Alias(alias) => check_constant(&alias.expr),
+        Expr::Case(case) => {
+            case.when_then_expr.iter().map(|(_, then)| then).chain(&case.else_expr).try_for_each(|b| check_constant(b))
+        }
+        Expr::Literal(value, _) if scalar_bytes(value) > CONSTANT_BYTES_MAX => {
+            let message = format!(
+                "a constant of {} bytes for each row of a table is too long; {CONSTANT_BYTES_MAX} are allowed",
+                scalar_bytes(value)
+            );
+            Err(external(Error::limit_exceeded(message)))
+        }
+        _ => Ok(()),
+    }
 }
 
 impl PhysicalOptimizerRule for Watched<dyn PhysicalOptimizerRule + Send + Sync> {

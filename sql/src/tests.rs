@@ -466,6 +466,9 @@ async fn results_of_functions_are_bounded_before_they_are_made() {
     let rows = "generate_series(1, 8192) AS t(n)";
     f.refused(&format!("SELECT repeat('x', n * 10) FROM {rows}"), "54000", "repeat would give").await;
     f.refused(&format!("SELECT repeat('x', 20000 + n % 2) FROM {rows}"), "54000", "in a value or a batch").await;
+    for long in ["repeat('x', 20000)", "CASE WHEN n > 1 THEN repeat('x', 20000) END"] {
+        f.refused(&format!("SELECT {long} FROM {rows}"), "54000", "for each row").await;
+    }
     let columns = (0..20).map(|i| format!("repeat('x', 10000000) AS c{i}")).collect::<Vec<_>>().join(", ");
     f.refused(&format!("SELECT {columns}"), "54000", "in all results of a statement").await;
     let window = "SELECT max(length(a)) FROM (SELECT string_agg(n::text, ',') OVER (ORDER BY n) AS a FROM";

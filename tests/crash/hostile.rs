@@ -156,6 +156,7 @@ fn sql() -> Vec<(&'static str, String)> {
         ("an array of a billion", "SELECT range(1, 1000000000)".to_owned()),
         ("seconds of a century", "SELECT generate_series(timestamp '1970-01-01', timestamp '2070-01-01', interval '1 second')".to_owned()),
         ("20 texts of 60 MB", format!("SELECT 1{}", ", repeat('x', 60000000)".repeat(20))),
+        ("a batch of long texts", "SELECT repeat('x', 1000000) FROM generate_series(1, 1000000)".to_owned()),
         ("a replacement that multiplies", "SELECT length(replace(repeat('x', 60000), 'x', repeat('y', 60000)))".to_owned()),
         ("a regex replacement that multiplies", "SELECT length(regexp_replace(repeat('x', 60000), '(.*)', repeat('\\1', 60000)))".to_owned()),
         ("a format of 100,000", format!("SELECT to_char(ts, '{}') FROM samples", "%Y".repeat(100_000))),
