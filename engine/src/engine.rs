@@ -20,14 +20,15 @@ use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use crate::committer::{self, Queue};
 use crate::metadata::Metadata;
+use crate::query::Turns;
 use crate::reserve::Reserve;
 use crate::segment::Segments;
 use crate::telemetry::Metrics;
 use crate::version::Version;
 use crate::wal::{Item, Record, Replay, Storage, Wal};
 use crate::{
-    Extensions, LogStore, MetricMetadata, QueryLimits, Selection, SeriesSet, Settings, SqlCatalog, Telemetry, Write,
-    session, upkeep,
+    Extensions, LogStore, MetricMetadata, Query, QueryLimits, Selection, SeriesSet, Settings, SqlCatalog, Stop,
+    Telemetry, Write, session, upkeep,
 };
 
 /// The objects that an engine works with; never mixed with [`Settings`].
@@ -127,6 +128,8 @@ pub(crate) struct Inner {
     /// Held while memtables are written to files.
     pub flushing: tokio::sync::Mutex<()>,
     pub session: SessionState,
+    /// Which queries may run.
+    pub turns: Turns,
     /// The runtime for everything that takes CPU time.
     pub cpu: Handle,
     pub stopping: CancellationToken,
@@ -193,6 +196,7 @@ impl Engine {
             trim_due: AtomicBool::new(false),
             flushing: tokio::sync::Mutex::new(()),
             session,
+            turns: Turns::new(settings.cpu_threads),
             cpu: cpu.as_ref().map_or_else(Handle::current, |cpu| cpu.handle().clone()),
             stopping: CancellationToken::new(),
             registry,
@@ -251,9 +255,9 @@ impl Engine {
     /// Resolves matchers to the series that can have rows in a time range, against the present version of the data.
     ///
     /// # Errors
-    /// `LimitExceeded` when more series match than a query may touch; storage errors.
-    pub async fn select(&self, selection: &Selection) -> Result<Arc<SeriesSet>> {
-        crate::select::select(self.inner(), selection).await
+    /// `LimitExceeded` when more series match than a query may touch; storage errors; those of `stop`.
+    pub async fn select(&self, selection: &Selection, stop: &Stop) -> Result<Arc<SeriesSet>> {
+        crate::select::select(self.inner(), selection, stop).await
     }
 
     /// The segments of the present version, by table and day, then in order of their sequences.
@@ -280,9 +284,14 @@ impl Engine {
     /// collecting them. `visit` returns false to stop.
     ///
     /// # Errors
-    /// Storage errors.
-    pub async fn visit(&self, selection: &Selection, visit: impl FnMut(&Arc<Series>) -> bool + Send) -> Result<()> {
-        crate::select::visit(self.inner(), selection, visit).await
+    /// Storage errors; those of `stop`.
+    pub async fn visit(
+        &self,
+        selection: &Selection,
+        stop: &Stop,
+        visit: impl FnMut(&Arc<Series>) -> bool + Send,
+    ) -> Result<()> {
+        crate::select::visit(self.inner(), selection, stop, visit).await
     }
 
     /// Metric metadata by metric name; all when `metric` is `None`.
@@ -304,6 +313,20 @@ impl Engine {
         SessionContext::new_with_state(state)
     }
 
+    /// Waits for a query's turn.
+    ///
+    /// # Errors
+    /// `Unavailable` when too many queries run for too long, `Timeout` at its deadline.
+    pub async fn begin(&self, limits: QueryLimits) -> Result<Query> {
+        let begun = self.inner().turns.begin(limits).await;
+        begun.inspect_err(|_| self.inner().metrics.limit("queries"))
+    }
+
+    /// How many queries run at a time.
+    pub fn queries_max(&self) -> usize {
+        self.inner().turns.max()
+    }
+
     /// Optimises, plans and runs a logical plan on the CPU runtime. Dropping the stream stops the work.
     ///
     /// # Errors
@@ -313,10 +336,10 @@ impl Engine {
         &self,
         state: &SessionState,
         plan: LogicalPlan,
-        limits: QueryLimits,
+        query: Query,
     ) -> datafusion::error::Result<SendableRecordBatchStream> {
         let inner = self.inner();
-        session::execute(&inner.cpu, inner.metrics.clone(), state, plan, limits).await
+        session::execute(&inner.cpu, inner.metrics.clone(), state, plan, query).await
     }
 
     /// Runs a future on the CPU runtime; it is aborted when the caller goes away.

@@ -13,6 +13,7 @@ use catalog::registry::PassThrough;
 use catalog::tag::METRIC_NAME;
 use catalog::{Error, MatchOp, Matcher, MetricFilter, Ordinal, Result, Series, TableSchema, TagSet};
 
+use crate::Stop;
 use crate::engine::Inner;
 use crate::segment::{Key, Segments, day_of};
 use crate::version::{TableVersion, Version};
@@ -91,20 +92,20 @@ impl SeriesSet {
 }
 
 /// Finds the series of a selection in the present version.
-pub(crate) async fn select(inner: &Inner, selection: &Selection) -> Result<Arc<SeriesSet>> {
+pub(crate) async fn select(inner: &Inner, selection: &Selection, stop: &Stop) -> Result<Arc<SeriesSet>> {
     // The version first: whatever it can refer to was published before.
     let version = inner.version();
     let start_ms = kept_from(&version, &selection.table, selection.start_ms);
     let sources = Sources::find(inner, &version, selection).await?;
     let mut found: Vec<(Key, Ordinal, Arc<Series>)> = Vec::new();
     let (mut candidates, mut full) = (0, false);
-    sources.for_each(inner, selection, &mut candidates, |ordinal, series| {
+    sources.for_each(inner, (selection, stop), &mut candidates, |ordinal, series| {
         full = found.len() >= 2 * SERIES_PER_QUERY_MAX;
         if !full {
             found.push((Key::from(series.as_ref()), ordinal, series.clone()));
         }
         !full
-    });
+    })?;
     // An active set sorts before its copies from tag parts, which have no ordinal.
     found.sort_unstable_by_key(|(key, ordinal, _)| (*key, *ordinal));
     found.dedup_by_key(|(key, ..)| *key);
@@ -167,18 +168,17 @@ pub(crate) fn given(
 pub(crate) async fn visit(
     inner: &Inner,
     selection: &Selection,
+    stop: &Stop,
     mut visit: impl FnMut(&Arc<Series>) -> bool + Send,
 ) -> Result<()> {
     let version = inner.version();
     let sources = Sources::find(inner, &version, selection).await?;
     if sources.parts.is_empty() {
         // The registry holds each set once.
-        sources.for_each(inner, selection, &mut 0, |_, series| visit(series));
-        return Ok(());
+        return sources.for_each(inner, (selection, stop), &mut 0, |_, series| visit(series));
     }
     let mut seen: HashSet<i64, BuildHasherDefault<PassThrough>> = HashSet::default();
-    sources.for_each(inner, selection, &mut 0, |_, series| !seen.insert(series.id.code.0) || visit(series));
-    Ok(())
+    sources.for_each(inner, (selection, stop), &mut 0, |_, series| !seen.insert(series.id.code.0) || visit(series))
 }
 
 /// The first time of a range that no series of a table has outlived.
@@ -216,18 +216,25 @@ impl Sources {
     fn for_each(
         &self,
         inner: &Inner,
-        selection: &Selection,
+        (selection, stop): (&Selection, &Stop),
         candidates: &mut usize,
         mut visit: impl FnMut(Ordinal, &Arc<Series>) -> bool,
-    ) {
+    ) -> Result<()> {
         // Names were matched when the metrics were chosen.
         let mut filter = Filter::new(selection.matchers.iter().filter(|m| m.name() != METRIC_NAME));
+        let mut pace = stop.pace();
+        // A regular expression that is large looks at each letter many times.
+        let cost = if filter.dear.is_empty() { 64 } else { 16 << 10 };
+        let mut stopped = Ok(());
         let mut go_on = true;
         let name = exact_name(&selection.matchers);
         let names: Vec<&Matcher> = selection.matchers.iter().filter(|m| m.name() == METRIC_NAME).collect();
         if self.active {
             let mut each = |ordinal, series: &Arc<Series>| {
                 *candidates += 1;
+                if go_on && let Err(e) = pace.step(cost) {
+                    (stopped, go_on) = (Err(e), false);
+                }
                 if go_on && filter.matches(&series.tags) {
                     go_on = visit(ordinal, series);
                 }
@@ -239,13 +246,15 @@ impl Sources {
         }
         for series in self.parts.iter().flat_map(|p| p.iter()) {
             if !go_on {
-                return;
+                break;
             }
             *candidates += 1;
+            pace.step(cost)?;
             if filter.matches(&series.tags) {
                 go_on = visit(NO_ORDINAL, series);
             }
         }
+        stopped
     }
 }
 

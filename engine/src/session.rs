@@ -29,10 +29,11 @@ use datafusion::prelude::SessionConfig;
 use futures::{Stream, StreamExt};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::Instant;
+use tokio::time::Sleep;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::Settings;
+use crate::query::{Guard, Query, Stop};
 use crate::telemetry::{Metrics, OutcomeLabel};
 
 /// What a query language adds to every session: planners for its logical nodes (functions and rules join as needed).
@@ -61,13 +62,6 @@ impl Extensions {
         self.optimizer_rules.extend(other.optimizer_rules);
         self
     }
-}
-
-/// The limits of one query.
-#[derive(Debug, Clone, Copy)]
-pub struct QueryLimits {
-    /// It fails with kind `Timeout` after this long.
-    pub timeout: Duration,
 }
 
 /// Plans with the extension planners of all languages.
@@ -146,6 +140,8 @@ fn spill(data_dir: &Path) -> DiskManagerBuilder {
 
 /// Batches that may wait for a slow reader.
 const BATCHES_AHEAD: usize = 2;
+/// A query that has waited for its reader for so long lets others run meanwhile.
+const READER_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Plans and runs a query on the CPU runtime; see [`crate::Engine::execute`].
 pub(crate) async fn execute(
@@ -153,11 +149,14 @@ pub(crate) async fn execute(
     metrics: Arc<Metrics>,
     state: &SessionState,
     plan: LogicalPlan,
-    limits: QueryLimits,
+    mut query: Query,
 ) -> DfResult<SendableRecordBatchStream> {
     let (schema_to, schema) = oneshot::channel();
     let (batches_to, batches) = mpsc::channel(BATCHES_AHEAD);
-    let state = state.clone();
+    let mut state = state.clone();
+    let (stop, guard) = (query.stop().clone(), query.guard());
+    state.config_mut().options_mut().extensions.insert(stop.clone());
+    let task_stop = stop.clone();
     let task = async move {
         metrics.queries_running.inc();
         let mut outcome = Outcome { metrics, begun: std::time::Instant::now(), label: "canceled" };
@@ -169,17 +168,14 @@ pub(crate) async fn execute(
                 let _ = to.send(Ok(stream.schema()));
             }
             while let Some(batch) = stream.next().await.transpose()? {
-                if batches_to.send(Ok(batch)).await.is_err() {
+                if !hand_over(&batches_to, batch, &mut query).await {
                     return Ok(false);
                 }
             }
             Ok(true)
         };
-        let deadline = Instant::now() + limits.timeout;
-        let result = tokio::time::timeout_at(deadline, run).await.unwrap_or_else(|_| {
-            let message = format!("query ran for longer than its limit of {:?}", limits.timeout);
-            Err(DataFusionError::External(Box::new(Error::timeout(message))))
-        });
+        let result = tokio::time::timeout_at(task_stop.deadline(), run).await;
+        let result = result.unwrap_or_else(|_| Err(external(task_stop.timed_out())));
         match result {
             Ok(done) => outcome.label = if done { "ok" } else { "canceled" },
             Err(e) => {
@@ -192,12 +188,29 @@ pub(crate) async fn execute(
         }
     };
     let task = AbortOnDropHandle::new(cpu.spawn(task));
-    let schema = schema.await.map_err(|_| ended())??;
-    Ok(Box::pin(QueryStream { schema, batches, task, done: false }))
+    // Work that does not wait can't notice the deadline in time, but whoever asked is told.
+    let schema = tokio::time::timeout_at(stop.deadline(), schema).await.map_err(|_| external(stop.timed_out()))?;
+    let schema = schema.map_err(|_| external(Error::internal("query ended without a result")))??;
+    let deadline = Box::pin(tokio::time::sleep_until(stop.deadline()));
+    Ok(Box::pin(QueryStream { schema, batches, task, stop, deadline, done: false, _guard: guard }))
 }
 
-fn ended() -> DataFusionError {
-    DataFusionError::External(Box::new(Error::internal("query ended without a result")))
+/// Gives a batch to the reader; false when there is none any more. A slow one holds no other query up.
+async fn hand_over(to: &mpsc::Sender<DfResult<RecordBatch>>, batch: RecordBatch, query: &mut Query) -> bool {
+    let permit = match tokio::time::timeout(READER_PATIENCE, to.reserve()).await {
+        Ok(permit) => permit,
+        Err(_) => {
+            query.rest();
+            let permit = to.reserve().await;
+            query.go_on().await;
+            permit
+        }
+    };
+    permit.map(|permit| permit.send(Ok(batch))).is_ok()
+}
+
+fn external(e: Error) -> DataFusionError {
+    DataFusionError::External(Box::new(e))
 }
 
 fn outcome_of(e: &DataFusionError) -> &'static str {
@@ -230,7 +243,11 @@ struct QueryStream {
     schema: SchemaRef,
     batches: mpsc::Receiver<DfResult<RecordBatch>>,
     task: AbortOnDropHandle<()>,
+    stop: Stop,
+    deadline: Pin<Box<Sleep>>,
     done: bool,
+    /// Tells loops that do not wait.
+    _guard: Guard,
 }
 
 impl Stream for QueryStream {
@@ -240,8 +257,14 @@ impl Stream for QueryStream {
         if self.done {
             return Poll::Ready(None);
         }
-        if let Some(item) = std::task::ready!(self.batches.poll_recv(cx)) {
-            return Poll::Ready(Some(item));
+        match self.batches.poll_recv(cx) {
+            Poll::Ready(Some(item)) => return Poll::Ready(Some(item)),
+            Poll::Ready(None) => {}
+            Poll::Pending => {
+                std::task::ready!(self.deadline.as_mut().poll(cx));
+                self.done = true;
+                return Poll::Ready(Some(Err(external(self.stop.timed_out()))));
+            }
         }
         // A panic closes the channel like the end does, and must not look like it.
         let joined = std::task::ready!(Pin::new(&mut self.task).poll(cx));

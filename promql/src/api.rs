@@ -24,9 +24,8 @@ use access::{Routes, Scope};
 use axum::extract::{Path, State};
 use axum::http::{Method, header};
 use axum::routing::{MethodRouter, get, post};
-use engine::Engine;
+use engine::{Engine, Query, QueryLimits};
 use futures::future::BoxFuture;
-use tokio::sync::Semaphore;
 use tower_http::CompressionLevel;
 use tower_http::compression::CompressionLayer;
 use tower_http::compression::predicate::SizeAbove;
@@ -36,7 +35,7 @@ use self::params::Form;
 pub use self::params::selector;
 use self::reply::{Failure, Reply, error_type};
 use self::telemetry::Metrics;
-use crate::error::Result;
+use crate::error::{QueryError, QueryErrorKind, Result};
 use crate::options::Features;
 
 /// Answers shorter than this many bytes are sent as they are: they fit into a packet.
@@ -49,15 +48,13 @@ pub struct ApiOptions {
     pub lookback_ms: i64,
     /// Most samples that one query may hold in memory at a time.
     pub samples_max: usize,
-    /// Most queries that are evaluated at a time; further ones wait, up to their timeout.
-    pub concurrency_max: usize,
     /// Switches of the language.
     pub features: Features,
 }
 
 impl Default for ApiOptions {
     fn default() -> Self {
-        Self { lookback_ms: 300_000, samples_max: 50_000_000, concurrency_max: 20, features: Features::default() }
+        Self { lookback_ms: 300_000, samples_max: 50_000_000, features: Features::default() }
     }
 }
 
@@ -67,30 +64,29 @@ struct Api {
     engine: Engine,
     options: ApiOptions,
     metrics: Metrics,
-    /// One for each query that may run.
-    slots: Semaphore,
     /// Milliseconds since the epoch.
     started_ms: i64,
 }
 
 /// The API's endpoints.
 pub fn routes(engine: Engine, options: ApiOptions) -> Routes {
-    let slots = Semaphore::new(options.concurrency_max.clamp(1, Semaphore::MAX_PERMITS));
     let metrics = Metrics::new(engine.telemetry());
     let started_ms = engine.now_ms();
-    let api = Arc::new(Api { engine, options, metrics, slots, started_ms });
+    let api = Arc::new(Api { engine, options, metrics, started_ms });
     let values = |State(api): State<Arc<Api>>, Path(name): Path<String>, form: Form| async move {
-        let work = api.clone();
-        let work = async move { series::label_values(&work, &name, &form).await };
-        answer(&api, "label_values", work).await
+        let values = |api: Arc<Api>, form, query| async move { series::label_values(&api, &name, &form, query).await };
+        ask(&api, "label_values", form, values).await
     };
     let asking = [
-        ("query", both("query", |api, form| async move { query::instant(&api, &form).await })),
-        ("query_range", both("query_range", |api, form| async move { query::range(&api, &form).await })),
-        ("query_exemplars", both("query_exemplars", |api, form| async move { exemplars::query(&api, &form).await })),
+        ("query", asks("query", |api, form, query| async move { query::instant(&api, &form, query).await })),
+        ("query_range", asks("query_range", |api, form, query| async move { query::range(&api, &form, query).await })),
+        (
+            "query_exemplars",
+            asks("query_exemplars", |api, form, query| async move { exemplars::query(&api, &form, query).await }),
+        ),
         ("format_query", both("format_query", |_, form| async move { query::format(&form).await })),
-        ("series", both("series", |api, form| async move { series::series(&api, &form).await })),
-        ("labels", both("labels", |api, form| async move { series::label_names(&api, &form).await })),
+        ("series", asks("series", |api, form, query| async move { series::series(&api, &form, query).await })),
+        ("labels", asks("labels", |api, form, query| async move { series::label_names(&api, &form, query).await })),
         ("label/{name}/values", get(values)),
         ("metadata", only_get("metadata", |api, form| async move { status::metadata(&api, &form).await })),
         ("rules", only_get("rules", |_, _| status::rules())),
@@ -130,6 +126,19 @@ fn cors() -> CorsLayer {
         .allow_methods([Method::GET, Method::POST, Method::OPTIONS])
         .allow_headers([header::ACCEPT, header::AUTHORIZATION, header::CONTENT_TYPE, header::ORIGIN])
         .expose_headers([header::DATE])
+}
+
+/// An endpoint that runs a query, for GET and for POST with a form.
+fn asks<F, Fut>(name: &'static str, endpoint: F) -> MethodRouter<Arc<Api>>
+where
+    F: Fn(Arc<Api>, Form, Query) -> Fut + Clone + Send + Sync + 'static,
+    Fut: Future<Output = Result<Reply>> + Send + 'static,
+{
+    let handler = move |State(api): State<Arc<Api>>, form: Form| {
+        let endpoint = endpoint.clone();
+        async move { ask(&api, name, form, endpoint).await }
+    };
+    get(handler.clone()).post(handler)
 }
 
 /// An endpoint for GET and for POST with a form; `name` is what self-metrics call it.
@@ -184,6 +193,39 @@ async fn answer(
     let result = api.engine.run(work).await;
     underway.end(result.as_ref().map_or_else(|e| error_type(e.kind).0, |_| "success"));
     result.map_err(Failure)
+}
+
+/// Waits for a query's turn and runs it, as [`answer`] does. When the client goes away, this future is dropped, and with
+/// it what stops the query.
+async fn ask<Fut>(
+    api: &Arc<Api>,
+    name: &'static str,
+    form: Form,
+    endpoint: impl FnOnce(Arc<Api>, Form, Query) -> Fut,
+) -> Result<Reply, Failure>
+where
+    Fut: Future<Output = Result<Reply>> + Send + 'static,
+{
+    let underway = api.metrics.begin(name);
+    let asked = async {
+        let query = begin(api, &form).await?;
+        let _guard = query.guard();
+        api.engine.run(endpoint(api.clone(), form, query)).await
+    };
+    let result = asked.await;
+    underway.end(result.as_ref().map_or_else(|e| error_type(e.kind).0, |_| "success"));
+    result.map_err(Failure)
+}
+
+async fn begin(api: &Api, form: &Form) -> Result<Query> {
+    let longest = api.engine.settings().query_timeout;
+    let timeout = form.timeout()?.map_or(longest, |t| t.min(longest));
+    api.engine.begin(QueryLimits { timeout }).await.map_err(|e| match QueryError::from(e) {
+        QueryError { kind: QueryErrorKind::Timeout, .. } => {
+            QueryError::new(QueryErrorKind::Timeout, "query timed out in query queue")
+        }
+        e => e,
+    })
 }
 
 #[cfg(test)]

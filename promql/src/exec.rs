@@ -33,7 +33,8 @@ use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use datafusion::physical_plan::{
     DisplayAs, DisplayFormatType, ExecutionPlan, ExecutionPlanProperties, PhysicalExpr, PlanProperties,
 };
-use engine::{SeriesScanExec, SeriesSet};
+use engine::query::Pace;
+use engine::{SeriesScanExec, SeriesSet, Stop};
 use futures::stream::{self, BoxStream};
 use futures::{StreamExt, TryStreamExt};
 use parking_lot::Mutex;
@@ -235,6 +236,7 @@ impl ExecutionPlan for NodeExec {
             inputs: self.inputs.clone(),
             schema: self.schema.clone(),
             notes: notes(&context),
+            stop: Stop::of(context.session_config().options()),
             context,
         };
         let batches = deep(|| self.batches(work, partition))?;
@@ -276,6 +278,8 @@ struct Work {
     inputs: Vec<Arc<dyn ExecutionPlan>>,
     schema: SchemaRef,
     notes: Arc<Notes>,
+    /// Loops over rows look at it.
+    stop: Stop,
     context: Arc<TaskContext>,
 }
 
@@ -350,11 +354,13 @@ impl Work {
         let partitions = plan.output_partitioning().partition_count();
         let one = |partition: usize| -> DfResult<_> {
             let mut batches = plan.execute(partition, self.context.clone())?;
-            let add = add.clone();
+            let (add, mut pace) = (add.clone(), self.stop.pace());
             Ok(async move {
                 let mut state = T::default();
                 while let Some(batch) = batches.try_next().await? {
-                    add(&mut state, Block::try_new(&batch)?)?;
+                    let block = Block::try_new(&batch)?;
+                    pace.walk(block.len() * cost(block.steps()))?;
+                    add(&mut state, block)?;
                 }
                 Ok::<T, DataFusionError>(state)
             })
@@ -389,16 +395,25 @@ impl Work {
     /// Applies `f` to each block of a partition of input 0, once the scalar inputs from 1 on are known.
     fn map_blocks<F>(self, partition: usize, f: F) -> DfResult<Batches>
     where
-        F: FnMut(&Work, &[Vec<f64>], Block) -> DfResult<RecordBatch> + Send + 'static,
+        F: FnMut(&Work, &[Vec<f64>], Block, &mut Pace) -> DfResult<RecordBatch> + Send + 'static,
     {
         let input = self.stream(0, partition)?;
-        let mut f = f;
+        let (mut f, mut pace) = (f, self.stop.pace());
         let batches = async move {
             let scalars = self.scalar_inputs(1).await?;
-            Ok::<_, DataFusionError>(input.map(move |batch| f(&self, &scalars, Block::try_new(&batch?)?)))
+            Ok::<_, DataFusionError>(input.map(move |batch| {
+                let block = Block::try_new(&batch?)?;
+                pace.walk(block.len() * cost(block.steps()))?;
+                f(&self, &scalars, block, &mut pace)
+            }))
         };
         Ok(stream::once(batches).try_flatten().boxed())
     }
+}
+
+/// What it costs to look at a row: its labels and a value per step.
+fn cost(steps: usize) -> usize {
+    256 + steps
 }
 
 fn keep(blocks: &mut Vec<Block>, block: Block) {

@@ -61,8 +61,6 @@ pub struct EvalOptions {
     pub default_step_ms: i64,
     /// Switches of the language.
     pub features: Features,
-    /// Deadline, from the start of the evaluation.
-    pub timeout: Duration,
     /// Most samples that one query may hold in memory at a time.
     pub max_samples: usize,
 }
@@ -83,7 +81,6 @@ impl EvalOptions {
             lookback_ms: 300_000,
             default_step_ms: 60_000,
             features: Features::default(),
-            timeout: Duration::from_secs(120),
             max_samples: 50_000_000,
         }
     }

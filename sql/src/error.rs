@@ -34,6 +34,7 @@ impl SqlError {
     /// do better, 500 otherwise.
     pub fn http_status(&self) -> u16 {
         match &self.code[..2] {
+            _ if self.code == "53300" => 503,
             "57" | "58" => 503,
             "22" | "53" | "54" => 422,
             "XX" => 500,

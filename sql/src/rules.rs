@@ -1,7 +1,7 @@
 //! Planning that can be stopped, and that gives up what grows.
 //!
 //! Planning never waits, so nothing can drop it. Every rule of the analyzer and of the optimizers therefore looks at the
-//! statement's interrupt before each application, and an expression that rules copied into itself until it is larger than
+//! statement's [`Stop`] before each application, and an expression that rules copied into itself until it is larger than
 //! any text is refused.
 
 use std::sync::Arc;
@@ -15,10 +15,9 @@ use datafusion::optimizer::optimizer::ApplyOrder;
 use datafusion::optimizer::{AnalyzerRule, OptimizerConfig, OptimizerRule};
 use datafusion::physical_optimizer::{PhysicalOptimizerContext, PhysicalOptimizerRule};
 use datafusion::physical_plan::ExecutionPlan;
-use engine::Error;
+use engine::{Error, Stop};
 
 use crate::bounded::scalar_bytes;
-use crate::interrupt::Interrupt;
 use crate::table::external;
 
 /// Most parts of the expressions of one node of a plan; the longest text has fewer.
@@ -55,7 +54,7 @@ struct Watched<R: ?Sized>(Arc<R>);
 /// # Errors
 /// Once the statement with this configuration is to stop.
 pub fn check(config: &ConfigOptions) -> Result<()> {
-    config.extensions.get::<Interrupt>().map_or(Ok(()), Interrupt::check)
+    Stop::of(config).check().map_err(external)
 }
 
 impl AnalyzerRule for Watched<dyn AnalyzerRule + Send + Sync> {

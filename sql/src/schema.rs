@@ -16,7 +16,7 @@ use datafusion::datasource::TableType;
 use datafusion::error::Result;
 use datafusion::logical_expr::Expr;
 use datafusion::physical_plan::ExecutionPlan;
-use engine::{Engine, Selection};
+use engine::{Engine, Selection, Stop};
 use parking_lot::RwLock;
 
 use crate::table::{SeriesTable, external};
@@ -113,7 +113,7 @@ impl Metrics {
                 }
                 true
             };
-            self.engine.visit(&everything(table), visit).await.map_err(external)?;
+            self.engine.visit(&everything(table), &Stop::default(), visit).await.map_err(external)?;
         }
         *self.names.write() = Arc::new(names);
         Ok(())
@@ -133,7 +133,7 @@ impl Metrics {
             }
             true
         };
-        self.engine.visit(&selection, visit).await.map_err(external)?;
+        self.engine.visit(&selection, &Stop::default(), visit).await.map_err(external)?;
         Ok(labels)
     }
 }
@@ -218,7 +218,7 @@ impl ListingTable {
                         sets.entry(series.id.code.0).or_insert_with(|| series.clone());
                         true
                     };
-                    self.engine.visit(&everything(table), visit).await.map_err(external)?;
+                    self.engine.visit(&everything(table), &Stop::default(), visit).await.map_err(external)?;
                 }
                 let mut metric = StringBuilder::new();
                 sets.values().for_each(|s| metric.append_option(s.tags.get(METRIC_NAME)));

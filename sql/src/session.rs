@@ -19,13 +19,13 @@ use datafusion::sql::sqlparser::ast::{Statement, visit_relations};
 use datafusion_pg_catalog::pg_catalog::context::EmptyContextProvider;
 use datafusion_pg_catalog::pg_catalog::setup_pg_catalog;
 use datafusion_pg_catalog::sql::PostgresCompatibilityParser;
-use engine::{Engine, QueryLimits};
+use engine::{Engine, ErrorKind, QueryLimits};
 use parking_lot::Mutex;
 
 use crate::bounded::{BoundedResults, Results};
 use crate::error::{Result, SqlError};
 use crate::functions;
-use crate::interrupt::{Guard, Interrupt, Interruptible};
+use crate::interrupt::Interruptible;
 use crate::limits;
 use crate::rules::watched;
 use crate::schema::{Database, Metrics};
@@ -147,16 +147,16 @@ impl Session {
     /// Runs a plan. Dropping the stream stops the work.
     ///
     /// # Errors
-    /// Those of planning; the stream ends with those of running.
+    /// 53300 when too many queries run; those of planning; the stream ends with those of running.
     pub async fn run(&self, plan: LogicalPlan) -> Result<SendableRecordBatchStream> {
-        let timeout = self.timeout();
-        let interrupt = Interrupt::default();
+        let engine = &self.frontend.engine;
+        let query = engine.begin(QueryLimits { timeout: self.timeout() }).await.map_err(|e| match e.kind() {
+            ErrorKind::Unavailable => SqlError::new("53300", e.to_string()),
+            _ => e.into(),
+        })?;
         let mut state = self.context.state();
-        state.config_mut().options_mut().extensions.insert(interrupt.clone());
         state.config_mut().options_mut().extensions.insert(Results::default());
-        let guard = Guard::new(interrupt);
-        let stream = self.frontend.engine.execute(&state, plan, QueryLimits { timeout }).await?;
-        Ok(guard.watch(stream, timeout))
+        Ok(engine.execute(&state, plan, query).await?)
     }
 
     /// How long a statement may run: `statement_timeout`, or else what the server allows.

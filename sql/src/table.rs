@@ -24,7 +24,7 @@ use datafusion::logical_expr::{Expr, TableProviderFilterPushDown};
 use datafusion::physical_expr::create_physical_expr;
 use datafusion::physical_plan::ExecutionPlan;
 use datafusion::physical_plan::projection::ProjectionExec;
-use engine::{Engine, Selection, SeriesScanExec};
+use engine::{Engine, Selection, SeriesScanExec, Stop};
 
 use crate::scan::{Output, TagScanExec};
 use crate::tags::dictionary::{Dictionary, ORDINAL, TEXT, TagColumn, map_type};
@@ -223,13 +223,14 @@ impl SeriesTable {
         dictionary: &Arc<Dictionary>,
         projection: &[usize],
         conjuncts: &[Expr],
+        stop: &Stop,
     ) -> Result<Arc<dyn ExecutionPlan>> {
         let (selection, predicates) = self.selection(conjuncts)?;
         let schema = Arc::new(schema(&self.table, &self.columns, true).project(projection)?);
         if selection.start_ms > selection.end_ms {
             return Ok(Arc::new(datafusion::physical_plan::empty::EmptyExec::new(schema)));
         }
-        let mut set = self.engine.select(&selection).await.map_err(external)?;
+        let mut set = self.engine.select(&selection, stop).await.map_err(external)?;
         let candidates = set.series.len();
         if !predicates.is_empty() {
             let keep = filter::evaluate(&predicates, &self.columns, &set.series)?;
@@ -311,19 +312,20 @@ impl TableProvider for SeriesTable {
 
     async fn scan(
         &self,
-        _state: &dyn Session,
+        state: &dyn Session,
         projection: Option<&Vec<usize>>,
         filters: &[Expr],
         _limit: Option<usize>,
     ) -> Result<Arc<dyn ExecutionPlan>> {
+        let stop = Stop::of(state.config_options());
         let all: Vec<usize> = (0..self.columns.len()).collect();
         let projection = projection.unwrap_or(&all);
         let conjuncts: Vec<Expr> = self.pushed.iter().chain(filters).cloned().collect();
         if let Some(dictionary) = &self.ordinals {
-            return self.scan_ordinals(dictionary, projection, &conjuncts).await;
+            return self.scan_ordinals(dictionary, projection, &conjuncts, &stop).await;
         }
         let dictionary = Dictionary::new();
-        let scan = self.scan_ordinals(&dictionary, projection, &conjuncts).await?;
+        let scan = self.scan_ordinals(&dictionary, projection, &conjuncts, &stop).await?;
         let df_schema = DFSchema::try_from(scan.schema())?;
         let exprs = projection
             .iter()

@@ -13,7 +13,7 @@ use datafusion_proto::physical_plan::{DefaultPhysicalProtoConverter, PhysicalExt
 use object_store::memory::InMemory;
 
 use super::ScanCodec;
-use crate::{Batch, Components, Engine, Extensions, Selection, SeriesScanExec, Settings, Telemetry, Write};
+use crate::{Batch, Components, Engine, Extensions, Selection, SeriesScanExec, Settings, Stop, Telemetry, Write};
 
 async fn engine(dir: &tempfile::TempDir) -> Engine {
     let components = Components {
@@ -57,7 +57,7 @@ async fn a_scan_survives_the_wire() {
     let matchers =
         vec![Matcher::new("__name__", MatchOp::Eq, "m").unwrap(), Matcher::new("n", MatchOp::Re, "1.*").unwrap()];
     let selection = Selection { table: SAMPLES.clone(), matchers, start_ms: 0, end_ms: i64::MAX };
-    let scan = Arc::new(SeriesScanExec::new(engine.select(&selection).await.unwrap(), vec![2, 1]));
+    let scan = Arc::new(SeriesScanExec::new(engine.select(&selection, &Stop::default()).await.unwrap(), vec![2, 1]));
 
     let converter = DefaultPhysicalProtoConverter {};
     let mut bytes = vec![];

@@ -233,7 +233,7 @@ async fn queries_run_within_their_deadline_and_stop_when_dropped() {
     let session = engine.session();
     let limits = QueryLimits { timeout: Duration::from_secs(60) };
     let plan = session.state().create_logical_plan("select 1 + 1 as two, now() is not null").await.unwrap();
-    let stream = engine.execute(&session.state(), plan, limits).await.unwrap();
+    let stream = engine.execute(&session.state(), plan, engine.begin(limits).await.unwrap()).await.unwrap();
     assert_eq!(stream.schema().field(0).name(), "two");
     let batches: Vec<RecordBatch> = stream.try_collect().await.unwrap();
     assert_eq!(batches.iter().map(RecordBatch::num_rows).sum::<usize>(), 1);
@@ -242,12 +242,12 @@ async fn queries_run_within_their_deadline_and_stop_when_dropped() {
     let endless = "select count(*) from generate_series(1, 100000000000) a where value % 7 = 3";
     let plan = session.state().create_logical_plan(endless).await.unwrap();
     let short = QueryLimits { timeout: Duration::from_millis(20) };
-    let error = match engine.execute(&session.state(), plan.clone(), short).await {
+    let error = match engine.execute(&session.state(), plan.clone(), engine.begin(short).await.unwrap()).await {
         Ok(stream) => stream.try_collect::<Vec<_>>().await.unwrap_err(),
         Err(e) => e,
     };
     assert_eq!(crate::error_of(error).kind(), catalog::ErrorKind::Timeout);
-    let dropped = engine.execute(&session.state(), plan, limits).await.unwrap();
+    let dropped = engine.execute(&session.state(), plan, engine.begin(limits).await.unwrap()).await.unwrap();
     drop(dropped);
     assert_eq!(engine.compute(|| 7).await, 7);
     let error = session.state().create_logical_plan("select nothing").await.unwrap_err();
@@ -343,7 +343,7 @@ async fn a_flush_empties_memory_and_log() {
 async fn query(engine: &Engine) -> (BTreeMap<String, usize>, usize) {
     use datafusion::physical_plan::{ExecutionPlan, execute_stream};
     let selection = Selection { table: SAMPLES.clone(), matchers: vec![], start_ms: i64::MIN, end_ms: i64::MAX };
-    let set = engine.select(&selection).await.unwrap();
+    let set = engine.select(&selection, &Stop::default()).await.unwrap();
     let scan: Arc<dyn ExecutionPlan> = Arc::new(crate::SeriesScanExec::new(set.clone(), vec![1, 2]));
     let stream = execute_stream(scan, engine.session().task_ctx()).unwrap();
     let batches: Vec<RecordBatch> = stream.try_collect().await.unwrap();

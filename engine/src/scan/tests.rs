@@ -23,7 +23,7 @@ use proptest::prelude::*;
 
 use crate::{
     Batch, Components, Engine, Extensions, Retention, RetentionRule, Selection, SeriesScanExec, SeriesSet, Settings,
-    Telemetry, Write,
+    Stop, Telemetry, Write,
 };
 
 const NOON: i64 = 1_700_049_600_000;
@@ -127,7 +127,7 @@ impl Fixture {
         end_ms: i64,
     ) -> Arc<SeriesSet> {
         let selection = Selection { table: table.clone(), matchers, start_ms, end_ms };
-        self.engine.select(&selection).await.unwrap()
+        self.engine.select(&selection, &Stop::default()).await.unwrap()
     }
 
     async fn rows(&self, table: &Arc<TableSchema>, matchers: Vec<Matcher>, start_ms: i64, end_ms: i64) -> Rows {
@@ -150,7 +150,7 @@ impl Fixture {
             visited.push(s.tags.get("n").unwrap().parse::<usize>().unwrap());
             true
         };
-        self.engine.visit(&selection, visit).await.unwrap();
+        self.engine.visit(&selection, &Stop::default(), visit).await.unwrap();
         visited.sort_unstable();
         visited
     }

@@ -10,7 +10,7 @@ use arrow::record_batch::RecordBatch;
 use catalog::tables::EXEMPLARS;
 use catalog::{Code, Series};
 use datafusion::physical_plan::execute_stream;
-use engine::{Selection, SeriesScanExec};
+use engine::{Query, Selection, SeriesScanExec, Stop};
 use futures::TryStreamExt;
 use promql_parser::parser::{Expr, VectorSelector};
 use promql_parser::util::{ExprVisitor, walk_expr};
@@ -43,7 +43,7 @@ struct Exemplar {
 }
 
 /// Exemplars of the series that any selector of `query` selects, from `start` to `end`, sorted by series.
-pub(super) async fn query(api: &Api, form: &Form) -> Result<Reply> {
+pub(super) async fn query(api: &Api, form: &Form, query: Query) -> Result<Reply> {
     let (start_ms, end_ms) = form.range()?;
     if end_ms < start_ms {
         return Err(QueryError::bad_data("end timestamp must not be before start timestamp"));
@@ -57,15 +57,20 @@ pub(super) async fn query(api: &Api, form: &Form) -> Result<Reply> {
     let mut done = HashSet::new();
     for selector in selectors {
         let selection = Selection { table: EXEMPLARS.clone(), matchers: matchers(&selector)?, start_ms, end_ms };
-        read(api, selection, &mut found, &mut done).await?;
+        read(api, (selection, query.stop()), &mut found, &mut done).await?;
     }
     found.sort_by(|a, b| a.series.tags.iter().cmp(b.series.tags.iter()));
     Ok(Reply::data(|out| json::list(out, &found, write)))
 }
 
 /// Adds the exemplars of a selection, except for series in `done`, to which it adds what it found.
-async fn read(api: &Api, selection: Selection, found: &mut Vec<Found>, done: &mut HashSet<Code>) -> Result<()> {
-    let set = api.engine.select(&selection).await?;
+async fn read(
+    api: &Api,
+    (selection, stop): (Selection, &Stop),
+    found: &mut Vec<Found>,
+    done: &mut HashSet<Code>,
+) -> Result<()> {
+    let set = api.engine.select(&selection, stop).await?;
     let columns = COLUMNS.iter().filter_map(|name| EXEMPLARS.column(name).map(|(index, _)| index)).collect();
     let scan = Arc::new(SeriesScanExec::new(set.clone(), columns));
     let mut stream = execute_stream(scan, api.engine.session().task_ctx())?;

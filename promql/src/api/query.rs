@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use engine::Query;
+
 use super::params::{Form, invalid};
 use super::reply::{Reply, TRUNCATED};
 use super::{Api, json};
@@ -14,15 +16,14 @@ use crate::result::{Data, QueryResult, ValueType};
 const POINTS_MAX: i128 = 11_000;
 
 /// `query`: evaluates an expression at one time.
-pub(super) async fn instant(api: &Api, form: &Form) -> Result<Reply> {
+pub(super) async fn instant(api: &Api, form: &Form, query: Query) -> Result<Reply> {
     let limit = form.limit()?;
     let at_ms = form.time_or("time", api.engine.now_ms())?;
-    let timeout = form.timeout()?;
-    evaluate(api, form, limit, timeout, EvalOptions::instant(at_ms)).await
+    evaluate(api, form, limit, query, EvalOptions::instant(at_ms)).await
 }
 
 /// `query_range`: evaluates an expression at evenly spaced times.
-pub(super) async fn range(api: &Api, form: &Form) -> Result<Reply> {
+pub(super) async fn range(api: &Api, form: &Form, query: Query) -> Result<Reply> {
     let limit = form.limit()?;
     let (start_ms, end_ms) = (form.time("start")?, form.time("end")?);
     if end_ms < start_ms {
@@ -35,42 +36,28 @@ pub(super) async fn range(api: &Api, form: &Form) -> Result<Reply> {
             "exceeded maximum resolution of 11,000 points per timeseries. Try decreasing the query resolution (?step=XX)",
         ));
     }
-    let timeout = form.timeout()?;
-    evaluate(api, form, limit, timeout, EvalOptions::range(start_ms, end_ms, step_ns / 1_000_000)).await
+    evaluate(api, form, limit, query, EvalOptions::range(start_ms, end_ms, step_ns / 1_000_000)).await
 }
 
 async fn evaluate(
     api: &Api,
     form: &Form,
     limit: Option<usize>,
-    timeout: Option<Duration>,
+    query: Query,
     mut options: EvalOptions,
 ) -> Result<Reply> {
-    let longest = api.engine.settings().query_timeout;
-    options.timeout = timeout.map_or(longest, |t| t.min(longest));
     options.lookback_ms = form.lookback_ms()?.unwrap_or(api.options.lookback_ms);
     options.features = api.options.features;
     options.max_samples = api.options.samples_max;
     let stats = Asked::of(form);
 
-    let asked_at = Instant::now();
-    let timed_out = |during: &str| QueryError::new(QueryErrorKind::Timeout, format!("query timed out in {during}"));
-    let permit = tokio::time::timeout(options.timeout, api.slots.acquire());
-    let _permit = permit.await.map_err(|_| timed_out("query queue"))?;
-    let queued = asked_at.elapsed();
-    // The deadline counts from the request, so that waiting and planning are part of it.
-    options.timeout = options.timeout.saturating_sub(queued);
-    if options.timeout.is_zero() {
-        return Err(timed_out("query queue"));
-    }
-    let result = tokio::time::timeout(options.timeout, crate::query(&api.engine, form.get("query"), &options))
-        .await
-        .unwrap_or_else(|_| Err(timed_out("expression evaluation")));
+    let (begun, queued) = (Instant::now(), query.queued());
+    let result = crate::query(&api.engine, form.get("query"), &options, query).await;
     let mut result = result.map_err(|e| match e.kind {
         QueryErrorKind::BadData => invalid("query", e),
         _ => e,
     })?;
-    let timings = Timings { queued, total: asked_at.elapsed() };
+    let timings = Timings { queued, total: queued + begun.elapsed() };
 
     if limit.is_some_and(|limit| result.truncate(limit)) {
         result.warnings.push(TRUNCATED.to_owned());

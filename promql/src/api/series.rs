@@ -10,7 +10,7 @@ use std::sync::Arc;
 use catalog::registry::PassThrough;
 use catalog::tables::{HISTOGRAMS, SAMPLES};
 use catalog::{Code, Matcher, Series};
-use engine::Selection;
+use engine::{Query, Selection, Stop};
 use hashbrown::HashTable;
 
 use super::params::{Form, unescape_label_name};
@@ -20,7 +20,7 @@ use crate::error::{QueryError, Result};
 use crate::labels::{Pair, Pairs};
 
 /// `series`: the label sets of all series that any `match[]` selects, sorted.
-pub(super) async fn series(api: &Api, form: &Form) -> Result<Reply> {
+pub(super) async fn series(api: &Api, form: &Form, query: Query) -> Result<Reply> {
     if form.all("match[]").next().is_none() {
         return Err(QueryError::bad_data("no match[] parameter provided"));
     }
@@ -29,7 +29,7 @@ pub(super) async fn series(api: &Api, form: &Form) -> Result<Reply> {
     let selectors = form.selectors().map_err(|e| super::params::invalid("match[]", e))?;
     let mut seen: HashSet<Code, BuildHasherDefault<PassThrough>> = HashSet::default();
     let mut found: Vec<Arc<Series>> = Vec::new();
-    visit(api, selectors, range, |series| {
+    visit((api, query.stop()), selectors, range, |series| {
         if seen.insert(series.id.code) {
             found.push(series.clone());
         }
@@ -41,13 +41,13 @@ pub(super) async fn series(api: &Api, form: &Form) -> Result<Reply> {
 }
 
 /// `labels`: the names of all labels of the series that any `match[]` selects, or of all, sorted.
-pub(super) async fn label_names(api: &Api, form: &Form) -> Result<Reply> {
+pub(super) async fn label_names(api: &Api, form: &Form, query: Query) -> Result<Reply> {
     let limit = form.limit()?;
     let range = form.range()?;
     let mut names = Texts::default();
     // Neighbours mostly have the same names in the same places.
     let mut previous: Vec<(usize, usize)> = Vec::new();
-    visit(api, any(form)?, range, |series| {
+    visit((api, query.stop()), any(form)?, range, |series| {
         for (at, Pair { name, .. }) in Pairs::new(series.tags.as_bytes()).enumerate() {
             match previous.get_mut(at) {
                 Some(span) if names.at(*span) == name => {}
@@ -61,7 +61,7 @@ pub(super) async fn label_names(api: &Api, form: &Form) -> Result<Reply> {
 }
 
 /// `label/<name>/values`: the values of a label of the series that any `match[]` selects, or of all, sorted.
-pub(super) async fn label_values(api: &Api, name: &str, form: &Form) -> Result<Reply> {
+pub(super) async fn label_values(api: &Api, name: &str, form: &Form, query: Query) -> Result<Reply> {
     let name = unescape_label_name(name);
     if name.is_empty() {
         return Err(QueryError::bad_data("invalid label name: \"\""));
@@ -70,7 +70,7 @@ pub(super) async fn label_values(api: &Api, name: &str, form: &Form) -> Result<R
     let range = form.range()?;
     let mut values = Texts::default();
     let mut previous = None;
-    visit(api, any(form)?, range, |series| {
+    visit((api, query.stop()), any(form)?, range, |series| {
         // Names are sorted: the first that is not less decides.
         let found = Pairs::new(series.tags.as_bytes()).find(|p| p.name >= name.as_bytes());
         if let Some(Pair { value, .. }) = found.filter(|p| p.name == name.as_bytes())
@@ -91,7 +91,7 @@ fn any(form: &Form) -> Result<Vec<Vec<Matcher>>> {
 
 /// Shows all series that any of the selectors selects; one may come more than once.
 async fn visit(
-    api: &Api,
+    (api, stop): (&Api, &Stop),
     selectors: Vec<Vec<Matcher>>,
     (start_ms, end_ms): (i64, i64),
     mut each: impl FnMut(&Arc<Series>) + Send,
@@ -101,7 +101,7 @@ async fn visit(
         for table in [&SAMPLES, &HISTOGRAMS] {
             let selection = Selection { table: Arc::clone(table), matchers: matchers.clone(), start_ms, end_ms };
             api.engine
-                .visit(&selection, |series| {
+                .visit(&selection, stop, |series| {
                     each(series);
                     true
                 })

@@ -77,7 +77,7 @@ pub(super) async fn flags(api: &Api) -> Result<Reply> {
     let seconds = |s: u64| format!("{s}s");
     let fields = [
         ("query.lookback-delta", seconds(api.options.lookback_ms.unsigned_abs() / 1000)),
-        ("query.max-concurrency", api.options.concurrency_max.to_string()),
+        ("query.max-concurrency", api.engine.queries_max().to_string()),
         ("query.max-samples", api.options.samples_max.to_string()),
         ("query.timeout", seconds(api.engine.settings().query_timeout.as_secs())),
         ("web.enable-remote-write-receiver", "true".to_owned()),

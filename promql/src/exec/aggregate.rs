@@ -6,7 +6,7 @@ use datafusion::error::Result as DfResult;
 use engine::kernels::kahan_add;
 use hashbrown::HashMap;
 
-use super::{Work, internal, topk};
+use super::{Pace, Work, cost, internal, topk};
 use crate::block::{BlockBuilder, Row, rows_per_batch};
 use crate::labels::Grouping;
 use crate::plan::ops::{AggregateOp, Op};
@@ -36,8 +36,9 @@ pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
         .into_iter()
         .flatten();
     let Some(mut all) = partials.next() else { return Ok(vec![]) };
+    let mut pace = work.stop.pace();
     for partial in partials {
-        all.merge(&partial);
+        all.merge(&partial, &mut pace)?;
     }
     all.finish(work)
 }
@@ -203,8 +204,9 @@ impl Partial {
     }
 
     /// Adds a partial over later series.
-    fn merge(&mut self, other: &Self) {
+    fn merge(&mut self, other: &Self, pace: &mut Pace) -> DfResult<()> {
         for (i, (labels, drop_name)) in other.groups.labels.iter().enumerate() {
+            pace.walk(cost(self.steps))?;
             self.groups.key.clear();
             self.groups.key.extend_from_slice(labels);
             let group = self.groups.of_key(*drop_name);
@@ -217,6 +219,7 @@ impl Partial {
                 }
             }
         }
+        Ok(())
     }
 
     fn merge_cell(&mut self, to: usize, other: &Self, from: usize) {
@@ -286,8 +289,9 @@ impl Partial {
 
     fn finish(self, work: &Work) -> DfResult<Vec<RecordBatch>> {
         let mut batches = Vec::new();
-        let mut builder = BlockBuilder::new(work.schema.clone());
+        let (mut builder, mut pace) = (BlockBuilder::new(work.schema.clone()), work.stop.pace());
         for (group, (labels, drop_name)) in self.groups.labels.iter().enumerate() {
+            pace.walk(cost(self.steps))?;
             let (values, valid) = builder.push(|out| {
                 out.extend_from_slice(labels);
                 *drop_name

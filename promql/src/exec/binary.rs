@@ -10,7 +10,7 @@ use datafusion::error::Result as DfResult;
 use hashbrown::HashMap;
 
 use super::relabel::Merger;
-use super::{Batches, Work, internal, same_labels};
+use super::{Batches, Pace, Work, cost, internal, same_labels};
 use crate::QueryError;
 use crate::block::{self, Name, Row};
 use crate::labels::{self, Grouping};
@@ -77,7 +77,7 @@ pub(super) fn vector_scalar(work: Work, partition: usize) -> DfResult<Batches> {
     let Op::VectorScalar { op, swapped, bool, name } = work.op else {
         return Err(internal("not an operator between a vector and a scalar"));
     };
-    work.map_blocks(partition, move |work, scalars, block| {
+    work.map_blocks(partition, move |work, scalars, block, _| {
         let scalar = scalars[0].as_slice();
         let all = block.all_values();
         let mut values = Vec::with_capacity(all.len());
@@ -130,11 +130,14 @@ pub(super) async fn vectors(work: &Work) -> DfResult<Vec<RecordBatch>> {
             groups.len() - 1
         })
     };
+    let mut pace = work.stop.pace();
     for row in Row::all(many) {
+        pace.walk(cost(0))?;
         let group = group_of(row.labels, &mut groups);
         groups[group].many.push(row);
     }
     for row in Row::all(one) {
+        pace.walk(cost(0))?;
         let group = group_of(row.labels, &mut groups);
         groups[group].one.push(row);
     }
@@ -143,17 +146,18 @@ pub(super) async fn vectors(work: &Work) -> DfResult<Vec<RecordBatch>> {
     let fill_many = matching.fill_left.map(Float::get);
     let fill_one = matching.fill_right.map(Float::get);
     let filled = fill_many.is_some() || fill_one.is_some();
-    check_one_side(&groups, matching, swapped, filled, work.steps())?;
+    check_one_side(&groups, matching, swapped, filled, work.steps(), &mut pace)?;
 
     let pairing = Pairing { op: *op, bool: *bool, swapped, name: *name, matching, steps: work.steps() };
     let mut merger = Merger::new(work);
     let mut owner: Vec<usize> = Vec::new();
     for (number, group) in groups.iter().enumerate() {
         if matching.cardinality == Cardinality::OneToOne && group.many.len() > 1 {
-            pairing.check_many_side(group, fill_one.is_some())?;
+            pairing.check_many_side(group, fill_one.is_some(), &mut pace)?;
         }
         for many in &group.many {
             for one in &group.one {
+                pace.walk(cost(work.steps()))?;
                 let (row, known) = merger.row(|out| pairing.labels(many.labels, one.labels, out));
                 let clash = pairing.clash(&mut owner, row, known, number);
                 let (values, valid) = merger.values(row);
@@ -161,13 +165,22 @@ pub(super) async fn vectors(work: &Work) -> DfResult<Vec<RecordBatch>> {
             }
         }
         if let Some(v) = fill_one {
-            pairing.fill(&mut merger, &mut owner, number, (&group.many, &group.one), v, true)?;
+            let filling = Filling { value: v, present_is_many: true };
+            pairing.fill(&mut merger, &mut owner, number, (&group.many, &group.one), filling, &mut pace)?;
         }
         if let Some(v) = fill_many {
-            pairing.fill(&mut merger, &mut owner, number, (&group.one, &group.many), v, false)?;
+            let filling = Filling { value: v, present_is_many: false };
+            pairing.fill(&mut merger, &mut owner, number, (&group.one, &group.many), filling, &mut pace)?;
         }
     }
     merger.finish()
+}
+
+/// The value that stands for a missing partner, and on which side there is none.
+#[derive(Clone, Copy)]
+struct Filling {
+    value: f64,
+    present_is_many: bool,
 }
 
 struct Pairing<'a> {
@@ -246,8 +259,9 @@ impl Pairing<'_> {
     }
 
     /// One-to-one matching: at no step may two series of the left have a partner.
-    fn check_many_side(&self, group: &Group<'_>, filled: bool) -> Result<(), QueryError> {
+    fn check_many_side(&self, group: &Group<'_>, filled: bool, pace: &mut Pace) -> Result<(), QueryError> {
         for step in 0..self.steps {
+            pace.step(group.one.len() + group.many.len())?;
             let partner = filled || group.one.iter().any(|r| r.is_valid(step));
             if partner && group.many.iter().filter(|r| r.is_valid(step)).count() > 1 {
                 return Err(QueryError::execution(
@@ -265,11 +279,12 @@ impl Pairing<'_> {
         owner: &mut Vec<usize>,
         number: usize,
         (present, absent): (&[Row<'_>], &[Row<'_>]),
-        v: f64,
-        present_is_many: bool,
+        Filling { value: v, present_is_many }: Filling,
+        pace: &mut Pace,
     ) -> Result<(), QueryError> {
         let mut key = Vec::new();
         for row in present {
+            pace.step(cost(self.steps * (1 + absent.len())))?;
             key.clear();
             self.matching.labels.key(row.labels, &mut key);
             let (many, one) = if present_is_many { (row.labels, &key[..]) } else { (&key[..], row.labels) };
@@ -309,6 +324,7 @@ fn check_one_side(
     swapped: bool,
     filled: bool,
     steps: usize,
+    pace: &mut Pace,
 ) -> Result<(), QueryError> {
     // A step at which the other side is empty as a whole is not looked at.
     let mut other_present: Option<Vec<bool>> = None;
@@ -321,6 +337,7 @@ fn check_one_side(
             present
         });
         for step in (0..steps).filter(|s| other[*s]) {
+            pace.step(group.one.len())?;
             let mut rows = group.one.iter().filter(|r| r.is_valid(step));
             if let (Some(a), Some(b)) = (rows.next(), rows.next()) {
                 return Err(duplicates(&matching.labels, a, b, swapped));

@@ -5,7 +5,7 @@ use datafusion::error::Result as DfResult;
 use hashbrown::HashMap;
 
 use super::relabel::Merger;
-use super::{Work, internal};
+use super::{Work, cost, internal};
 use crate::block::{Name, Row};
 use crate::labels;
 use crate::plan::ops::{HistogramFunction, Op};
@@ -33,7 +33,9 @@ pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
     let mut groups: HashMap<Vec<u8>, Vec<(f64, Row<'_>)>> = HashMap::new();
     let mut order: Vec<Vec<u8>> = Vec::new();
     let mut key = Vec::new();
+    let mut pace = work.stop.pace();
     for row in Row::all(&blocks) {
+        pace.walk(cost(0))?;
         let le = labels::get(row.labels, "le");
         let Some(upper) = parse_bound(le) else {
             work.notes
@@ -54,6 +56,7 @@ pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
     let mut buckets = Vec::new();
     for key in order {
         let Some(mut group) = groups.remove(&key) else { continue };
+        pace.walk(cost(4 * work.steps() * group.len()))?;
         group.sort_by(|a, b| a.0.total_cmp(&b.0));
         let later = group.iter().any(|(_, row)| row.drop_name);
         let (row, _) = merger.row(|out| name.apply(&key, later || *name == Name::DropLater, out));

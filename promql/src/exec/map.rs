@@ -12,12 +12,12 @@ use crate::result::Block;
 
 pub(super) fn execute(work: Work, partition: usize) -> DfResult<Batches> {
     let Op::Map { function, name } = work.op else { return Err(internal("not a map")) };
-    work.map_blocks(partition, move |work, scalars, block| apply(work, function, name, scalars, &block))
+    work.map_blocks(partition, move |work, scalars, block, _| apply(work, function, name, scalars, &block))
 }
 
 /// The same value at every step of a longer grid.
 pub(super) fn repeat(work: Work, partition: usize) -> DfResult<Batches> {
-    work.map_blocks(partition, |work, _, block| {
+    work.map_blocks(partition, |work, _, block, _| {
         let mut builder = BlockBuilder::new(work.schema.clone());
         for row in 0..block.len() {
             let row = Row::of(&block, row);

@@ -4,7 +4,7 @@ use arrow::array::RecordBatch;
 use datafusion::error::Result as DfResult;
 use engine::kernels::order_key;
 
-use super::{Work, internal};
+use super::{Work, cost, internal};
 use crate::block::{BlockBuilder, Name, Row};
 use crate::labels;
 use crate::plan::ops::Op;
@@ -85,8 +85,9 @@ pub(super) async fn sort(work: &Work) -> DfResult<Vec<RecordBatch>> {
             other => return Err(internal(&format!("{} does not sort", other.name()))),
         }
     }
-    let mut builder = BlockBuilder::new(work.schema.clone());
+    let (mut builder, mut pace) = (BlockBuilder::new(work.schema.clone()), work.stop.pace());
     for row in rows {
+        pace.walk(cost(work.steps()))?;
         let (values, valid) = builder.push(|out| Name::Keep.apply(row.labels, row.drop_name, out));
         values.copy_from_slice(row.values);
         row.validity(valid);

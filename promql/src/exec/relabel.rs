@@ -7,16 +7,21 @@ use hashbrown::HashMap;
 use hashbrown::hash_map::EntryRef;
 use regex::Regex;
 
-use super::{Batches, Work, internal, same_labels};
+use super::{Batches, Work, cost, internal, same_labels};
 use crate::QueryError;
 use crate::block::{BlockBuilder, Name, Row, rows_per_batch};
 use crate::labels;
 use crate::plan::ops::Op;
 
+/// Longest value that an expression can give a label.
+const VALUE_BYTES_MAX: usize = 64 << 10;
+/// What a regular expression costs for a byte of text, about.
+const MATCH_COST: usize = 16;
+
 pub(super) fn execute(work: Work, partition: usize) -> DfResult<Batches> {
     let mut pattern: Option<Regex> = None;
     let mut value = String::new();
-    work.map_blocks(partition, move |work, _, block| {
+    work.map_blocks(partition, move |work, _, block, pace| {
         let mut builder = BlockBuilder::new(work.schema.clone());
         for row in 0..block.len() {
             let row = Row::of(&block, row);
@@ -26,11 +31,14 @@ pub(super) fn execute(work: Work, partition: usize) -> DfResult<Batches> {
                         Some(regex) => regex,
                         none => none.insert(anchored(source).map_err(QueryError::from)?),
                     };
-                    match regex.captures(labels::get(row.labels, from)) {
+                    let text = labels::get(row.labels, from);
+                    pace.walk(MATCH_COST * (source.len() + text.len() + replacement.len()))?;
+                    match regex.captures(text) {
                         None => None,
                         Some(captures) => {
                             value.clear();
                             expand(replacement, &captures, &mut value);
+                            check_length(&value)?;
                             Some(to)
                         }
                     }
@@ -43,6 +51,8 @@ pub(super) fn execute(work: Work, partition: usize) -> DfResult<Batches> {
                         }
                         value.push_str(labels::get(row.labels, name));
                     }
+                    pace.walk(value.len())?;
+                    check_length(&value)?;
                     Some(to)
                 }
                 other => return Err(internal(&format!("{} does not set labels", other.name()))),
@@ -59,6 +69,17 @@ pub(super) fn execute(work: Work, partition: usize) -> DfResult<Batches> {
         }
         builder.finish()
     })
+}
+
+/// Refuses a value that is not worth keeping: expressions can make them grow without bound.
+fn check_length(value: &str) -> Result<(), QueryError> {
+    if value.len() > VALUE_BYTES_MAX {
+        return Err(QueryError::execution(format!(
+            "label value would have {} bytes: at most {VALUE_BYTES_MAX} are allowed",
+            value.len()
+        )));
+    }
+    Ok(())
 }
 
 /// Go's template syntax: `$1`, `$name`, `${name}`, `$$`; a name is the longest run of letters, digits and underscores.
@@ -151,8 +172,9 @@ pub(super) async fn merge(work: &Work) -> DfResult<Vec<RecordBatch>> {
     let blocks = work.blocks(0).await?;
     let strict = matches!(work.op, Op::Merge { strict: true });
     let clean = matches!(work.op, Op::CleanNames);
-    let mut merger = Merger::new(work);
+    let (mut merger, mut pace) = (Merger::new(work), work.stop.pace());
     for row in Row::all(&blocks) {
+        pace.walk(cost(work.steps()))?;
         let name = if clean && row.drop_name { Name::Drop } else { Name::Keep };
         let (at, known) = merger.row(|out| name.apply(row.labels, row.drop_name, out));
         if known && strict {

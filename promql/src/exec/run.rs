@@ -15,7 +15,7 @@ use datafusion::logical_expr::physical_planning_context::PhysicalPlanningContext
 use datafusion::logical_expr::{LogicalPlan, UserDefinedLogicalNode};
 use datafusion::physical_plan::ExecutionPlan;
 use datafusion::physical_planner::{ExtensionPlanner, PhysicalPlanner};
-use engine::{Engine, QueryLimits, Selection, SeriesScanExec};
+use engine::{Engine, Query, Selection, SeriesScanExec, Stop};
 use futures::future::BoxFuture;
 use futures::{FutureExt, TryStreamExt};
 
@@ -84,7 +84,7 @@ async fn physical(
     if let Op::Select { selector, .. } | Op::Samples(selector) = &node.op {
         let engine = session.config().get_extension::<Engine>();
         let engine = engine.ok_or_else(|| internal("the session carries no engine"))?;
-        let scan = scan(&engine, selector, &node.grid).await?;
+        let scan = scan(&engine, selector, &node.grid, &Stop::of(session.config_options())).await?;
         if let Some(notes) = session.config().get_extension::<Notes>() {
             notes.series.fetch_add(scan.set().series.len() as u64, Ordering::Relaxed);
         }
@@ -96,14 +96,15 @@ async fn physical(
     Ok(Arc::new(NodeExec::new(node.op.clone(), node.grid, inputs, None)))
 }
 
-async fn scan(engine: &Engine, selector: &Selector, grid: &Grid) -> DfResult<SeriesScanExec> {
+async fn scan(engine: &Engine, selector: &Selector, grid: &Grid, stop: &Stop) -> DfResult<SeriesScanExec> {
     let external = |e: engine::Error| DataFusionError::External(Box::new(e));
     let matchers = selector.matchers.iter().map(|m| m.compile()).collect::<Result<Vec<_>, _>>().map_err(external)?;
     let (start_ms, end_ms) = selector.reach(grid);
     let table = SAMPLES.clone();
     let column = |name: &str| table.column(name).map(|c| c.0).ok_or_else(|| internal("samples lack a column"));
     let columns = vec![column("ts")?, column("value")?];
-    let set = engine.select(&Selection { table: table.clone(), matchers, start_ms, end_ms }).await.map_err(external)?;
+    let selection = Selection { table: table.clone(), matchers, start_ms, end_ms };
+    let set = engine.select(&selection, stop).await.map_err(external)?;
     Ok(SeriesScanExec::new(set, columns))
 }
 
@@ -134,16 +135,15 @@ fn session(engine: &Engine, notes: Arc<Notes>) -> SessionState {
 ///
 /// # Errors
 /// `BadData` when it is not PromQL, `Execution` when the data do not allow it, `Timeout` at the deadline.
-pub async fn query(engine: &Engine, text: &str, options: &EvalOptions) -> Result<QueryResult> {
+pub async fn query(engine: &Engine, text: &str, options: &EvalOptions, query: Query) -> Result<QueryResult> {
     let planned = crate::plan::plan(text, options)?;
     let notes = Arc::new(Notes::new(options.max_samples));
     let data = match (&planned.plan, &planned.text) {
         (None, text) => Data::Text(text.clone().unwrap_or_default()),
         (Some(plan), _) => {
             let state = session(engine, notes.clone());
-            let limits = QueryLimits { timeout: options.timeout };
             let batches = async {
-                let stream = engine.execute(&state, plan.clone(), limits).await?;
+                let stream = engine.execute(&state, plan.clone(), query).await?;
                 stream.try_collect::<Vec<RecordBatch>>().await
             };
             let batches = batches.await.map_err(|e| worded(e.into()))?;

@@ -9,7 +9,7 @@ use datafusion::error::{DataFusionError, Result as DfResult};
 use engine::kernels::{self, Arguments, RangeFunction, Scratch, Windows};
 use futures::{StreamExt, TryStreamExt, stream};
 
-use super::{Batches, Notes, SeriesLabels, Work, internal};
+use super::{Batches, Notes, Pace, SeriesLabels, Work, internal};
 use crate::QueryError;
 use crate::block::{BlockBuilder, Name, Row};
 use crate::labels;
@@ -40,7 +40,8 @@ pub(super) fn execute(work: Work, partition: usize, labels: SeriesLabels) -> DfR
             Op::Samples(selector) => Sink::Runs(Runs::new(work.schema.clone(), selector.windows(&work.grid))),
             other => return Err(internal(&format!("{} does not read series", other.name()))),
         };
-        let reader = Reader { labels, sink, pending: None, ts: Vec::new(), values: Vec::new() };
+        let pace = work.stop.pace();
+        let reader = Reader { labels, sink, pending: None, ts: Vec::new(), values: Vec::new(), pace };
         let output = stream::try_unfold((input, Some(reader)), move |(mut input, reader)| {
             let notes = notes.clone();
             async move {
@@ -69,7 +70,7 @@ pub(super) fn subquery(work: Work, partition: usize) -> DfResult<Batches> {
     let (subquery, name) = (subquery.clone(), *name);
     let mut kernel = None;
     let (mut ts, mut values) = (Vec::new(), Vec::new());
-    work.map_blocks(partition, move |work, arguments, block| {
+    work.map_blocks(partition, move |work, arguments, block, pace| {
         if kernel.is_none() {
             let windows = subquery.windows(&work.grid);
             kernel = Some(Kernel::new(windows, work.grid, arguments.to_vec(), Reading::Range(subquery.function))?);
@@ -85,12 +86,15 @@ pub(super) fn subquery(work: Work, partition: usize) -> DfResult<Batches> {
                 values.push(v);
             });
             let (out, valid) = builder.push(|out| name.apply(row.labels, row.drop_name, out));
-            kernel.run(&ts, &values, out, valid);
+            kernel.run(&ts, &values, out, valid, pace)?;
             builder.pop_if_empty();
         }
         builder.finish()
     })
 }
+
+/// Samples that kernels look at before the query's stop is looked at.
+const LOOKS_AT_A_TIME: usize = 64 << 20;
 
 /// A reading with all that it needs, applied to one series after another.
 struct Kernel {
@@ -118,21 +122,43 @@ impl Kernel {
     }
 
     #[inline]
-    fn run(&mut self, ts: &[i64], values: &[f64], out: &mut [f64], valid: &mut [bool]) {
+    fn run(
+        &mut self,
+        ts: &[i64],
+        values: &[f64],
+        out: &mut [f64],
+        valid: &mut [bool],
+        pace: &mut Pace,
+    ) -> DfResult<()> {
+        pace.walk(ts.len() + out.len())?;
         match self.reading {
             Reading::Instant => kernels::instant(ts, values, &self.windows, out, valid),
             Reading::Timestamp => kernels::instant_timestamp(ts, values, &self.windows, out, valid),
             Reading::Range(function) => {
-                let argument = |i: usize| self.arguments.get(i).map_or(&[][..], Vec::as_slice);
-                let arguments = Arguments {
-                    args: [argument(0), argument(1)],
-                    first_time: self.grid.start_ms,
-                    time_step: self.grid.step_ms,
-                };
                 let (ts, values) = kernels::without_stale(ts, values, &mut self.ts, &mut self.values);
-                kernels::range(function, ts, values, &self.windows, &arguments, &mut self.scratch, out, valid);
+                // At worst each window looks at all samples; so many windows at a time that it ends soon.
+                let at_a_time = (LOOKS_AT_A_TIME / ts.len().max(1)).max(1);
+                for first in (0..self.windows.count).step_by(at_a_time) {
+                    if first > 0 {
+                        pace.walk(LOOKS_AT_A_TIME)?;
+                    }
+                    let range = first..self.windows.count.min(first + at_a_time);
+                    let argument = |i: usize| match self.arguments.get(i).map_or(&[][..], Vec::as_slice) {
+                        many if many.len() > 1 => &many[range.clone()],
+                        few => few,
+                    };
+                    let arguments = Arguments {
+                        args: [argument(0), argument(1)],
+                        first_time: self.grid.start_ms + first as i64 * self.grid.step_ms,
+                        time_step: self.grid.step_ms,
+                    };
+                    let windows = Windows { first_end: self.windows.end(first), count: range.len(), ..self.windows };
+                    let (out, valid) = (&mut out[range.clone()], &mut valid[range]);
+                    kernels::range(function, ts, values, &windows, &arguments, &mut self.scratch, out, valid);
+                }
             }
         }
+        Ok(())
     }
 }
 
@@ -144,6 +170,7 @@ struct Reader {
     pending: Option<u32>,
     ts: Vec<i64>,
     values: Vec<f64>,
+    pace: Pace,
 }
 
 enum Sink {
@@ -221,7 +248,7 @@ impl Reader {
             Sink::Blocks { kernel, builder, name, counters } => {
                 let rows = builder.len();
                 let (out, valid) = builder.push(|out| name.apply(labels, false, out));
-                kernel.run(ts, values, out, valid);
+                kernel.run(ts, values, out, valid, &mut self.pace)?;
                 builder.pop_if_empty();
                 if let Some(counters) = counters
                     && builder.len() > rows

@@ -5,23 +5,24 @@ use datafusion::error::Result as DfResult;
 use hashbrown::HashMap;
 
 use super::relabel::Merger;
-use super::{Work, internal};
+use super::{Pace, Work, cost, internal};
 use crate::block::{Name, Row};
 use crate::labels::Grouping;
 use crate::plan::ops::{Op, SetOp};
 use crate::result::Block;
 
 /// For each signature, where any of its series has a value.
-fn presence(blocks: &[Block], by: &Grouping, steps: usize) -> HashMap<Vec<u8>, Vec<bool>> {
+fn presence(blocks: &[Block], by: &Grouping, steps: usize, pace: &mut Pace) -> DfResult<HashMap<Vec<u8>, Vec<bool>>> {
     let mut all: HashMap<Vec<u8>, Vec<bool>> = HashMap::new();
     let mut key = Vec::new();
     for row in Row::all(blocks) {
+        pace.walk(cost(steps))?;
         key.clear();
         by.key(row.labels, &mut key);
         let present = all.entry_ref(key.as_slice()).or_insert_with(|| vec![false; steps]);
         row.for_each(|step, _| present[step] = true);
     }
-    all
+    Ok(all)
 }
 
 pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
@@ -30,8 +31,10 @@ pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
     let steps = work.steps();
     let mut merger = Merger::new(work);
     let mut key = Vec::new();
+    let (mut pace, mut looking) = (work.stop.pace(), work.stop.pace());
     let mut keep = |rows: &[Block], other: &HashMap<Vec<u8>, Vec<bool>>, if_present: bool| -> DfResult<()> {
         for row in Row::all(rows) {
+            pace.walk(cost(steps))?;
             key.clear();
             labels.key(row.labels, &mut key);
             let present = other.get(&key);
@@ -51,11 +54,11 @@ pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
         Ok(())
     };
     match op {
-        SetOp::And => keep(&left, &presence(&right, labels, steps), true)?,
-        SetOp::Unless => keep(&left, &presence(&right, labels, steps), false)?,
+        SetOp::And => keep(&left, &presence(&right, labels, steps, &mut looking)?, true)?,
+        SetOp::Unless => keep(&left, &presence(&right, labels, steps, &mut looking)?, false)?,
         SetOp::Or => {
             keep(&left, &HashMap::new(), false)?;
-            keep(&right, &presence(&left, labels, steps), false)?;
+            keep(&right, &presence(&left, labels, steps, &mut looking)?, false)?;
         }
     }
     merger.finish()

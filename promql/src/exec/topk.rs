@@ -7,32 +7,39 @@ use hashbrown::HashMap;
 
 use super::aggregate::Groups;
 use super::relabel::Merger;
-use super::{Work, internal};
+use super::{Pace, Work, cost, internal};
 use crate::QueryError;
 use crate::block::{BlockBuilder, Name, Row};
 use crate::labels::{self, Grouping};
 use crate::plan::ops::{AggregateOp, Op};
 use crate::result::Block;
 
+/// What it costs to find the place of a value, about.
+const SORT_COST: usize = 32;
+/// So many best values are kept in order one by one; more are sorted.
+const KEPT_IN_ORDER_MAX: usize = 64;
+
 /// The rows of each group, in order of appearance.
-fn grouped<'a>(blocks: &'a [Block], by: &Grouping) -> (Groups, Vec<Vec<Row<'a>>>) {
+fn grouped<'a>(blocks: &'a [Block], by: &Grouping, pace: &mut Pace) -> DfResult<(Groups, Vec<Vec<Row<'a>>>)> {
     let mut groups = Groups::new(by.clone());
     let mut members: Vec<Vec<Row<'a>>> = Vec::new();
     for row in Row::all(blocks) {
+        pace.walk(cost(0))?;
         let group = groups.of(row.labels, row.drop_name) as usize;
         if group == members.len() {
             members.push(Vec::new());
         }
         members[group].push(row);
     }
-    (groups, members)
+    Ok((groups, members))
 }
 
 pub(super) async fn quantiles(work: &Work, by: &Grouping) -> DfResult<Vec<RecordBatch>> {
     let q = work.scalar_input(1).await?;
     work.notes.check_quantile(&q);
     let blocks = work.blocks(0).await?;
-    let (groups, members) = grouped(&blocks, by);
+    let mut pace = work.stop.pace();
+    let (groups, members) = grouped(&blocks, by, &mut pace)?;
     let mut builder = BlockBuilder::new(work.schema.clone());
     let mut keys = Vec::new();
     for ((labels, drop_name), rows) in groups.labels.iter().zip(&members) {
@@ -41,6 +48,7 @@ pub(super) async fn quantiles(work: &Work, by: &Grouping) -> DfResult<Vec<Record
             *drop_name
         });
         for step in 0..work.steps() {
+            pace.walk(SORT_COST * rows.len())?;
             values[step] = kernels::quantile(q[step], rows.iter().filter_map(|r| r.get(step)), &mut keys);
             valid[step] = !keys.is_empty() || rows.iter().any(|r| r.is_valid(step));
         }
@@ -54,13 +62,15 @@ pub(super) async fn select(work: &Work, op: AggregateOp, by: &Grouping) -> DfRes
     let params = work.scalar_input(1).await?;
     check_params(work, op, &params)?;
     let blocks = work.blocks(0).await?;
-    let (_, members) = grouped(&blocks, by);
+    let mut pace = work.stop.pace();
+    let (_, members) = grouped(&blocks, by, &mut pace)?;
     let mut builder = BlockBuilder::new(work.schema.clone());
     let mut chosen: Vec<(f64, usize)> = Vec::new();
     for rows in &members {
         // Which rows are chosen at which steps; for one step also in which order.
         let mut at: HashMap<usize, usize> = HashMap::new();
         for (step, param) in params.iter().enumerate() {
+            pace.walk(SORT_COST * rows.len())?;
             chosen.clear();
             let present = rows.iter().enumerate().filter_map(|(i, r)| Some((r.get(step)?, i)));
             if op == AggregateOp::LimitRatio {
@@ -145,6 +155,12 @@ fn choose(op: AggregateOp, k: usize, present: impl Iterator<Item = (f64, usize)>
         AggregateOp::Topk => a > b || (b.is_nan() && !a.is_nan()),
         _ => a < b || (b.is_nan() && !a.is_nan()),
     };
+    if k > KEPT_IN_ORDER_MAX {
+        chosen.extend(present);
+        chosen.sort_by(|(a, _), (b, _)| better(*b, *a).cmp(&better(*a, *b)));
+        chosen.truncate(k);
+        return;
+    }
     for (v, row) in present {
         if chosen.len() == k {
             match chosen.last() {
@@ -168,12 +184,14 @@ fn in_ratio(ratio: f64, labels: &[u8]) -> bool {
 pub(super) async fn count_values(work: &Work) -> DfResult<Vec<RecordBatch>> {
     let Op::CountValues { label, by } = &work.op else { return Err(internal("not count_values")) };
     let blocks = work.blocks(0).await?;
-    let (groups, members) = grouped(&blocks, by);
+    let mut pace = work.stop.pace();
+    let (groups, members) = grouped(&blocks, by, &mut pace)?;
     let mut merger = Merger::new(work);
     for ((labels, drop_name), rows) in groups.labels.iter().zip(&members) {
         // NaNs of all bits are one value, as they print the same.
         let mut of_value: HashMap<u64, usize> = HashMap::new();
         for row in rows {
+            pace.walk(cost(SORT_COST * work.steps()))?;
             row.for_each(|step, v| {
                 let bits = if v.is_nan() { f64::NAN.to_bits() } else { v.to_bits() };
                 let index = *of_value.entry(bits).or_insert_with(|| {
@@ -221,6 +239,16 @@ mod tests {
         check(AggregateOp::Bottomk, 2, &[nan, 4.0, 1.0, 2.0], &[2, 3]);
         check(AggregateOp::Topk, 0, &[1.0], &[]);
         check(AggregateOp::Limitk, 2, &[1.0, 2.0, 3.0], &[0, 1]);
+        // Many are chosen in the same way as few, in the same order.
+        let values: Vec<f64> = (0..500).map(|i| if i % 7 == 0 { nan } else { f64::from(i * 37 % 50) }).collect();
+        for op in [AggregateOp::Topk, AggregateOp::Bottomk] {
+            let (mut few, mut many) = (Vec::new(), Vec::new());
+            choose(op, KEPT_IN_ORDER_MAX, values.iter().copied().zip(0..), &mut few);
+            choose(op, 450, values.iter().copied().zip(0..), &mut many);
+            let rows = |chosen: &[(f64, usize)]| chosen.iter().map(|c| c.1).collect::<Vec<_>>();
+            assert_eq!(rows(&few), rows(&many)[..KEPT_IN_ORDER_MAX]);
+            assert_eq!(many.len(), 450);
+        }
     }
 
     #[test]

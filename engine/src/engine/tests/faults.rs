@@ -61,7 +61,7 @@ impl Ledger {
 /// All rows that a query sees, each of which must be there once.
 async fn all_rows(engine: &Engine) -> Rows {
     let selection = Selection { table: SAMPLES.clone(), matchers: vec![], start_ms: i64::MIN, end_ms: i64::MAX };
-    let set = engine.select(&selection).await.unwrap();
+    let set = engine.select(&selection, &Stop::default()).await.unwrap();
     let scan: Arc<dyn ExecutionPlan> = Arc::new(crate::SeriesScanExec::new(set.clone(), vec![1, 2]));
     let batches: Vec<RecordBatch> =
         execute_stream(scan, engine.session().task_ctx()).unwrap().try_collect().await.unwrap();

@@ -7,7 +7,7 @@ use axum::body::Bytes;
 use axum::http::request::Builder;
 use catalog::ManualClock;
 use catalog::tables::SAMPLES;
-use engine::{Components, Extensions, Selection, Settings};
+use engine::{Components, Extensions, Selection, Settings, Stop};
 use futures::StreamExt;
 use http_body_util::BodyExt;
 use prost::Message;
@@ -84,7 +84,7 @@ impl Server {
     /// The metric names of all series with samples.
     async fn stored(&self) -> Vec<String> {
         let selection = Selection { table: SAMPLES.clone(), matchers: Vec::new(), start_ms: 0, end_ms: i64::MAX };
-        let set = self.engine.select(&selection).await.unwrap();
+        let set = self.engine.select(&selection, &Stop::default()).await.unwrap();
         let mut names: Vec<String> = set.series.iter().map(|s| s.tags.metric().to_owned()).collect();
         names.sort();
         names

@@ -1,0 +1,398 @@
+//! One account of all memory.
+//!
+//! Whoever takes much memory says so first: request bodies, the queue of the log and queries hold [`Reservation`]s,
+//! what grows as rows come in (memtables, tag sets, caches) is noted when it has changed. What the process really holds
+//! beyond that is seen from outside, some ten times a second ([`Memory::observe`]), and counts as used as well.
+//!
+//! When memory gets scarce caches shrink and memtables are flushed early ([`Memory::is_scarce`]); then queries are
+//! refused, the running one that asks for more first of all; then writes. What gives memory back, flushes above all, is
+//! never refused. An account is a few atomic counters; a request changes them some times, a sample never.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use catalog::{Error, Result};
+use datafusion::error::{DataFusionError, Result as DfResult};
+use datafusion::execution::memory_pool::{MemoryLimit, MemoryPool, MemoryReservation};
+
+/// What memory is used for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// Bodies of requests in flight, as sent and inflated, and the rows that they become.
+    Bodies,
+    /// Requests that wait for the log.
+    Queue,
+    /// Rows that are not in files.
+    Memtables,
+    /// Active tag sets.
+    TagSets,
+    /// What caches hold.
+    Caches,
+    /// What running queries hold, and answers on their way.
+    Queries,
+    /// Files that flushes and compactions put together.
+    Files,
+}
+
+impl Kind {
+    /// All kinds.
+    pub const ALL: [Self; 7] = [
+        Self::Bodies,
+        Self::Queue,
+        Self::Memtables,
+        Self::TagSets,
+        Self::Caches,
+        Self::Queries,
+        Self::Files,
+    ];
+
+    /// As metrics and errors name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Bodies => "bodies",
+            Self::Queue => "queue",
+            Self::Memtables => "memtables",
+            Self::TagSets => "tag_sets",
+            Self::Caches => "caches",
+            Self::Queries => "queries",
+            Self::Files => "files",
+        }
+    }
+
+    /// How many sixteenths of the limit it may take, and up to where all of it may be used for it.
+    fn share(self) -> (usize, usize) {
+        match self {
+            Self::Bodies | Self::Queue => (2, 16),
+            Self::Queries => (8, 14),
+            Self::Memtables | Self::TagSets | Self::Caches | Self::Files => (16, 16),
+        }
+    }
+}
+
+/// Sixteenths of the limit from which on memory is scarce.
+const SCARCE: usize = 12;
+/// Sixteenths of the limit that tag sets may take: they stay for hours, so what they take is lost to all else.
+const TAG_SETS: usize = 5;
+
+/// The account; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Memory(Arc<Account>);
+
+#[derive(Debug)]
+struct Account {
+    limit: usize,
+    held: [AtomicUsize; Kind::ALL.len()],
+    /// The sum of `held`.
+    total: AtomicUsize,
+    /// What the process held beyond `total` when it was last looked at.
+    beyond: AtomicUsize,
+    refused: [AtomicUsize; Kind::ALL.len()],
+}
+
+impl Memory {
+    /// An account of so many bytes.
+    pub fn new(limit: usize) -> Self {
+        Self(Arc::new(Account {
+            limit,
+            held: Default::default(),
+            total: AtomicUsize::new(0),
+            beyond: AtomicUsize::new(0),
+            refused: Default::default(),
+        }))
+    }
+
+    /// What may be used in all.
+    pub fn limit(&self) -> usize {
+        self.0.limit
+    }
+
+    fn part(&self, sixteenths: usize) -> usize {
+        self.0.limit / 16 * sixteenths
+    }
+
+    /// What is used in all.
+    pub fn used(&self) -> usize {
+        self.0.total.load(Ordering::Relaxed) + self.0.beyond.load(Ordering::Relaxed)
+    }
+
+    /// What one kind uses.
+    pub fn held(&self, kind: Kind) -> usize {
+        self.0.held[kind as usize].load(Ordering::Relaxed)
+    }
+
+    /// What the process holds beyond all kinds.
+    pub fn beyond(&self) -> usize {
+        self.0.beyond.load(Ordering::Relaxed)
+    }
+
+    /// How often a kind was refused memory.
+    pub fn refused(&self, kind: Kind) -> usize {
+        self.0.refused[kind as usize].load(Ordering::Relaxed)
+    }
+
+    /// Most bytes of one kind.
+    pub fn max(&self, kind: Kind) -> usize {
+        self.part(kind.share().0)
+    }
+
+    /// Most bytes of active tag sets before new ones are refused.
+    pub fn tag_sets_max(&self) -> usize {
+        self.part(TAG_SETS)
+    }
+
+    /// Whether memory is to be given back by whoever can.
+    pub fn is_scarce(&self) -> bool {
+        self.used() >= self.part(SCARCE)
+    }
+
+    /// Notes what the process holds, allocator's view: bytes that are allocated.
+    pub fn observe(&self, allocated: usize) {
+        let beyond = allocated.saturating_sub(self.0.total.load(Ordering::Relaxed));
+        self.0.beyond.store(beyond, Ordering::Relaxed);
+    }
+
+    /// Notes what a kind uses that is not reserved.
+    pub(crate) fn note(&self, kind: Kind, bytes: usize) {
+        let before = self.0.held[kind as usize].swap(bytes, Ordering::Relaxed);
+        // Wraps around when it is less than before, and the sum with it.
+        self.0.total.fetch_add(bytes.wrapping_sub(before), Ordering::Relaxed);
+    }
+
+    /// An empty reservation.
+    pub fn reserve(&self, kind: Kind) -> Reservation {
+        Reservation { memory: self.clone(), kind, bytes: 0 }
+    }
+
+    /// Refuses when nothing more of this kind could be reserved.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub fn check(&self, kind: Kind) -> Result<()> {
+        if self.used() > self.part(kind.share().1) { Err(self.refusal(kind, 0)) } else { Ok(()) }
+    }
+
+    fn add(&self, kind: Kind, bytes: usize) {
+        self.0.held[kind as usize].fetch_add(bytes, Ordering::Relaxed);
+        self.0.total.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn sub(&self, kind: Kind, bytes: usize) {
+        self.0.held[kind as usize].fetch_sub(bytes, Ordering::Relaxed);
+        self.0.total.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    fn try_add(&self, kind: Kind, bytes: usize) -> Result<()> {
+        let (of_kind, of_all) = kind.share();
+        let (of_kind, of_all) = (self.part(of_kind), self.part(of_all));
+        let held = self.0.held[kind as usize].fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
+        let total = self.0.total.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
+        if held <= of_kind && total.saturating_add(self.beyond()) <= of_all {
+            return Ok(());
+        }
+        self.sub(kind, bytes);
+        Err(self.refusal(kind, bytes))
+    }
+
+    #[cold]
+    fn refusal(&self, kind: Kind, bytes: usize) -> Error {
+        self.0.refused[kind as usize].fetch_add(1, Ordering::Relaxed);
+        let (of_kind, of_all) = kind.share();
+        Error::unavailable(format!(
+            "no memory for {bytes} more bytes of {}: they hold {} and may hold {}, {} are used in all and {} may be; memory_limit is {}",
+            kind.name(),
+            self.held(kind),
+            self.part(of_kind),
+            self.used(),
+            self.part(of_all),
+            self.limit(),
+        ))
+    }
+}
+
+/// Bytes that are set aside for one user of memory, until it is dropped.
+#[derive(Debug)]
+pub struct Reservation {
+    memory: Memory,
+    kind: Kind,
+    bytes: usize,
+}
+
+impl Reservation {
+    /// What is set aside.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Sets more aside.
+    ///
+    /// # Errors
+    /// `Unavailable` when the kind or all together would use too much; nothing has changed then.
+    pub fn grow(&mut self, bytes: usize) -> Result<()> {
+        self.memory.try_add(self.kind, bytes)?;
+        self.bytes += bytes;
+        Ok(())
+    }
+
+    /// Sets more aside whatever there is, for what can't be refused any more.
+    pub fn force(&mut self, bytes: usize) {
+        self.memory.add(self.kind, bytes);
+        self.bytes += bytes;
+    }
+
+    /// Gives back all but so many bytes.
+    pub fn shrink_to(&mut self, bytes: usize) {
+        if let Some(less) = self.bytes.checked_sub(bytes) {
+            self.memory.sub(self.kind, less);
+            self.bytes = bytes;
+        }
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.memory.sub(self.kind, self.bytes);
+    }
+}
+
+/// What DataFusion's operators reserve, which is of kind [`Kind::Queries`].
+#[derive(Debug)]
+pub(crate) struct QueryPool(pub Memory);
+
+impl fmt::Display for QueryPool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "queries({} of {} bytes)", self.reserved(), self.0.max(Kind::Queries))
+    }
+}
+
+impl MemoryPool for QueryPool {
+    fn name(&self) -> &str {
+        "queries"
+    }
+
+    fn grow(&self, _reservation: &MemoryReservation, additional: usize) {
+        self.0.add(Kind::Queries, additional);
+    }
+
+    fn shrink(&self, _reservation: &MemoryReservation, shrink: usize) {
+        self.0.sub(Kind::Queries, shrink);
+    }
+
+    fn try_grow(&self, _reservation: &MemoryReservation, additional: usize) -> DfResult<()> {
+        let refused = |e: Error| DataFusionError::ResourcesExhausted(e.to_string());
+        self.0.try_add(Kind::Queries, additional).map_err(refused)
+    }
+
+    fn reserved(&self) -> usize {
+        self.0.held(Kind::Queries)
+    }
+
+    fn memory_limit(&self) -> MemoryLimit {
+        MemoryLimit::Finite(self.0.max(Kind::Queries))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use catalog::ErrorKind;
+    use datafusion::execution::memory_pool::MemoryConsumer;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn memory_is_refused_to_queries_before_writes_and_never_to_files() {
+        let memory = Memory::new(1600);
+        let grow = |kind, bytes| {
+            let mut held = memory.reserve(kind);
+            held.grow(bytes).map(|()| held)
+        };
+        assert!(grow(Kind::Queries, 801).is_err(), "half of all is theirs");
+        let query = grow(Kind::Queries, 700).unwrap();
+        assert!(!memory.is_scarce());
+        memory.note(Kind::Memtables, 500);
+        assert!(memory.is_scarce());
+        assert_eq!(memory.used(), 1200);
+        let mut more = grow(Kind::Queries, 100).unwrap();
+        memory.observe(1400);
+        assert_eq!((memory.beyond(), memory.used()), (100, 1400));
+        assert!(memory.check(Kind::Queries).is_ok());
+        let refused = more.grow(1).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Unavailable);
+        assert!(refused.to_string().contains("memory_limit is 1600"), "{refused}");
+        let body = grow(Kind::Bodies, 200).unwrap();
+        assert_eq!(memory.check(Kind::Queries).unwrap_err().kind(), ErrorKind::Unavailable);
+        assert!(memory.check(Kind::Queue).is_ok());
+        assert!(grow(Kind::Queue, 1).is_err());
+        let mut file = memory.reserve(Kind::Files);
+        file.force(1600);
+        assert!(memory.check(Kind::Queue).is_err());
+        assert_eq!(memory.refused(Kind::Queries), 3);
+        drop((query, more, body, file));
+        memory.note(Kind::Memtables, 0);
+        memory.observe(30);
+        assert_eq!(memory.used(), 30);
+        assert!(Kind::ALL.iter().all(|k| memory.held(*k) == 0));
+    }
+
+    #[test]
+    fn operators_reserve_in_the_account_and_are_told_its_limit() {
+        let memory = Memory::new(1600);
+        let pool: Arc<dyn MemoryPool> = Arc::new(QueryPool(memory.clone()));
+        let first = MemoryConsumer::new("first").register(&pool);
+        let second = MemoryConsumer::new("second").register(&pool);
+        first.try_grow(600).unwrap();
+        let refused = second.try_grow(201).unwrap_err();
+        assert!(matches!(&refused, DataFusionError::ResourcesExhausted(m) if m.contains("memory_limit is 1600")));
+        assert_eq!((memory.held(Kind::Queries), pool.reserved()), (600, 600));
+        first.shrink(100);
+        second.try_grow(201).unwrap();
+        drop((first, second));
+        assert_eq!(memory.used(), 0);
+    }
+
+    proptest! {
+        #[test]
+        fn reservations_go_back_to_zero(steps in prop::collection::vec((0usize..4, 0usize..7, 0usize..400), 0..200)) {
+            let memory = Memory::new(1600);
+            let mut held: BTreeMap<usize, Vec<Reservation>> = BTreeMap::new();
+            for (what, kind, bytes) in steps {
+                let all = held.entry(kind).or_default();
+                match what {
+                    0 => {
+                        let mut one = memory.reserve(Kind::ALL[kind]);
+                        if one.grow(bytes).is_ok() {
+                            all.push(one);
+                        }
+                    }
+                    1 => drop(all.pop()),
+                    2 => {
+                        if let Some(one) = all.last_mut() {
+                            let before = one.bytes();
+                            if one.grow(bytes).is_err() {
+                                prop_assert_eq!(one.bytes(), before);
+                            }
+                        }
+                    }
+                    _ => {
+                        if let Some(one) = all.last_mut() {
+                            one.shrink_to(bytes);
+                        }
+                    }
+                }
+                let sums = held.iter().map(|(k, all)| (*k, all.iter().map(Reservation::bytes).sum::<usize>()));
+                let mut total = 0;
+                for (kind, sum) in sums {
+                    prop_assert_eq!(memory.held(Kind::ALL[kind]), sum);
+                    total += sum;
+                }
+                prop_assert_eq!(memory.used(), total);
+                prop_assert!(total <= 1600);
+            }
+            held.clear();
+            prop_assert_eq!(memory.used(), 0);
+        }
+    }
+}

@@ -1,0 +1,315 @@
+//! A query from its admission to its end: its turn to run, and what stops it.
+//!
+//! Work is dropped where it waits. What computes for long without waiting looks at the query's [`Stop`] now and then, so
+//! that the deadline, a client that goes away and the end of the server give the processor back. The handle travels
+//! with the configuration of the query's session, where plan nodes, rules and functions find it: [`Stop::of`].
+
+use std::any::Any;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use catalog::{Error, Result};
+use datafusion::common::config::{ConfigEntry, ConfigExtension, ConfigOptions, ExtensionOptions};
+use datafusion::error::{DataFusionError, Result as DfResult};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
+
+/// Queries that run at a time, for each thread. More would not be done sooner and take memory.
+const RUNNING_PER_THREAD: usize = 4;
+/// A query that has not had its turn after this long is refused.
+const TURN_WITHIN: Duration = Duration::from_secs(10);
+/// Steps of about a nanosecond after which a [`Pace`] looks at its stop.
+const STEPS: usize = 1 << 20;
+
+/// The limits of one query.
+#[derive(Debug, Clone, Copy)]
+pub struct QueryLimits {
+    /// It fails with kind `Timeout` after this long, its wait for a turn included.
+    pub timeout: Duration,
+}
+
+/// Whether a query is to stop; cheap to clone. The default never does.
+#[derive(Debug, Clone, Default)]
+pub struct Stop(Option<Arc<State>>);
+
+#[derive(Debug)]
+struct State {
+    raised: AtomicBool,
+    deadline: Instant,
+    timeout: Duration,
+}
+
+impl Stop {
+    fn within(timeout: Duration) -> Self {
+        // Beyond any deadline that can be told.
+        const YEAR: Duration = Duration::from_secs(365 * 86_400);
+        let deadline = Instant::now() + timeout.min(YEAR);
+        Self(Some(Arc::new(State { raised: AtomicBool::new(false), deadline, timeout })))
+    }
+
+    /// The stop of the query that a configuration belongs to.
+    pub fn of(options: &ConfigOptions) -> Self {
+        options.extensions.get::<Self>().cloned().unwrap_or_default()
+    }
+
+    /// Fails once the query is to stop: with kind `Timeout` after its deadline, else `Canceled`. Costs a look at the
+    /// clock; [`Stop::pace`] is for steps that are shorter.
+    ///
+    /// # Errors
+    /// When it is to stop.
+    pub fn check(&self) -> Result<()> {
+        match &self.0 {
+            Some(state) if state.raised.load(Ordering::Relaxed) => Err(Error::canceled("the query was stopped")),
+            Some(state) if Instant::now() >= state.deadline => Err(self.timed_out()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Looks at this stop once in about a million steps.
+    pub fn pace(&self) -> Pace {
+        Pace { stop: self.clone(), left: STEPS }
+    }
+
+    /// The error of the deadline.
+    pub(crate) fn timed_out(&self) -> Error {
+        let timeout = self.0.as_ref().map_or(Duration::ZERO, |s| s.timeout);
+        Error::timeout(format!("query ran for longer than its limit of {timeout:?}"))
+    }
+
+    /// When the deadline is; far away for one that never stops.
+    pub(crate) fn deadline(&self) -> Instant {
+        self.0.as_ref().map_or_else(|| Self::within(Duration::MAX).deadline(), |s| s.deadline)
+    }
+
+    fn raise(&self) {
+        if let Some(state) = &self.0 {
+            state.raised.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Counts the steps of a loop, to look at a [`Stop`] not too often.
+#[derive(Debug)]
+pub struct Pace {
+    stop: Stop,
+    left: usize,
+}
+
+impl Pace {
+    /// Notes that about so many values or bytes are going to be looked at.
+    ///
+    /// # Errors
+    /// When the query is to stop.
+    #[inline]
+    pub fn step(&mut self, steps: usize) -> Result<()> {
+        match self.left.checked_sub(steps) {
+            Some(left) => {
+                self.left = left;
+                Ok(())
+            }
+            None => self.look(),
+        }
+    }
+
+    /// [`Pace::step`] within a plan.
+    ///
+    /// # Errors
+    /// When the query is to stop.
+    #[inline]
+    pub fn walk(&mut self, steps: usize) -> DfResult<()> {
+        self.step(steps).map_err(|e| DataFusionError::External(Box::new(e)))
+    }
+
+    #[cold]
+    fn look(&mut self) -> Result<()> {
+        self.left = STEPS;
+        self.stop.check()
+    }
+}
+
+impl ExtensionOptions for Stop {
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+
+    fn as_any_mut(&mut self) -> &mut dyn Any {
+        self
+    }
+
+    fn cloned(&self) -> Box<dyn ExtensionOptions> {
+        Box::new(self.clone())
+    }
+
+    fn set(&mut self, key: &str, _value: &str) -> DfResult<()> {
+        Err(DataFusionError::Configuration(format!("stop.{key} is not for setting")))
+    }
+
+    fn entries(&self) -> Vec<ConfigEntry> {
+        Vec::new()
+    }
+}
+
+impl ConfigExtension for Stop {
+    const PREFIX: &'static str = "stop";
+}
+
+/// Stops its query when dropped. Whoever waits for a query's answer holds one.
+#[derive(Debug)]
+pub struct Guard(Stop);
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.0.raise();
+    }
+}
+
+/// The right to run a query, until it is dropped.
+#[derive(Debug)]
+pub struct Query {
+    stop: Stop,
+    turns: Arc<Semaphore>,
+    /// `None` while it waits for its reader.
+    turn: Option<OwnedSemaphorePermit>,
+    queued: Duration,
+}
+
+impl Query {
+    /// What its loops look at.
+    pub fn stop(&self) -> &Stop {
+        &self.stop
+    }
+
+    /// What stops it when dropped.
+    pub fn guard(&self) -> Guard {
+        Guard(self.stop.clone())
+    }
+
+    /// How long it waited for its turn.
+    pub fn queued(&self) -> Duration {
+        self.queued
+    }
+
+    /// Lets others run from now until [`Query::go_on`].
+    pub(crate) fn rest(&mut self) {
+        self.turn = None;
+    }
+
+    /// Waits for a turn again after [`Query::rest`].
+    pub(crate) async fn go_on(&mut self) {
+        if self.turn.is_none() {
+            self.turn = self.turns.clone().acquire_owned().await.ok();
+        }
+    }
+}
+
+/// The turns of an engine's queries: so many run, others wait in the order in which they came.
+#[derive(Debug, Clone)]
+pub(crate) struct Turns {
+    turns: Arc<Semaphore>,
+    max: usize,
+}
+
+impl Turns {
+    pub fn new(threads: usize) -> Self {
+        let max = RUNNING_PER_THREAD * threads.max(1);
+        Self { turns: Arc::new(Semaphore::new(max)), max }
+    }
+
+    /// How many queries run at a time.
+    pub fn max(&self) -> usize {
+        self.max
+    }
+
+    /// Waits for a query's turn.
+    ///
+    /// # Errors
+    /// `Unavailable` when it does not come soon, `Timeout` at the query's deadline.
+    pub async fn begin(&self, limits: QueryLimits) -> Result<Query> {
+        let (stop, begun) = (Stop::within(limits.timeout), Instant::now());
+        let turn = match self.turns.clone().try_acquire_owned() {
+            Ok(turn) => turn,
+            Err(_) => {
+                let until = stop.deadline().min(begun + TURN_WITHIN);
+                let turn = tokio::time::timeout_at(until, self.turns.clone().acquire_owned()).await;
+                // The semaphore is never closed.
+                turn.ok().and_then(Result::ok).ok_or_else(|| match stop.check() {
+                    Err(e) => e,
+                    Ok(()) => Error::unavailable(format!(
+                        "{} queries run, which is the limit, and this one has waited for {} s; try again",
+                        self.max,
+                        TURN_WITHIN.as_secs()
+                    )),
+                })?
+            }
+        };
+        stop.check()?;
+        Ok(Query { stop, turns: self.turns.clone(), turn: Some(turn), queued: begun.elapsed() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use catalog::ErrorKind;
+
+    use super::*;
+
+    const SECOND: QueryLimits = QueryLimits { timeout: Duration::from_secs(1) };
+    const MINUTE: QueryLimits = QueryLimits { timeout: Duration::from_secs(60) };
+
+    fn kind(result: Result<impl std::fmt::Debug>) -> ErrorKind {
+        result.expect_err("a refusal").kind()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stop_is_seen_at_the_deadline_and_when_nobody_waits() {
+        let turns = Turns::new(1);
+        let query = turns.begin(SECOND).await.unwrap();
+        let mut pace = query.stop().pace();
+        assert!(query.stop().check().is_ok());
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert_eq!(kind(query.stop().check()), ErrorKind::Timeout);
+        assert!(pace.step(STEPS).is_ok(), "it looks after a million steps");
+        assert_eq!(kind(pace.step(1)), ErrorKind::Timeout);
+        let query = turns.begin(SECOND).await.unwrap();
+        drop(query.guard());
+        assert_eq!(kind(query.stop().check()), ErrorKind::Canceled);
+        assert!(Stop::default().check().is_ok());
+        let mut options = ConfigOptions::new();
+        assert!(Stop::of(&options).check().is_ok());
+        options.extensions.insert(query.stop().clone());
+        assert_eq!(kind(Stop::of(&options).check()), ErrorKind::Canceled);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn queries_wait_for_their_turn_in_order_but_not_for_ever() {
+        let turns = Turns::new(1);
+        let mut running = Vec::new();
+        for _ in 0..turns.max() {
+            running.push(turns.begin(MINUTE).await.unwrap());
+        }
+        assert_eq!(kind(turns.begin(MINUTE).await), ErrorKind::Unavailable);
+        assert_eq!(kind(turns.begin(SECOND).await), ErrorKind::Timeout);
+        let waiting = tokio::spawn({
+            let turns = turns.clone();
+            async move { turns.begin(MINUTE).await }
+        });
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        running.pop();
+        let query = waiting.await.unwrap().unwrap();
+        assert!(query.queued() >= Duration::from_secs(3));
+        drop(query);
+        // One that waits for its reader lets another one run.
+        let mut slow = turns.begin(MINUTE).await.unwrap();
+        slow.rest();
+        let other = turns.begin(MINUTE).await.unwrap();
+        let go_on = async {
+            slow.go_on().await;
+            slow
+        };
+        tokio::pin!(go_on);
+        assert!(futures::poll!(&mut go_on).is_pending());
+        drop(other);
+        assert!(go_on.await.turn.is_some());
+    }
+}
