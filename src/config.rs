@@ -114,8 +114,9 @@ settings! {
     /// Allows listening on addresses that other machines reach although requests aren't authenticated, or passwords
     /// travel without encryption.
     insecure: Switch = Switch(false);
-    /// Memory that memtables, caches and queries share. Zero means half of what the machine (or its control group)
-    /// has.
+    /// Memory that everything shares: requests in flight, rows and tag sets in memory, caches, queries. When it gets
+    /// scarce queries are refused first and then writes, both to be sent again. Zero means 60 % of what the machine (or
+    /// its control group) has; what lies beyond is for what the allocator and the kernel need.
     memory_limit: Bytes = Bytes(0);
     /// Most tag sets that may be active at a time. At the limit new series are refused and known ones go on.
     series_limit: u64 = 5_000_000;

@@ -1,16 +1,19 @@
 //! The HTTP and gRPC listeners: accept connections, encrypt them, bound how long and how many, and stop in order.
 
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use access::Peer;
 use axum::Router;
-use axum::http::{HeaderValue, header};
+use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::map_response;
 use axum::response::Response;
 use hyper::Request;
-use hyper::body::Incoming;
+use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::service::TowerToHyperService;
@@ -18,6 +21,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
+use tokio::time::Sleep;
 use tokio_util::sync::CancellationToken;
 use tower::Layer as _;
 use tower::util::MapRequestLayer;
@@ -26,17 +30,21 @@ use crate::tls::Tls;
 
 /// A client that has not sent its request's head after this long is a fault or an attack.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// A client that has sent nothing of a body that it announced for this long has gone, or means harm.
+const BODY_IDLE: Duration = Duration::from_secs(30);
 /// Requests under way get this long to end when the server stops.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 /// Most connections at a time; further ones wait in the kernel's queue.
 const CONNECTIONS_MAX: usize = 8192;
+/// Seconds after which a refused request may come again, unless the refusal says otherwise.
+const RETRY_AFTER_SECONDS: HeaderValue = HeaderValue::from_static("1");
 /// The largest head: long PromQL queries travel in URLs.
 const HEAD_BYTES_MAX: usize = 128 << 10;
 
 /// Serves `router` over HTTP/1.1 and HTTP/2, encrypted if there is `tls`, until `shutdown`, then lets requests under way
 /// end.
 pub async fn serve(listener: TcpListener, router: Router, tls: Option<Arc<Tls>>, shutdown: CancellationToken) {
-    let router = router.layer(map_response(guarded_from_browsers));
+    let router = router.layer(map_response(completed));
     let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let mut connections = JoinSet::new();
     loop {
@@ -83,9 +91,14 @@ async fn accept(
     Ok((stream, peer, slot))
 }
 
-/// What browsers are told about every answer: labels are hostile text, and nothing here is a page.
-async fn guarded_from_browsers(mut response: Response) -> Response {
+/// What every answer says: when to come again after a refusal, and to browsers that labels are hostile text and nothing
+/// here is a page.
+async fn completed(mut response: Response) -> Response {
+    let refused = response.status() == StatusCode::SERVICE_UNAVAILABLE;
     let headers = response.headers_mut();
+    if refused {
+        headers.entry(header::RETRY_AFTER).or_insert(RETRY_AFTER_SECONDS);
+    }
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     let policy = HeaderValue::from_static("default-src 'none'; frame-ancestors 'none'");
     headers.insert(header::CONTENT_SECURITY_POLICY, policy);
@@ -99,21 +112,65 @@ async fn connection(
     router: Router,
     shutdown: CancellationToken,
 ) {
+    let began = Arc::new(AtomicBool::new(false));
+    let begins = Arc::clone(&began);
     let with_peer = MapRequestLayer::new(move |mut request: Request<Incoming>| {
+        begins.store(true, Ordering::Relaxed);
         request.extensions_mut().insert(Peer(peer.ip()));
-        request
+        request.map(|body| Awaited { body, idle: None })
     });
     let service = TowerToHyperService::new(with_peer.layer(router));
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(HEAD_BYTES_MAX);
     builder.http2().timer(TokioTimer::new()).max_header_list_size(HEAD_BYTES_MAX as u32).max_concurrent_streams(128);
     let mut connection = std::pin::pin!(builder.serve_connection(TokioIo::new(stream), service));
+    // Before there is a request nobody knows which version of HTTP it will be, and whose limits hold.
+    let no_head = async {
+        tokio::time::sleep(HEAD_TIMEOUT).await;
+        if began.load(Ordering::Relaxed) {
+            std::future::pending::<()>().await;
+        }
+    };
     tokio::select! {
         result = connection.as_mut() => report(result),
         () = shutdown.cancelled() => {
             connection.as_mut().graceful_shutdown();
             report(connection.await);
         }
+        () = no_head => tracing::debug!(%peer, "no request in time"),
+    }
+}
+
+/// A request's body, which fails when nothing comes of it for too long.
+struct Awaited {
+    body: Incoming,
+    idle: Option<Pin<Box<Sleep>>>,
+}
+
+impl Body for Awaited {
+    type Data = Bytes;
+    type Error = Box<dyn std::error::Error + Send + Sync>;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        match Pin::new(&mut self.body).poll_frame(cx) {
+            Poll::Ready(frame) => {
+                self.idle = None;
+                Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
+            }
+            Poll::Pending => {
+                let idle = self.idle.get_or_insert_with(|| Box::pin(tokio::time::sleep(BODY_IDLE)));
+                ready!(idle.as_mut().poll(cx));
+                Poll::Ready(Some(Err(format!("nothing came for {} s", BODY_IDLE.as_secs()).into())))
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 

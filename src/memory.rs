@@ -1,9 +1,17 @@
 //! The process's memory: the allocator and its settings, how much memory there is, and how much is used.
 
 use std::path::Path;
+use std::time::Duration;
+
+use engine::Memory;
+use tikv_jemalloc_ctl::{Access as _, AsName as _, epoch, stats};
+use tokio_util::sync::CancellationToken;
 
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
+/// Milliseconds after which freed pages go back to the kernel; as in the settings below.
+const DIRTY_DECAY_MS: isize = 1000;
 
 /// Gives freed pages back to the kernel after a second instead of ten, from a thread of the allocator's own: an
 /// observability database lives beside what it observes. Few arenas, since each keeps free pages of its own.
@@ -11,17 +19,68 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 #[unsafe(export_name = "_rjem_malloc_conf")]
 pub static MALLOC_CONF: &[u8; 70] = b"background_thread:true,dirty_decay_ms:1000,muzzy_decay_ms:0,narenas:4\0";
 
-/// Bytes that the process may use: the smaller of the machine's memory and the limit of its control group.
+/// How often the account is told what the process holds.
+const WATCH_INTERVAL: Duration = Duration::from_millis(100);
+/// Arenas beyond this number are not ours to look after; see `narenas`.
+const ARENAS_MAX: u32 = 16;
+
+/// Tells the account some ten times a second what the process really holds, until `stopping`. When free pages that the
+/// allocator keeps for later make the process larger than it may be, they go back to the kernel at once.
+pub async fn watch(account: Memory, stopping: CancellationToken) {
+    while stopping.run_until_cancelled(tokio::time::sleep(WATCH_INTERVAL)).await.is_some() {
+        // Numbers are of the moment of the last advance.
+        let held = epoch::advance().and_then(|_| Ok((stats::allocated::read()?, stats::resident::read()?)));
+        let Ok((allocated, resident)) = held else { continue };
+        account.observe(allocated);
+        if resident > account.limit() && resident - allocated.min(resident) > account.limit() / 8 {
+            purge();
+        }
+    }
+}
+
+/// Gives all free pages back to the kernel.
+fn purge() {
+    for arena in 0..ARENAS_MAX {
+        let name = format!("arena.{arena}.dirty_decay_ms\0");
+        // Setting the time to zero gives back what has been kept so far.
+        for decay_ms in [0isize, DIRTY_DECAY_MS] {
+            if name.as_bytes().name().write(decay_ms).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// Bytes that the process may use: the smaller of the machine's memory and the limits of its control groups.
 pub fn available() -> u64 {
     let machine = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
         let line = text.lines().find_map(|l| l.strip_prefix("MemTotal:"))?;
         line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib << 10)
     });
-    let group = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"]
-        .iter()
-        .find_map(|path| std::fs::read_to_string(Path::new(path)).ok()?.trim().parse::<u64>().ok());
+    let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let groups = group_limits(&groups, |path| std::fs::read_to_string(path).ok()?.trim().parse().ok());
     // Without either (no Linux) 4 GiB is what a small machine has.
-    machine.into_iter().chain(group).min().unwrap_or(4 << 30)
+    machine.into_iter().chain(groups).min().unwrap_or(4 << 30)
+}
+
+/// The memory limits of the groups that `/proc/self/cgroup` names and of all above them. In a container whose groups
+/// have names of their own the path leads nowhere, and the topmost group is the container's.
+fn group_limits(groups: &str, read: impl Fn(&Path) -> Option<u64>) -> Vec<u64> {
+    let mut limits = Vec::new();
+    for line in groups.lines() {
+        // number:controllers:path, without controllers in version 2.
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (Some(controllers), Some(path)) = (fields.next(), fields.next()) else { continue };
+        let (root, file) = match controllers {
+            "" => ("/sys/fs/cgroup", "memory.max"),
+            all if all.split(',').any(|c| c == "memory") => ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+            _ => continue,
+        };
+        let group = Path::new(root).join(path.trim_start_matches('/'));
+        let above = group.ancestors().take_while(|dir| dir.starts_with(root));
+        limits.extend(above.filter_map(|dir| read(&dir.join(file))));
+    }
+    limits
 }
 
 /// What the kernel says of this process.
@@ -51,5 +110,31 @@ impl Process {
             threads: field(20)?,
             open_files: std::fs::read_dir("/proc/self/fd").ok()?.count(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_limits_of_all_groups_above_count() {
+        let check = |groups: &str, expected: &[u64]| {
+            let read = |path: &Path| match path.to_str()? {
+                "/sys/fs/cgroup/memory.max" => Some(1),
+                "/sys/fs/cgroup/a/memory.max" => Some(2),
+                "/sys/fs/cgroup/a/b/memory.max" => Some(3),
+                "/sys/fs/cgroup/memory/memory.limit_in_bytes" => Some(4),
+                "/sys/fs/cgroup/memory/c/memory.limit_in_bytes" => Some(5),
+                _ => None,
+            };
+            assert_eq!(group_limits(groups, read), expected, "{groups:?}");
+        };
+        check("0::/a/b\n", &[3, 2, 1]);
+        check("0::/", &[1]);
+        check("0::/gone/in/here", &[1]);
+        check("9:name=systemd:/\n4:memory:/c\n2:cpu,cpuacct:/c\n0::/a", &[5, 4, 2, 1]);
+        check("", &[]);
+        check("nonsense", &[]);
     }
 }

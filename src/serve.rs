@@ -102,6 +102,11 @@ async fn serve(config: &Config) -> Result<()> {
         engine = open(config, telemetry) => engine?,
         () = stop.signal() => return Ok(()),
     };
+    let (account, token) = (engine.memory().clone(), stopping.clone());
+    tasks.spawn(async move {
+        memory::watch(account, token).await;
+        Ok(())
+    });
     if let Some(listener) = listeners.postgres {
         let (engine, access, token) = (engine.clone(), access.clone(), stopping.clone());
         tasks.spawn(async move { Ok(sql::pg::serve(listener, engine, access, token).await?) });
@@ -169,8 +174,7 @@ fn encryption(config: &Config, watched: &mut Vec<Watched>) -> Result<Option<Arc<
 
 /// All paths of the HTTP listener that need the database.
 fn routes(engine: &Engine, config: &Config) -> Result<Routes> {
-    // Bodies in flight are memory that no query can have.
-    let bodies = Bodies::new(engine.settings().memory_limit / 8);
+    let bodies = Bodies::new(engine.memory().clone());
     let (cluster, replica) = (&config.ha_cluster_label, &config.ha_replica_label);
     let replicas = Replicas::new(cluster, replica, config.ha_failover.duration(), engine.telemetry());
     Ok(Routes::new()
@@ -205,7 +209,7 @@ pub fn parts(config: &Config, telemetry: Arc<Telemetry>) -> Result<(Settings, Co
 /// For an object store whose name says nothing.
 pub fn settings(config: &Config) -> Result<Settings> {
     let memory = match config.memory_limit.0 {
-        0 => memory::available() / 2,
+        0 => memory::available() / 10 * 6,
         bytes => bytes,
     };
     let threads = match config.cpu_threads {

@@ -129,14 +129,7 @@ impl<'r> Encoder<'r> {
             }
             return Ok(r);
         }
-        if self.registry.len() + self.new >= self.registry.limit() {
-            self.registry.count_refused();
-            return Err(Error::limit_exceeded(format!(
-                "series limit reached: {} series are active and limits.series allows {}",
-                self.registry.len(),
-                self.registry.limit()
-            )));
-        }
+        self.registry.check_room(self.new)?;
         let series = Arc::new(Series::new(self.registry.hasher(), TagSet::from_canonical(canonical)));
         let r = self.encoded.sets.len() as TagRef;
         self.new += 1;

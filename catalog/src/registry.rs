@@ -110,6 +110,9 @@ struct Metric {
 pub struct Registry {
     hasher: TagHasher,
     limit: usize,
+    bytes_max: usize,
+    /// What sets and wire forms take, about.
+    bytes: AtomicUsize,
     shards: Vec<Shard>,
     wires: RwLock<Wires>,
     slots: RwLock<Vec<Slot>>,
@@ -125,6 +128,8 @@ impl Registry {
         Self {
             hasher,
             limit,
+            bytes_max: usize::MAX,
+            bytes: AtomicUsize::new(0),
             shards: (0..SHARDS).map(|_| Shard::default()).collect(),
             wires: RwLock::default(),
             slots: RwLock::default(),
@@ -133,6 +138,12 @@ impl Registry {
             refused: AtomicU64::new(0),
             collisions: AtomicU64::new(0),
         }
+    }
+
+    /// The same, which refuses new sets as well once all take so many bytes.
+    #[must_use]
+    pub fn with_bytes_max(self, bytes_max: usize) -> Self {
+        Self { bytes_max, ..self }
     }
 
     /// The database's hasher.
@@ -155,6 +166,31 @@ impl Registry {
         self.limit
     }
 
+    /// Bytes that all sets take, about.
+    pub fn bytes(&self) -> usize {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Refuses, and counts it, when there is no room for one more set beyond `more` that are about to be published.
+    pub(crate) fn check_room(&self, more: usize) -> Result<()> {
+        let (len, bytes) = (self.len(), self.bytes());
+        if len + more >= self.limit {
+            self.refused.fetch_add(1, Ordering::Relaxed);
+            return Err(Error::limit_exceeded(format!(
+                "series limit reached: {len} series are active and series_limit allows {}",
+                self.limit
+            )));
+        }
+        if bytes + more * SET_BYTES >= self.bytes_max {
+            self.refused.fetch_add(1, Ordering::Relaxed);
+            return Err(Error::limit_exceeded(format!(
+                "series limit reached: {len} series are active and take {bytes} bytes; memory_limit allows {}",
+                self.bytes_max
+            )));
+        }
+        Ok(())
+    }
+
     /// Ordinals ever given: every ordinal is below this.
     pub fn ordinals(&self) -> usize {
         self.slots.read().len()
@@ -168,10 +204,6 @@ impl Registry {
     /// Code collisions seen since start.
     pub fn collisions(&self) -> u64 {
         self.collisions.load(Ordering::Relaxed)
-    }
-
-    pub(crate) fn count_refused(&self) {
-        self.refused.fetch_add(1, Ordering::Relaxed);
     }
 
     /// An encoder for one request.
@@ -231,6 +263,7 @@ impl Registry {
                     drop(slots);
                     e.insert((series.id.check, ordinal));
                     self.len.fetch_add(1, Ordering::Relaxed);
+                    self.bytes.fetch_add(bytes_of(series), Ordering::Relaxed);
                     let mut metrics = self.metrics.write();
                     metrics
                         .entry(series.metric.0)
@@ -330,8 +363,16 @@ impl Registry {
             }
         }
         self.len.fetch_sub(gone.len(), Ordering::Relaxed);
+        self.bytes.fetch_sub(gone.iter().map(|(_, s)| bytes_of(s)).sum(), Ordering::Relaxed);
         gone.len()
     }
+}
+
+/// What a set takes besides its labels: itself, its places in the maps, and a wire form.
+const SET_BYTES: usize = 320;
+
+fn bytes_of(series: &Series) -> usize {
+    SET_BYTES + series.tags.as_bytes().len()
 }
 
 /// Sets whose memory is fetched together.

@@ -180,6 +180,11 @@ impl TagParts {
         e.context(format_args!("tag part {}/{}", self.prefix, part.path))
     }
 
+    /// Bounds the cache anew.
+    pub fn limit_cache(&self, bytes: usize) {
+        self.cache.lock().set_limit(bytes);
+    }
+
     /// Bytes that the cache holds.
     pub fn cached_bytes(&self) -> usize {
         self.cache.lock().bytes()

@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 
 /// What a request may wait beyond what one write of the log takes.
-const WAIT_MAX: Duration = Duration::from_millis(700);
+const WAIT_MAX: Duration = Duration::from_millis(500);
 /// The rate is measured over so much time in which requests were under way.
 const MEASURED: Duration = Duration::from_millis(200);
 /// What a request costs besides its bytes, in bytes.
@@ -154,16 +154,16 @@ mod tests {
         while let Ok(one) = arrivals.arrive(BYTES) {
             waiting.push(one);
         }
-        // Those before it would take more than 0.7 seconds.
-        assert_eq!(waiting.len(), 8);
+        // Those before it would take more than half a second.
+        assert_eq!(waiting.len(), 6);
         let refused = arrivals.arrive(BYTES).unwrap_err();
-        assert_eq!(refused.to_string(), "8 requests wait, which will take 0.8 s; at most 0.7 s are allowed, try again");
+        assert_eq!(refused.to_string(), "6 requests wait, which will take 0.6 s; at most 0.5 s are allowed, try again");
         tokio::time::advance(Duration::from_millis(100)).await;
         waiting.pop();
         assert!(arrivals.arrive(BYTES).is_ok());
         // A slow log is waited for.
         arrivals.note_write(Duration::from_secs(1));
-        while waiting.len() < 17 {
+        while waiting.len() < 16 {
             waiting.push(arrivals.arrive(BYTES).unwrap());
         }
         assert!(waiting.last().unwrap().check().is_ok());

@@ -21,6 +21,7 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, oneshot};
 
 use crate::engine::Inner;
+use crate::memory::{Kind, Memory, Reservation};
 use crate::telemetry::TableLabel;
 use crate::version::Version;
 use crate::wal::Wal;
@@ -47,14 +48,13 @@ pub(crate) struct Queue {
 #[derive(Debug, Default)]
 struct State {
     jobs: VecDeque<Job>,
-    bytes: usize,
     closed: bool,
 }
 
 #[derive(Debug)]
 struct Job {
     write: Write,
-    bytes: usize,
+    bytes: Reservation,
     ack: oneshot::Sender<Result<()>>,
 }
 
@@ -70,23 +70,26 @@ impl Queue {
     /// Queues a request. The receiver gets the answer once it is durable and visible.
     ///
     /// # Errors
-    /// `Unavailable` when `bytes_max` or the number of requests is reached, or after [`Queue::close`].
-    pub(crate) fn push(&self, write: Write, bytes_max: usize) -> Result<oneshot::Receiver<Result<()>>> {
-        let bytes = bytes_of(&write);
+    /// `Unavailable` when there is no memory for it or too many requests wait, or after [`Queue::close`].
+    pub(crate) fn push(&self, write: Write, memory: &Memory) -> Result<oneshot::Receiver<Result<()>>> {
+        let (size, mut bytes) = (bytes_of(&write), memory.reserve(Kind::Queue));
         let (ack, answer) = oneshot::channel();
         let mut state = self.state.lock();
         if state.closed {
             return Err(Error::unavailable("the database is stopping"));
         }
-        // One request is always let in, however large.
-        if state.jobs.len() >= QUEUE_REQUESTS_MAX || (state.bytes > 0 && state.bytes + bytes > bytes_max) {
+        if state.jobs.len() >= QUEUE_REQUESTS_MAX {
             return Err(Error::unavailable(format!(
-                "{} requests with {} bytes wait for the log; at most {QUEUE_REQUESTS_MAX} with {bytes_max} may",
+                "{} requests wait for the log; at most {QUEUE_REQUESTS_MAX} may",
                 state.jobs.len(),
-                state.bytes
             )));
         }
-        state.bytes += bytes;
+        // One request is always let in, however large.
+        if memory.held(Kind::Queue) == 0 {
+            bytes.force(size);
+        } else {
+            bytes.grow(size)?;
+        }
         state.jobs.push_back(Job { write, bytes, ack });
         drop(state);
         self.wake.notify_one();
@@ -124,10 +127,9 @@ impl Queue {
         while bytes < GROUP_BYTES
             && let Some(job) = state.jobs.pop_front()
         {
-            bytes += job.bytes;
+            bytes += job.bytes.bytes();
             group.push(job);
         }
-        state.bytes -= bytes;
         Some(group)
     }
 }
@@ -209,6 +211,7 @@ async fn commit(inner: &Inner, jobs: Vec<Job>) {
     let begun = Instant::now();
     let result = log.commit().await;
     inner.metrics.wal_sync.observe(begun.elapsed().as_secs_f64());
+    inner.arrivals.note_write(begun.elapsed());
     match result {
         Ok(bytes) => {
             if bytes > 0 && inner.log_failing.swap(false, Ordering::Relaxed) {
@@ -218,6 +221,7 @@ async fn commit(inner: &Inner, jobs: Vec<Job>) {
             inner.measure(&log);
             let answers: Vec<_> = staged.into_iter().map(|s| (apply(inner, &version, &s, now_ms), s.job)).collect();
             drop(log);
+            inner.note_memory();
             for (result, job) in answers {
                 answer(job, result);
             }
@@ -280,7 +284,7 @@ fn apply(inner: &Inner, version: &Version, staged: &Staged, now_ms: i64) -> Resu
         let rows = batch.rows.num_rows() as u64;
         inner.metrics.ingest_rows.get_or_create(&TableLabel { table: table.schema.name }).inc_by(rows);
     }
-    inner.metrics.ingest_bytes.inc_by(staged.job.bytes as u64);
+    inner.metrics.ingest_bytes.inc_by(staged.job.bytes.bytes() as u64);
     if !staged.metadata.is_empty() {
         inner.metadata.lock().apply(&staged.metadata, staged.position);
     }

@@ -20,14 +20,19 @@ use crate::cut::Taken;
 use crate::delete::Tombstone;
 use crate::engine::Inner;
 use crate::flush::{publish, store, with_files, with_parts};
+use crate::memory::Kind;
 use crate::memtable::read_schema;
 use crate::scan::merge::{Merge, Source};
 use crate::segment::{Cursor, Description, Key, Request, Writer, day_of, day_start_ms};
 use crate::version::{TableVersion, Version};
 use crate::{orphans, retention};
 
-/// A file is finished when it has this many bytes. It is put together in memory.
+/// A file is finished when it has this many bytes, or fewer where there is little memory. It is put together there.
 const FILE_BYTES_MAX: usize = 128 << 20;
+
+fn file_bytes_max(inner: &Inner) -> usize {
+    FILE_BYTES_MAX.min(inner.settings.memory_limit / 16)
+}
 
 /// Flushed files of a day that are merged before the day is over.
 const BATCH_FILES: usize = 6;
@@ -242,7 +247,7 @@ impl<'a> Inputs<'a> {
     async fn new(inner: &Inner, table: &'a Arc<TableSchema>, files: &'a [Arc<DataFile>]) -> Result<Self> {
         let (ids, version) = {
             let _ids = inner.days.deleting.lock().await;
-            let outputs = 4 + files.iter().map(|f| f.bytes).sum::<u64>() / (FILE_BYTES_MAX as u64 / 2);
+            let outputs = 4 + files.iter().map(|f| f.bytes).sum::<u64>() / (file_bytes_max(inner) as u64 / 2).max(1);
             ((0..outputs).map(|_| inner.files.next_id()).collect(), inner.version())
         };
         let mut keys: Vec<Key> = Vec::new();
@@ -307,6 +312,7 @@ impl<'a> Inputs<'a> {
         };
         let mut commit = Commit { remove: description.supersedes.clone(), ..Commit::default() };
         let mut writer: Option<Writer> = None;
+        let mut building = inner.memory.reserve(Kind::Files);
         while let Some(rows) = merged.next().await? {
             let current = match &mut writer {
                 Some(writer) => writer,
@@ -316,7 +322,8 @@ impl<'a> Inputs<'a> {
                 }
             };
             current.write(&self.request.keys, &rows)?;
-            if current.bytes() >= FILE_BYTES_MAX
+            building.force_to(current.bytes());
+            if current.bytes() >= file_bytes_max(inner)
                 && !self.ids.is_empty()
                 && let Some(full) = writer.take()
             {

@@ -18,7 +18,9 @@ use tokio::runtime::{Handle, Runtime};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
+use crate::arrivals::{Arrival, Arrivals};
 use crate::committer::{self, Queue};
+use crate::memory::{Kind, Memory};
 use crate::metadata::Metadata;
 use crate::query::Turns;
 use crate::reserve::Reserve;
@@ -57,14 +59,19 @@ pub struct Engine {
 /// in a build without optimisation. Only what is used takes memory.
 const CPU_STACK_BYTES: usize = 16 << 20;
 
+/// Each of the two caches may take this part of the memory limit.
+pub(crate) const CACHE_PARTS: usize = 16;
+
 /// What runs while any handle lives.
 #[derive(Debug)]
 struct Running {
     inner: Arc<Inner>,
     committer: Mutex<Option<Committer>>,
     tasks: TaskTracker,
-    /// `None` once it was shut down, and when all runs on the caller's runtime.
+    /// For queries, flush and compaction; `None` once it was shut down, and when all runs on the caller's runtime.
     cpu: Option<Runtime>,
+    /// As `cpu`, for decoding: neither waits behind the other, the kernel shares the processors out.
+    ingest: Option<Runtime>,
 }
 
 /// What turns requests into rows until the queue is closed.
@@ -115,6 +122,10 @@ pub(crate) struct Inner {
     /// Read through [`Inner::version`], replaced through [`Inner::install`].
     pub version: ArcSwap<Version>,
     pub version_change: Mutex<()>,
+    /// What memory is used for.
+    pub memory: Memory,
+    /// Requests that are not answered.
+    pub arrivals: Arrivals,
     pub queue: Queue,
     /// The log. Whoever holds it sees every record either applied to memtables or not yet written.
     pub log: tokio::sync::Mutex<Wal>,
@@ -132,6 +143,8 @@ pub(crate) struct Inner {
     pub turns: Turns,
     /// The runtime for everything that takes CPU time.
     pub cpu: Handle,
+    /// The runtime for decoding.
+    pub ingest: Handle,
     pub stopping: CancellationToken,
 }
 
@@ -173,11 +186,14 @@ impl Engine {
         };
         let (files, state) = FileCatalog::open(opening).await?;
         let log = open_log(&settings, &components, &files).await?;
-        let registry = Arc::new(Registry::new(TagHasher::new(state.seed), settings.series_limit));
-        let session = session::state(&settings, extensions)
+        let memory = Memory::new(settings.memory_limit);
+        let registry = Registry::new(TagHasher::new(state.seed), settings.series_limit);
+        let registry = Arc::new(registry.with_bytes_max(memory.tag_sets_max()));
+        let session = session::state(&settings, memory.clone(), extensions)
             .map_err(|e| Error::internal("query session can't be made").with_source(e))?;
-        let cpu = if settings.own_threads { Some(cpu_runtime(&settings)?) } else { None };
-        let cache = settings.memory_limit / 16;
+        let runtime = |name| settings.own_threads.then(|| cpu_runtime(&settings, name)).transpose();
+        let (cpu, ingest) = (runtime("thalweg-cpu")?, runtime("thalweg-ingest")?);
+        let cache = settings.memory_limit / CACHE_PARTS;
         let inner = Arc::new(Inner {
             metrics: Arc::new(Metrics::new(&components.telemetry)),
             segments: Arc::new(Segments::new(components.store.clone(), &settings.database, cache)),
@@ -188,6 +204,8 @@ impl Engine {
             files,
             version: ArcSwap::from_pointee(Version::new(&state, registry.hasher())),
             version_change: Mutex::new(()),
+            memory,
+            arrivals: Arrivals::default(),
             queue: Queue::default(),
             log: tokio::sync::Mutex::new(Wal::new(local_log(&settings, &components), 0)),
             reserve,
@@ -198,13 +216,15 @@ impl Engine {
             session,
             turns: Turns::new(settings.cpu_threads),
             cpu: cpu.as_ref().map_or_else(Handle::current, |cpu| cpu.handle().clone()),
+            ingest: ingest.as_ref().map_or_else(Handle::current, |ingest| ingest.handle().clone()),
             stopping: CancellationToken::new(),
             registry,
             settings,
             components,
         });
         // From here on dropping `running` stops the runtime without blocking this one.
-        let mut running = Running { inner: inner.clone(), committer: Mutex::new(None), tasks: TaskTracker::new(), cpu };
+        let mut running =
+            Running { inner: inner.clone(), committer: Mutex::new(None), tasks: TaskTracker::new(), cpu, ingest };
         on(&inner.cpu, replay(inner.clone(), log)).await?;
         crate::retention::observe(&inner);
         *running.committer.get_mut() = Some(Committer::start(inner.clone())?);
@@ -247,8 +267,7 @@ impl Engine {
         let inner = self.inner();
         committer::check(&write)?;
         inner.check_room()?;
-        let bytes_max = inner.settings.memory_limit / 8;
-        let answer = inner.queue.push(write, bytes_max).inspect_err(|_| inner.metrics.limit("ingest_queue"))?;
+        let answer = inner.queue.push(write, &inner.memory).inspect_err(|_| inner.metrics.limit("ingest_queue"))?;
         answer.await.map_err(|_| Error::unavailable("the database stopped before the request was stored"))?
     }
 
@@ -316,10 +335,11 @@ impl Engine {
     /// Waits for a query's turn.
     ///
     /// # Errors
-    /// `Unavailable` when too many queries run for too long, `Timeout` at its deadline.
+    /// `Unavailable` when too many queries run for too long or memory is scarce, `Timeout` at its deadline.
     pub async fn begin(&self, limits: QueryLimits) -> Result<Query> {
-        let begun = self.inner().turns.begin(limits).await;
-        begun.inspect_err(|_| self.inner().metrics.limit("queries"))
+        let inner = self.inner();
+        inner.memory.check(Kind::Queries).inspect_err(|_| inner.metrics.limit("query_memory"))?;
+        inner.turns.begin(limits).await.inspect_err(|_| inner.metrics.limit("queries"))
     }
 
     /// How many queries run at a time.
@@ -347,9 +367,24 @@ impl Engine {
         on(&self.inner().cpu, work).await
     }
 
-    /// Runs CPU-heavy work off the network runtime; dropped when the caller goes away.
-    pub async fn compute<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
-        on(&self.inner().cpu, async move { work() }).await
+    /// Decodes a request off the network runtime; dropped when the caller goes away.
+    pub async fn decode<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        on(&self.inner().ingest, async move { work() }).await
+    }
+
+    /// Lets a request to write so many bytes in, before they are looked at.
+    ///
+    /// # Errors
+    /// `Unavailable` when it could not be stored now or would wait for too long.
+    pub fn arrive(&self, bytes: usize) -> Result<Arrival> {
+        let inner = self.inner();
+        inner.check_room()?;
+        inner.arrivals.arrive(bytes).inspect_err(|_| inner.metrics.limit("ingest_wait"))
+    }
+
+    /// The account of memory.
+    pub fn memory(&self) -> &Memory {
+        &self.inner().memory
     }
 
     /// Writes everything in memory to segments and commits them; returns when done.
@@ -433,17 +468,17 @@ impl Drop for Running {
     fn drop(&mut self) {
         self.inner.queue.close();
         self.inner.stopping.cancel();
-        if let Some(cpu) = self.cpu.take() {
-            cpu.shutdown_background();
+        for runtime in [self.cpu.take(), self.ingest.take()].into_iter().flatten() {
+            runtime.shutdown_background();
         }
     }
 }
 
-/// The runtime for queries, flush and compaction.
-fn cpu_runtime(settings: &Settings) -> Result<Runtime> {
+/// A runtime for work that takes processor time.
+fn cpu_runtime(settings: &Settings, name: &str) -> Result<Runtime> {
     Ok(tokio::runtime::Builder::new_multi_thread()
         .worker_threads(settings.cpu_threads.max(1))
-        .thread_name("thalweg-cpu")
+        .thread_name(name)
         .thread_stack_size(CPU_STACK_BYTES)
         .enable_all()
         .build()?)
@@ -540,8 +575,10 @@ async fn replay(inner: Arc<Inner>, mut log: Replay) -> Result<()> {
             }
         }
         let version = inner.version();
+        inner.note_memory();
         if version.tables.iter().any(|t| t.active.bytes() >= inner.settings.flush_bytes)
             || version.memory() > inner.memtable_bytes_soft()
+            || inner.memory.is_scarce()
         {
             inner.freeze(|_| true).await;
             // The log is not open yet, so nothing of it is trimmed here.

@@ -18,6 +18,7 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use crate::engine::Inner;
+use crate::memory::Kind;
 use crate::memtable::Memtable;
 use crate::scan::gather::gather;
 use crate::scan::merge::MemoryCursor;
@@ -130,6 +131,9 @@ impl Days {
 pub(crate) async fn write(inner: &Arc<Inner>, table: &Arc<TableSchema>, memtable: &Arc<Memtable>) -> Result<()> {
     let mut commit = Commit::default();
     let mut new_codes: Vec<(i32, Vec<i64>)> = Vec::new();
+    // Files are smaller than what they are made of.
+    let mut building = inner.memory.reserve(Kind::Files);
+    building.force(memtable.bytes());
     if memtable.rows() > 0 {
         let seq = inner.files.next_seq();
         let rows = Frozen::new(inner, table, memtable)?;

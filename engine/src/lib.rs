@@ -8,6 +8,7 @@ pub mod backup;
 pub mod batch;
 pub mod codec;
 pub mod kernels;
+pub mod memory;
 pub mod query;
 pub mod retention;
 pub mod scan;
@@ -17,6 +18,7 @@ pub mod settings;
 pub mod telemetry;
 pub mod verify;
 
+mod arrivals;
 mod committer;
 mod compact;
 mod cut;
@@ -35,9 +37,11 @@ mod upkeep;
 mod version;
 mod wal;
 
+pub use arrivals::Arrival;
 pub use batch::{Batch, MetricMetadata, Write};
 pub use catalog::{Error, ErrorKind, Result};
 pub use engine::{Components, Engine, sql_catalog};
+pub use memory::{Memory, Reservation};
 pub use query::{Guard, Query, QueryLimits, Stop};
 pub use retention::{Retention, RetentionRule};
 pub use scan::SeriesScanExec;

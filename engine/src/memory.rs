@@ -37,15 +37,8 @@ pub enum Kind {
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 7] = [
-        Self::Bodies,
-        Self::Queue,
-        Self::Memtables,
-        Self::TagSets,
-        Self::Caches,
-        Self::Queries,
-        Self::Files,
-    ];
+    pub const ALL: [Self; 7] =
+        [Self::Bodies, Self::Queue, Self::Memtables, Self::TagSets, Self::Caches, Self::Queries, Self::Files];
 
     /// As metrics and errors name it.
     pub fn name(self) -> &'static str {
@@ -60,9 +53,11 @@ impl Kind {
         }
     }
 
-    /// How many sixteenths of the limit it may take, and up to where all of it may be used for it.
-    fn share(self) -> (usize, usize) {
+    /// How many sixteenths of the limit it may take, and up to where all of it may be used for it. A little is for
+    /// small queries alone, so that large ones don't keep them out.
+    fn share(self, small: bool) -> (usize, usize) {
         match self {
+            Self::Queries if small => (9, 15),
             Self::Bodies | Self::Queue => (2, 16),
             Self::Queries => (8, 14),
             Self::Memtables | Self::TagSets | Self::Caches | Self::Files => (16, 16),
@@ -74,6 +69,9 @@ impl Kind {
 const SCARCE: usize = 12;
 /// Sixteenths of the limit that tag sets may take: they stay for hours, so what they take is lost to all else.
 const TAG_SETS: usize = 5;
+
+/// Who holds less than this part of the limit is small.
+const SMALL_PARTS: usize = 1024;
 
 /// The account; cheap to clone.
 #[derive(Debug, Clone)]
@@ -133,7 +131,7 @@ impl Memory {
 
     /// Most bytes of one kind.
     pub fn max(&self, kind: Kind) -> usize {
-        self.part(kind.share().0)
+        self.part(kind.share(false).0)
     }
 
     /// Most bytes of active tag sets before new ones are refused.
@@ -164,12 +162,12 @@ impl Memory {
         Reservation { memory: self.clone(), kind, bytes: 0 }
     }
 
-    /// Refuses when nothing more of this kind could be reserved.
+    /// Refuses when hardly anything more of this kind could be reserved.
     ///
     /// # Errors
     /// `Unavailable`.
     pub fn check(&self, kind: Kind) -> Result<()> {
-        if self.used() > self.part(kind.share().1) { Err(self.refusal(kind, 0)) } else { Ok(()) }
+        if self.used() > self.part(kind.share(true).1) { Err(self.refusal(kind, 0, true)) } else { Ok(()) }
     }
 
     fn add(&self, kind: Kind, bytes: usize) {
@@ -182,8 +180,10 @@ impl Memory {
         self.0.total.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    fn try_add(&self, kind: Kind, bytes: usize) -> Result<()> {
-        let (of_kind, of_all) = kind.share();
+    /// Adds to a reservation of `before` bytes.
+    fn try_add(&self, kind: Kind, before: usize, bytes: usize) -> Result<()> {
+        let small = before.saturating_add(bytes) < self.0.limit / SMALL_PARTS;
+        let (of_kind, of_all) = kind.share(small);
         let (of_kind, of_all) = (self.part(of_kind), self.part(of_all));
         let held = self.0.held[kind as usize].fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
         let total = self.0.total.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
@@ -191,13 +191,13 @@ impl Memory {
             return Ok(());
         }
         self.sub(kind, bytes);
-        Err(self.refusal(kind, bytes))
+        Err(self.refusal(kind, bytes, small))
     }
 
     #[cold]
-    fn refusal(&self, kind: Kind, bytes: usize) -> Error {
+    fn refusal(&self, kind: Kind, bytes: usize, small: bool) -> Error {
         self.0.refused[kind as usize].fetch_add(1, Ordering::Relaxed);
-        let (of_kind, of_all) = kind.share();
+        let (of_kind, of_all) = kind.share(small);
         Error::unavailable(format!(
             "no memory for {bytes} more bytes of {}: they hold {} and may hold {}, {} are used in all and {} may be; memory_limit is {}",
             kind.name(),
@@ -229,7 +229,7 @@ impl Reservation {
     /// # Errors
     /// `Unavailable` when the kind or all together would use too much; nothing has changed then.
     pub fn grow(&mut self, bytes: usize) -> Result<()> {
-        self.memory.try_add(self.kind, bytes)?;
+        self.memory.try_add(self.kind, self.bytes, bytes)?;
         self.bytes += bytes;
         Ok(())
     }
@@ -238,6 +238,12 @@ impl Reservation {
     pub fn force(&mut self, bytes: usize) {
         self.memory.add(self.kind, bytes);
         self.bytes += bytes;
+    }
+
+    /// Sets exactly so many bytes aside whatever there is.
+    pub fn force_to(&mut self, bytes: usize) {
+        self.force(bytes.saturating_sub(self.bytes));
+        self.shrink_to(bytes);
     }
 
     /// Gives back all but so many bytes.
@@ -278,9 +284,9 @@ impl MemoryPool for QueryPool {
         self.0.sub(Kind::Queries, shrink);
     }
 
-    fn try_grow(&self, _reservation: &MemoryReservation, additional: usize) -> DfResult<()> {
+    fn try_grow(&self, reservation: &MemoryReservation, additional: usize) -> DfResult<()> {
         let refused = |e: Error| DataFusionError::ResourcesExhausted(e.to_string());
-        self.0.try_add(Kind::Queries, additional).map_err(refused)
+        self.0.try_add(Kind::Queries, reservation.size(), additional).map_err(refused)
     }
 
     fn reserved(&self) -> usize {
@@ -322,6 +328,9 @@ mod tests {
         let refused = more.grow(1).unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::Unavailable);
         assert!(refused.to_string().contains("memory_limit is 1600"), "{refused}");
+        memory.observe(1500);
+        assert!(memory.check(Kind::Queries).is_ok(), "small ones still run");
+        memory.observe(1400);
         let body = grow(Kind::Bodies, 200).unwrap();
         assert_eq!(memory.check(Kind::Queries).unwrap_err().kind(), ErrorKind::Unavailable);
         assert!(memory.check(Kind::Queue).is_ok());
@@ -335,6 +344,18 @@ mod tests {
         memory.observe(30);
         assert_eq!(memory.used(), 30);
         assert!(Kind::ALL.iter().all(|k| memory.held(*k) == 0));
+    }
+
+    #[test]
+    fn a_little_is_left_for_small_queries() {
+        let memory = Memory::new(16 << 20);
+        let mut large = memory.reserve(Kind::Queries);
+        large.grow(8 << 20).unwrap();
+        assert!(large.grow(1).is_err());
+        let mut small = memory.reserve(Kind::Queries);
+        small.grow(10 << 10).unwrap();
+        assert!(small.grow(10 << 10).is_err());
+        assert_eq!(memory.used(), (8 << 20) + (10 << 10));
     }
 
     #[test]

@@ -13,13 +13,19 @@ use catalog::registry::PassThrough;
 use catalog::tag::METRIC_NAME;
 use catalog::{Error, MatchOp, Matcher, MetricFilter, Ordinal, Result, Series, TableSchema, TagSet};
 
-use crate::Stop;
 use crate::engine::Inner;
+use crate::memory::Kind;
 use crate::segment::{Key, Segments, day_of};
 use crate::version::{TableVersion, Version};
+use crate::{Reservation, Stop};
 
 /// Most series that a query may touch.
 const SERIES_PER_QUERY_MAX: usize = 1_000_000;
+
+/// What a series takes in a set and while it is made, the shared tag set aside.
+const SERIES_BYTES: usize = 80;
+/// Memory is reserved for so many series at a time.
+const SERIES_AT_A_TIME: usize = 1024;
 
 /// The ordinal of a series that is not active.
 pub(crate) const NO_ORDINAL: Ordinal = Ordinal::MAX;
@@ -59,6 +65,8 @@ pub struct SeriesSet {
     /// Sets that the matchers were tried on.
     pub(crate) candidates: usize,
     pub(crate) threads: usize,
+    /// For `series`, `keys` and `ordinals`.
+    pub(crate) memory: Arc<Reservation>,
 }
 
 impl SeriesSet {
@@ -77,6 +85,7 @@ impl SeriesSet {
             segments: self.segments.clone(),
             candidates: self.candidates,
             threads: self.threads,
+            memory: self.memory.clone(),
         }
     }
 
@@ -99,13 +108,19 @@ pub(crate) async fn select(inner: &Inner, selection: &Selection, stop: &Stop) ->
     let sources = Sources::find(inner, &version, selection).await?;
     let mut found: Vec<(Key, Ordinal, Arc<Series>)> = Vec::new();
     let (mut candidates, mut full) = (0, false);
+    let (mut memory, mut reserved) = (inner.memory.reserve(Kind::Queries), Ok(()));
     sources.for_each(inner, (selection, stop), &mut candidates, |ordinal, series| {
         full = found.len() >= 2 * SERIES_PER_QUERY_MAX;
-        if !full {
+        if found.len().is_multiple_of(SERIES_AT_A_TIME) {
+            reserved = memory.grow(SERIES_AT_A_TIME * SERIES_BYTES);
+        }
+        let go_on = !full && reserved.is_ok();
+        if go_on {
             found.push((Key::from(series.as_ref()), ordinal, series.clone()));
         }
-        !full
+        go_on
     })?;
+    reserved.map_err(|e| Error::limit_exceeded(e.to_string()))?;
     // An active set sorts before its copies from tag parts, which have no ordinal.
     found.sort_unstable_by_key(|(key, ordinal, _)| (*key, *ordinal));
     found.dedup_by_key(|(key, ..)| *key);
@@ -114,6 +129,7 @@ pub(crate) async fn select(inner: &Inner, selection: &Selection, stop: &Stop) ->
             "query selects more than {SERIES_PER_QUERY_MAX} series; narrow its matchers or its time range"
         )));
     }
+    memory.shrink_to(found.len() * SERIES_BYTES);
     let keys = Arc::new(found.iter().map(|f| f.0).collect());
     let ordinals = found.iter().map(|f| f.1).collect();
     Ok(Arc::new(SeriesSet {
@@ -127,6 +143,7 @@ pub(crate) async fn select(inner: &Inner, selection: &Selection, stop: &Stop) ->
         segments: inner.segments.clone(),
         candidates,
         threads: inner.settings.cpu_threads.max(1),
+        memory: Arc::new(memory),
     }))
 }
 
@@ -161,6 +178,7 @@ pub(crate) fn given(
         version,
         segments: inner.segments.clone(),
         threads: inner.settings.cpu_threads.max(1),
+        memory: Arc::new(inner.memory.reserve(Kind::Queries)),
     })
 }
 

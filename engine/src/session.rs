@@ -19,7 +19,7 @@ use datafusion::catalog::{
 use datafusion::error::{DataFusionError, Result as DfResult};
 use datafusion::execution::context::QueryPlanner;
 use datafusion::execution::disk_manager::{DiskManagerBuilder, DiskManagerMode};
-use datafusion::execution::memory_pool::{GreedyMemoryPool, TrackConsumersPool};
+use datafusion::execution::memory_pool::TrackConsumersPool;
 use datafusion::execution::runtime_env::RuntimeEnvBuilder;
 use datafusion::execution::{RecordBatchStream, SendableRecordBatchStream, SessionState, SessionStateBuilder};
 use datafusion::logical_expr::LogicalPlan;
@@ -33,6 +33,7 @@ use tokio::time::Sleep;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::Settings;
+use crate::memory::{Memory, QueryPool};
 use crate::query::{Guard, Query, Stop};
 use crate::telemetry::{Metrics, OutcomeLabel};
 
@@ -84,20 +85,15 @@ impl QueryPlanner for Planner {
     }
 }
 
-/// Most memory of all running queries together, as a part of the whole.
-const QUERY_MEMORY_PARTS: (usize, usize) = (1, 2);
-
 /// The state that every session begins with. Making it takes milliseconds, cloning it microseconds.
 ///
 /// # Errors
 /// The folder for what queries spill can't be used.
-pub(crate) fn state(settings: &Settings, extensions: Extensions) -> DfResult<SessionState> {
-    let (part, of) = QUERY_MEMORY_PARTS;
-    let pool = GreedyMemoryPool::new(settings.memory_limit / of * part);
+pub(crate) fn state(settings: &Settings, memory: Memory, extensions: Extensions) -> DfResult<SessionState> {
     // Errors name the greatest consumers, so that a user sees which part of a query to change.
     const CONSUMERS_NAMED: NonZeroUsize = NonZeroUsize::new(3).unwrap();
     let runtime = RuntimeEnvBuilder::new()
-        .with_memory_pool(Arc::new(TrackConsumersPool::new(pool, CONSUMERS_NAMED)))
+        .with_memory_pool(Arc::new(TrackConsumersPool::new(QueryPool(memory), CONSUMERS_NAMED)))
         .with_disk_manager_builder(spill(&settings.data_dir))
         .build_arc()?;
     let mut config = SessionConfig::new()

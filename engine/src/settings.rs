@@ -40,7 +40,7 @@ pub struct Settings {
     pub data_dir: PathBuf,
     /// The SQL catalog.
     pub catalog: SqlCatalog,
-    /// Memory that memtables, caches and queries share.
+    /// Memory that everything shares; see [`crate::Memory`].
     pub memory_limit: usize,
     /// Most active tag sets.
     pub series_limit: usize,

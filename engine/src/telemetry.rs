@@ -56,6 +56,13 @@ pub(crate) struct CacheLabel {
     pub cache: &'static str,
 }
 
+/// A label that names what memory is used for.
+#[derive(Debug, Clone, Hash, PartialEq, Eq, prometheus_client::encoding::EncodeLabelSet)]
+pub(crate) struct MemoryLabel {
+    /// [`crate::memory::Kind::name`], or `other`.
+    pub kind: &'static str,
+}
+
 /// A label that says how something ended.
 #[derive(Debug, Clone, Hash, PartialEq, Eq, prometheus_client::encoding::EncodeLabelSet)]
 pub(crate) struct OutcomeLabel {
@@ -97,6 +104,9 @@ pub(crate) struct Metrics {
     pub queries_running: Gauge,
     pub query: Histogram,
     pub query_memory: Gauge,
+    pub memory: Family<MemoryLabel, Gauge>,
+    pub memory_refused: Family<MemoryLabel, Counter>,
+    pub memory_limit: Gauge,
 }
 
 impl Metrics {
@@ -167,6 +177,13 @@ impl Metrics {
             queries: t.register("queries", "Queries by how they ended", Family::default()),
             query: t.register("query_duration_seconds", "Queries from plan to last row", seconds()),
             query_memory: t.register("query_memory_bytes", "Memory reserved by running queries", Gauge::default()),
+            memory: t.register("memory_bytes", "Memory by what it is used for", Family::default()),
+            memory_refused: t.register(
+                "memory_refused",
+                "Times that memory was refused, by its use",
+                Family::default(),
+            ),
+            memory_limit: t.register("memory_limit_bytes", "Memory that may be used", Gauge::default()),
         }
     }
 

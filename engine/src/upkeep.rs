@@ -14,14 +14,16 @@ use catalog::files::Commit;
 use catalog::{Error, Result};
 use tokio::time::Instant;
 
+use crate::engine::CACHE_PARTS;
 use crate::engine::Inner;
+use crate::memory::Kind;
 use crate::memtable::Memtable;
-use crate::telemetry::{CacheLabel, TableLabel};
+use crate::telemetry::{CacheLabel, MemoryLabel, TableLabel};
 use crate::version::Version;
 use crate::wal::Wal;
 
 /// How often conditions are looked at.
-const TICK: Duration = Duration::from_millis(500);
+const TICK: Duration = Duration::from_millis(100);
 /// How often compaction looks for work.
 const COMPACT_INTERVAL: Duration = Duration::from_secs(30);
 /// How often the SQL catalog is brought up to date when it has fallen behind.
@@ -30,6 +32,10 @@ const FOLLOW_INTERVAL: Duration = Duration::from_secs(1);
 const WAL_CHUNKS_SOFT: i64 = 2000;
 /// A clock that was set back by more can't tell any more how long rows have waited, so they are flushed at once.
 const CLOCK_STEP_MS: i64 = 60_000;
+/// The part of the memory limit that each cache may take while memory is scarce.
+const SCARCE_CACHE_PARTS: usize = 128;
+/// Memtables that take less than this part of the memory limit are not flushed for want of it.
+const WORTH_FLUSHING_PARTS: usize = 32;
 /// Wait after a failed flush.
 const RETRY: Duration = Duration::from_secs(5);
 
@@ -204,7 +210,8 @@ impl Inner {
         let interval_ms = self.settings.flush_interval.as_millis() as i64;
         let version = self.version();
         let greatest = version.tables.iter().map(|t| t.active.bytes()).max().unwrap_or(0);
-        let pressed = version.memory() > self.memtable_bytes_soft();
+        let pressed = version.memory() > self.memtable_bytes_soft()
+            || self.memory.is_scarce() && greatest > self.settings.memory_limit / WORTH_FLUSHING_PARTS;
         let long = self.metrics.wal_size.get() as u64 > self.wal_bytes_soft()
             || self.metrics.wal_chunks.get() > WAL_CHUNKS_SOFT;
         let pin = self.pins().into_iter().min().filter(|_| long);
@@ -230,6 +237,7 @@ impl Inner {
             return Err(Error::unavailable("another server has taken this database over; this one takes no writes"));
         }
         self.check_disk()?;
+        self.memory.check(Kind::Queue).inspect_err(|_| self.metrics.limit("memory"))?;
         let memory = self.version().memory();
         if memory > self.memtable_bytes_hard() {
             self.metrics.limit("memtable_bytes");
@@ -249,8 +257,30 @@ impl Inner {
         Ok(())
     }
 
+    /// Notes what memtables and tag sets hold.
+    pub(crate) fn note_memory(&self) {
+        self.memory.note(Kind::Memtables, self.version().memory());
+        self.memory.note(Kind::TagSets, self.registry.bytes());
+    }
+
+    /// Gives caches less memory while it is scarce.
+    fn bound_caches(&self) {
+        let parts = if self.memory.is_scarce() { SCARCE_CACHE_PARTS } else { CACHE_PARTS };
+        let limit = self.settings.memory_limit / parts;
+        self.segments.limit_cache(limit);
+        self.parts.limit_cache(limit);
+        self.memory.note(Kind::Caches, self.segments.cached_bytes() + self.parts.cached_bytes());
+    }
+
     fn set_gauges(&self) {
         let m = &self.metrics;
+        for kind in Kind::ALL {
+            m.memory.get_or_create(&MemoryLabel { kind: kind.name() }).set(self.memory.held(kind) as i64);
+            let refused = m.memory_refused.get_or_create(&MemoryLabel { kind: kind.name() });
+            refused.inc_by((self.memory.refused(kind) as u64).saturating_sub(refused.get()));
+        }
+        m.memory.get_or_create(&MemoryLabel { kind: "other" }).set(self.memory.beyond() as i64);
+        m.memory_limit.set(self.memory.limit() as i64);
         m.disk_full.set(self.reserve.is_full().into());
         m.queue.set(self.queue.len() as i64);
         m.series.set(self.registry.len() as i64);
@@ -271,6 +301,8 @@ impl Inner {
 pub(crate) async fn run_flusher(inner: Arc<Inner>) {
     let mut retry = Instant::now();
     while inner.stopping.run_until_cancelled(tokio::time::sleep(TICK)).await.is_some() {
+        inner.note_memory();
+        inner.bound_caches();
         inner.set_gauges();
         if inner.reserve.is_full() && !inner.reserve.refill() && inner.metrics.wal_size.get() > 0 {
             // What is in files needs the log no more, which gives room back.

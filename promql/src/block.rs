@@ -27,9 +27,11 @@ fn item() -> FieldRef {
     Arc::new(Field::new("item", DataType::Float64, true))
 }
 
-/// How many series a batch holds at best: values of a batch stay within a core's cache.
+/// How many series a batch holds at best: values of a batch stay within a core's cache, unless there are so many steps
+/// that batches of few series would be all there is.
 pub fn rows_per_batch(steps: usize) -> usize {
-    (64 * 1024 / steps.max(1)).clamp(16, 1024)
+    let least = if steps > 64 * 1024 { 1 } else { 16 };
+    (64 * 1024 / steps.max(1)).clamp(least, 1024)
 }
 
 /// What an operation does with the metric's name.

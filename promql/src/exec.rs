@@ -18,13 +18,15 @@ mod topk;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::task::Poll;
 
-use arrow::array::RecordBatch;
+use arrow::array::{Array, RecordBatch};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use catalog::Series;
 use datafusion::common::runtime::SpawnedTask;
 use datafusion::common::tree_node::TreeNodeRecursion;
 use datafusion::error::{DataFusionError, Result as DfResult};
+use datafusion::execution::memory_pool::{MemoryConsumer, MemoryReservation};
 use datafusion::execution::{SendableRecordBatchStream, TaskContext};
 use datafusion::physical_expr::{EquivalenceProperties, Partitioning};
 use datafusion::physical_plan::execution_plan::{Boundedness, EmissionType};
@@ -36,7 +38,7 @@ use datafusion::physical_plan::{
 use engine::query::Pace;
 use engine::{SeriesScanExec, SeriesSet, Stop};
 use futures::stream::{self, BoxStream};
-use futures::{StreamExt, TryStreamExt};
+use futures::{Stream, StreamExt, TryStreamExt};
 use parking_lot::Mutex;
 
 use crate::QueryError;
@@ -45,6 +47,7 @@ use crate::options::Grid;
 use crate::plan::ops::Op;
 use crate::result::Block;
 
+pub(crate) use run::out_of_memory;
 pub use run::{Planner, query};
 
 /// Schema of a range vector: `labels`, `times` (milliseconds), `values`, one row per series.
@@ -237,8 +240,10 @@ impl ExecutionPlan for NodeExec {
             schema: self.schema.clone(),
             notes: notes(&context),
             stop: Stop::of(context.session_config().options()),
+            memory: Arc::new(MemoryConsumer::new(self.op.name()).register(context.memory_pool())),
             context,
         };
+        work.hold(excess_of_batch(self.grid.steps()))?;
         let batches = deep(|| self.batches(work, partition))?;
         let metrics = BaselineMetrics::new(&self.metrics, partition);
         let mut counted = batches.inspect_ok(move |b| metrics.record_output(b.num_rows()));
@@ -280,6 +285,8 @@ struct Work {
     notes: Arc<Notes>,
     /// Loops over rows look at it.
     stop: Stop,
+    /// What this partition of the node holds beyond a batch of usual size.
+    memory: Arc<MemoryReservation>,
     context: Arc<TaskContext>,
 }
 
@@ -305,7 +312,11 @@ impl Work {
                 Op::Merge { .. } | Op::CleanNames => relabel::merge(&self).await?,
                 other => return Err(internal(&format!("{} does not read its inputs whole", other.name()))),
             };
-            Ok(stream::iter(batches.into_iter().map(Ok)))
+            // What was read is gone, what was made is on its way.
+            let left = batches.iter().map(bytes_of).sum::<usize>().min(self.memory.size());
+            self.memory.shrink(self.memory.size() - left);
+            let memory = self.memory;
+            Ok(stream::iter(batches.into_iter().map(Ok)).chain(ended(memory)))
         };
         stream::once(batches).try_flatten().boxed()
     }
@@ -324,6 +335,16 @@ impl Work {
         self.grid.steps()
     }
 
+    /// Reserves memory until the node has given all it has to give.
+    fn hold(&self, bytes: usize) -> DfResult<()> {
+        if bytes > 0 { self.memory.try_grow(bytes) } else { Ok(()) }
+    }
+
+    /// Bytes of a row of the node's batches, labels aside.
+    fn row_bytes(&self) -> usize {
+        self.steps() * VALUE_BYTES
+    }
+
     /// The stream of one partition of an input.
     fn stream(&self, input: usize, partition: usize) -> DfResult<SendableRecordBatchStream> {
         self.input(input)?.execute(partition, self.context.clone())
@@ -335,7 +356,9 @@ impl Work {
 
     /// All of an input, partitions in order.
     async fn blocks(&self, input: usize) -> DfResult<Vec<Block>> {
-        let batches = self.fold(input, |blocks: &mut Vec<Block>, block| {
+        let memory = self.memory.clone();
+        let batches = self.fold(input, move |blocks: &mut Vec<Block>, block| {
+            memory.try_grow(block.bytes())?;
             keep(blocks, block);
             Ok(())
         });
@@ -409,6 +432,29 @@ impl Work {
         };
         Ok(stream::once(batches).try_flatten().boxed())
     }
+}
+
+/// A value and whether it is there.
+const VALUE_BYTES: usize = size_of::<f64>() + 1;
+/// Batches up to this size are not reserved for: a query holds only some of them at a time.
+const BATCH_BYTES: usize = 1 << 20;
+
+/// What a batch of many steps takes beyond the usual.
+fn excess_of_batch(steps: usize) -> usize {
+    (block::rows_per_batch(steps) * steps * VALUE_BYTES).saturating_sub(BATCH_BYTES)
+}
+
+/// Bytes of a batch, which may be a slice of a larger one.
+fn bytes_of(batch: &RecordBatch) -> usize {
+    batch.columns().iter().map(|c| c.to_data().get_slice_memory_size().unwrap_or(0)).sum()
+}
+
+/// Nothing more, and with it the end of what the batches before it held.
+fn ended(memory: Arc<MemoryReservation>) -> impl Stream<Item = DfResult<RecordBatch>> {
+    stream::poll_fn(move |_| {
+        memory.free();
+        Poll::Ready(None)
+    })
 }
 
 /// What it costs to look at a row: its labels and a value per step.

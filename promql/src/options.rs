@@ -1,7 +1,5 @@
 //! How a query is evaluated: its time grid, its limits and the switches of the language.
 
-use std::time::Duration;
-
 use serde::{Deserialize, Serialize};
 
 /// The times at which an expression is evaluated: `start`, `start + step`, ... up to `end`, in milliseconds.

@@ -1,9 +1,12 @@
 //! What a query answers: series on a time grid, kept as the arrays that the plan produced.
 
+use std::sync::Arc;
+
 use arrow::array::AsArray;
 use arrow::array::{Array, BinaryArray, BooleanArray, FixedSizeListArray, Float64Array, RecordBatch};
 use arrow::buffer::NullBuffer;
 use arrow::datatypes::Float64Type;
+use engine::Reservation;
 
 use crate::error::{QueryError, Result};
 use crate::options::Grid;
@@ -46,6 +49,14 @@ impl Block {
         let values = values.as_primitive_opt::<Float64Type>().ok_or_else(wrong)?.clone();
         let drop_name = batch.columns().get(2).and_then(|c| c.as_boolean_opt()).ok_or_else(wrong)?;
         Ok(Self { labels: labels.clone(), values, drop_name: drop_name.clone(), steps })
+    }
+
+    /// Bytes of memory that it takes, about.
+    pub fn bytes(&self) -> usize {
+        let offsets = self.labels.value_offsets();
+        let labels = offsets.last().zip(offsets.first()).map_or(0, |(last, first)| (last - first) as usize);
+        let nulls = self.values.nulls().map_or(0, |_| self.values.len() / 8);
+        labels + size_of_val(offsets) + self.values.len() * size_of::<f64>() + nulls
     }
 
     /// How many series.
@@ -161,6 +172,8 @@ pub struct QueryResult {
     pub infos: Vec<String>,
     /// How much work it was.
     pub stats: Stats,
+    /// The memory of `data`.
+    pub memory: Option<Arc<Reservation>>,
 }
 
 /// One series of a result.

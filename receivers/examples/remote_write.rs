@@ -141,7 +141,7 @@ fn main() {
         measure("  known series", 21, || {
             requests.iter().for_each(|r| drop(black_box(decode(r, known.encoder(), LIMITS))));
         });
-        let bodies = Bodies::new(256 << 20);
+        let bodies = Bodies::new(engine::Memory::new(2 << 30));
         let sent: Vec<Vec<u8>> = requests
             .iter()
             .map(|r| snap::raw::Encoder::new().compress_vec(r).expect("a request below 4 GiB"))

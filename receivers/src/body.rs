@@ -1,30 +1,28 @@
 //! Reads and inflates request bodies within limits; shared by all receivers.
 //!
 //! Three limits hold for each body: its size as sent, the size that it declares before anything is allocated for it, and
-//! the size that it inflates to. A fourth holds for all bodies in flight together: each takes its share from one budget
-//! as its bytes arrive and gives it back when the request is answered; when the budget is used up, a request is refused for
-//! now and never queued. A body that stalls is given up, so that a slow sender can't keep its share.
+//! the size that it inflates to. A fourth holds for all bodies in flight together: each reserves memory in the engine's
+//! account as its bytes arrive and gives it back when the request is answered; when there is none, a request is refused
+//! for now and never queued. A body that stalls is given up, so that a slow sender can't keep its share.
 
 use std::cell::RefCell;
 use std::io::Read;
-use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body as HttpBody;
 use catalog::{Error, Result};
+use engine::memory::Kind;
+use engine::{Memory, Reservation};
 use http_body_util::BodyExt;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Most bytes of a body as sent.
 const SENT_MAX: usize = 16 << 20;
 /// Most bytes of an inflated body.
 const INFLATED_MAX: usize = 64 << 20;
-/// The budget is kept in units of this many bytes.
-const UNIT: usize = 1024;
-/// Inflated bytes count so often in the budget: once for themselves and once for the rows that they become.
+/// Inflated bytes count so often in the account: once for themselves and once for the rows that they become.
 const INFLATED_WEIGHT: usize = 2;
 /// A body that sends nothing for this long is given up.
-const IDLE_MAX: Duration = Duration::from_secs(10);
+const IDLE_MAX: Duration = Duration::from_secs(30);
 /// A thread keeps its buffer for inflated bodies up to this size.
 const BUFFER_KEPT_MAX: usize = 4 << 20;
 /// No snappy element of three bytes stands for more than 64; a body that declares more than this times its size lies.
@@ -43,21 +41,22 @@ pub enum Encoding {
     Zstd,
 }
 
-/// The limits and the budget; cheap to clone, one for all receivers of a process.
+/// The limits and the account; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Bodies {
-    budget: Arc<Semaphore>,
+    memory: Memory,
     sent_max: usize,
     inflated_max: usize,
     idle_max: Duration,
 }
 
 impl Bodies {
-    /// Lets bodies in flight take `budget` bytes of memory together. One body alone always fits: its own limits shrink
-    /// with a small budget.
-    pub fn new(budget: usize) -> Self {
+    /// Lets bodies in flight take what `memory` has for them. One body alone always fits: its own limits shrink with a
+    /// small account.
+    pub fn new(memory: Memory) -> Self {
+        let budget = memory.max(Kind::Bodies);
         Self {
-            budget: Arc::new(Semaphore::new(budget / UNIT)),
+            memory,
             sent_max: SENT_MAX.min(budget / 8),
             inflated_max: INFLATED_MAX.min(budget / 4),
             idle_max: IDLE_MAX,
@@ -76,21 +75,12 @@ impl Bodies {
         self.inflated_max
     }
 
-    /// Bytes of the budget that are free.
-    pub fn free(&self) -> usize {
-        self.budget.available_permits() * UNIT
-    }
-
-    fn share(&self) -> Share {
-        Share { budget: self.budget.clone(), permit: None, bytes: 0 }
-    }
-
     /// A body that is in memory already.
     ///
     /// # Errors
-    /// `Unavailable` when the budget is used up.
+    /// `Unavailable` when there is no memory.
     pub fn whole(&self, bytes: Vec<u8>) -> Result<Body> {
-        let mut share = self.share();
+        let mut share = self.memory.reserve(Kind::Bodies);
         share.grow(bytes.len())?;
         Ok(Body { bytes, share, inflated_max: self.inflated_max })
     }
@@ -98,7 +88,7 @@ impl Bodies {
     /// Reads a body whole. `declared` is its Content-Length, when it has one.
     ///
     /// # Errors
-    /// `LimitExceeded` when it is too large, `Unavailable` when the budget is used up, `Timeout` when it stalls,
+    /// `LimitExceeded` when it is too large, `Unavailable` when there is no memory, `Timeout` when it stalls,
     /// `Canceled` when the sender breaks off.
     pub async fn read(&self, body: HttpBody, declared: Option<u64>) -> Result<Body> {
         let too_large = |size: u64| {
@@ -107,7 +97,7 @@ impl Bodies {
         if let Some(size) = declared.filter(|s| *s > self.sent_max as u64) {
             return Err(too_large(size));
         }
-        let mut share = self.share();
+        let mut share = self.memory.reserve(Kind::Bodies);
         let mut bytes = Vec::new();
         let mut body = std::pin::pin!(body);
         loop {
@@ -136,35 +126,11 @@ impl Bodies {
     }
 }
 
-/// What a body holds of the budget.
-#[derive(Debug)]
-struct Share {
-    budget: Arc<Semaphore>,
-    permit: Option<OwnedSemaphorePermit>,
-    bytes: usize,
-}
-
-impl Share {
-    fn grow(&mut self, bytes: usize) -> Result<()> {
-        let units = (self.bytes + bytes).div_ceil(UNIT) - self.bytes.div_ceil(UNIT);
-        let exhausted =
-            || Error::unavailable("request bodies in flight use all the memory that is set aside for them; try again");
-        let units = u32::try_from(units).map_err(|_| exhausted())?;
-        let more = self.budget.clone().try_acquire_many_owned(units).map_err(|_| exhausted())?;
-        self.bytes += bytes;
-        match &mut self.permit {
-            Some(permit) => permit.merge(more),
-            None => self.permit = Some(more),
-        }
-        Ok(())
-    }
-}
-
-/// A body as it was sent, with its share of the budget.
+/// A body as it was sent, with what it reserves.
 #[derive(Debug)]
 pub struct Body {
     bytes: Vec<u8>,
-    share: Share,
+    share: Reservation,
     inflated_max: usize,
 }
 
@@ -183,7 +149,7 @@ impl Body {
     ///
     /// # Errors
     /// `Invalid` when the body is not what `encoding` says, `LimitExceeded` when it inflates to too much, `Unavailable`
-    /// when the budget is used up; else what `f` returns.
+    /// when there is no memory; else what `f` returns.
     pub fn inflate<T>(&mut self, encoding: Encoding, f: impl FnOnce(&[u8]) -> Result<T>) -> Result<T> {
         let mut buffer = BUFFER.take();
         let inflated = match encoding {

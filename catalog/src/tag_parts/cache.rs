@@ -37,6 +37,20 @@ impl Cache {
         Self { limit, bytes: 0, clock: 0, slots: HashMap::default(), order: BTreeMap::new() }
     }
 
+    /// Holds at most so many bytes from now on.
+    pub(super) fn set_limit(&mut self, limit: usize) {
+        self.limit = limit;
+        self.trim(0);
+    }
+
+    /// Makes room for so many bytes.
+    fn trim(&mut self, bytes: usize) {
+        while self.bytes + bytes > self.limit {
+            let Some((_, oldest)) = self.order.first_key_value() else { break };
+            self.remove(*oldest);
+        }
+    }
+
     pub(super) fn bytes(&self) -> usize {
         self.bytes
     }
@@ -70,10 +84,7 @@ impl Cache {
             return;
         }
         self.remove(key);
-        while self.bytes + bytes > self.limit {
-            let Some((_, oldest)) = self.order.first_key_value() else { break };
-            self.remove(*oldest);
-        }
+        self.trim(bytes);
         self.clock += 1;
         self.bytes += bytes;
         self.order.insert(self.clock, key);
@@ -108,6 +119,8 @@ mod tests {
         assert_eq!((held(&mut cache), cache.bytes()), (vec![1, 3], 50));
         cache.put((2, None), entry(), 101);
         assert!(cache.index(2).is_none());
+        cache.set_limit(45);
+        assert_eq!((held(&mut cache), cache.bytes()), (vec![3], 10));
         assert_eq!(cache.slots.len(), cache.order.len());
     }
 }

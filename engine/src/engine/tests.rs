@@ -196,15 +196,59 @@ async fn a_bad_request_or_a_full_queue_is_refused() {
     write.tags.sets.clear();
     assert_eq!(engine.write(write).await.unwrap_err().kind(), catalog::ErrorKind::Internal);
     engine.write(Write::default()).await.unwrap();
-    let queue = Queue::default();
-    let waiting = queue.push(request(&engine, &[("a", 1, 1.0)]), 1).unwrap();
-    let refused = queue.push(request(&engine, &[("a", 1, 1.0)]), 1).unwrap_err();
+    let (queue, memory) = (Queue::default(), Memory::new(16));
+    let waiting = queue.push(request(&engine, &[("a", 1, 1.0)]), &memory).unwrap();
+    let held = memory.used();
+    let refused = queue.push(request(&engine, &[("a", 1, 1.0)]), &memory).unwrap_err();
     assert_eq!(refused.kind(), catalog::ErrorKind::Unavailable);
-    drop(waiting);
+    assert_eq!(memory.used(), held);
+    drop((waiting, queue));
+    assert_eq!(memory.used(), 0);
     engine.inner().queue.close();
     let refused = engine.write(request(&engine, &[("a", 1, 1.0)])).await.unwrap_err();
     assert_eq!(refused.kind(), catalog::ErrorKind::Unavailable);
     assert!(rows(&engine).is_empty());
+}
+
+#[tokio::test]
+async fn without_memory_queries_are_refused_and_then_writes_and_nothing_is_left_of_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open(dir.path(), &bucket()).await;
+    let (memory, minute) = (engine.memory().clone(), QueryLimits { timeout: Duration::from_secs(60) });
+    engine.write(request(&engine, &[("a", 1, 1.0)])).await.unwrap();
+    let (sets, stored) = (engine.registry().len(), rows(&engine));
+    memory.observe(memory.limit() / 32 * 31);
+    assert_eq!(engine.begin(minute).await.unwrap_err().kind(), catalog::ErrorKind::Unavailable);
+    engine.arrive(1).unwrap();
+    memory.observe(memory.limit() + (1 << 20));
+    assert_eq!(engine.arrive(1).unwrap_err().kind(), catalog::ErrorKind::Unavailable);
+    let refused = engine.write(request(&engine, &[("b", 1, 1.0)])).await.unwrap_err();
+    assert_eq!(refused.kind(), catalog::ErrorKind::Unavailable);
+    assert!(refused.message().contains("memory_limit"), "{refused}");
+    assert_eq!((engine.registry().len(), rows(&engine)), (sets, stored));
+    memory.observe(0);
+    engine.begin(minute).await.unwrap();
+    engine.write(request(&engine, &[("b", 1, 1.0)])).await.unwrap();
+    assert_eq!(rows(&engine).len(), 2);
+}
+
+#[tokio::test]
+async fn a_query_that_is_refused_memory_gives_back_all_that_it_had() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open(dir.path(), &bucket()).await;
+    let session = engine.session();
+    let text = "select array_agg(value) from generate_series(1, 1000000000)";
+    let plan = session.state().create_logical_plan(text).await.unwrap();
+    let query = engine.begin(QueryLimits { timeout: Duration::from_secs(60) }).await.unwrap();
+    let error = match engine.execute(&session.state(), plan, query).await {
+        Ok(stream) => stream.try_collect::<Vec<_>>().await.unwrap_err(),
+        Err(e) => e,
+    };
+    let error = crate::error_of(error);
+    assert_eq!(error.kind(), catalog::ErrorKind::LimitExceeded, "{error}");
+    assert!(error.message().contains("memory_limit"), "{error}");
+    assert!(engine.memory().refused(Kind::Queries) > 0);
+    assert_eq!(engine.memory().held(Kind::Queries), 0);
 }
 
 #[tokio::test]
@@ -249,7 +293,7 @@ async fn queries_run_within_their_deadline_and_stop_when_dropped() {
     assert_eq!(crate::error_of(error).kind(), catalog::ErrorKind::Timeout);
     let dropped = engine.execute(&session.state(), plan, engine.begin(limits).await.unwrap()).await.unwrap();
     drop(dropped);
-    assert_eq!(engine.compute(|| 7).await, 7);
+    assert_eq!(engine.decode(|| 7).await, 7);
     let error = session.state().create_logical_plan("select nothing").await.unwrap_err();
     assert_eq!(crate::error_of(error).kind(), catalog::ErrorKind::Invalid);
 }
@@ -443,7 +487,7 @@ async fn memtables_are_frozen_when_due() {
     assert!(frozen(&engine).await);
 
     let dir = tempfile::tempdir().unwrap();
-    let (engine, _) = open_with(dir.path(), |s| s.memory_limit = 64 << 10).await;
+    let (engine, _) = open_with(dir.path(), |s| s.memory_limit = 2 << 20).await;
     engine.inner().stopping.cancel();
     for k in 0..600 {
         let wide: Vec<String> = (0..1000).map(|i| format!("m{i}")).collect();

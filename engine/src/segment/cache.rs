@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 use std::hash::Hash;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
 /// Values are cheap to clone (`Arc`s). Many readers, little contention: entries are whole footers and run indexes.
 #[derive(Debug)]
 pub(super) struct Cache<K, V> {
-    limit: usize,
+    limit: AtomicUsize,
     inner: Mutex<Inner<K, V>>,
 }
 
@@ -28,7 +29,7 @@ struct Entry<V> {
 
 impl<K: Hash + Eq + Copy, V: Clone> Cache<K, V> {
     pub fn new(limit: usize) -> Self {
-        Self { limit, inner: Mutex::new(Inner { entries: HashMap::new(), bytes: 0, tick: 0 }) }
+        Self { limit: AtomicUsize::new(limit), inner: Mutex::new(Inner { entries: HashMap::new(), bytes: 0, tick: 0 }) }
     }
 
     pub fn get(&self, key: &K) -> Option<V> {
@@ -48,12 +49,24 @@ impl<K: Hash + Eq + Copy, V: Clone> Cache<K, V> {
         if let Some(old) = inner.entries.insert(key, Entry { value, bytes, used }) {
             inner.bytes -= old.bytes;
         }
-        while inner.bytes > self.limit && inner.entries.len() > 1 {
+        self.trim(&mut inner);
+    }
+
+    fn trim(&self, inner: &mut Inner<K, V>) {
+        let limit = self.limit.load(Ordering::Relaxed);
+        while inner.bytes > limit && inner.entries.len() > 1 {
             // Entries are few and insertions rare, so looking at all of them is cheaper than keeping a list.
             let Some(oldest) = inner.entries.iter().min_by_key(|(_, e)| e.used).map(|(k, _)| *k) else { return };
             if let Some(gone) = inner.entries.remove(&oldest) {
                 inner.bytes -= gone.bytes;
             }
+        }
+    }
+
+    /// Holds at most so many bytes from now on.
+    pub fn set_limit(&self, limit: usize) {
+        if self.limit.swap(limit, Ordering::Relaxed) > limit {
+            self.trim(&mut self.inner.lock());
         }
     }
 
@@ -90,6 +103,9 @@ mod tests {
         assert_eq!((cache.get(&0), cache.get(&1), cache.get(&2), cache.get(&3)), (Some(0), None, None, Some(3)));
         cache.insert(10, 11, 5);
         assert_eq!((cache.get(&10), cache.bytes()), (Some(11), 85));
+        cache.set_limit(30);
+        assert_eq!((cache.get(&3), cache.get(&10), cache.bytes()), (Some(3), Some(11), 25));
+        cache.set_limit(100);
         cache.retain(|k| *k == 10);
         assert_eq!((cache.get(&0), cache.bytes()), (None, 5));
         // One that is larger than the limit is kept until the next comes.

@@ -83,6 +83,12 @@ impl Segments {
         }
     }
 
+    /// Bounds the caches anew.
+    pub fn limit_cache(&self, bytes: usize) {
+        self.footers.set_limit(bytes / 4);
+        self.indexes.set_limit(bytes - bytes / 4);
+    }
+
     /// Bytes that the caches hold.
     pub fn cached_bytes(&self) -> usize {
         self.footers.bytes() + self.indexes.bytes()

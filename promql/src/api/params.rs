@@ -3,16 +3,20 @@
 //! A name may occur in both places: the body's come first, as in Go's `http.Request.FormValue`, whose behaviour clients
 //! of Prometheus rely on (vmalert sends a POST whose parameters are all in the URL and whose content type is JSON).
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::to_bytes;
 use axum::extract::{FromRequest, Request};
-use axum::http::header::CONTENT_TYPE;
+use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use catalog::{MatchOp, Matcher};
 use chrono::DateTime;
+use engine::Reservation;
+use engine::memory::Kind;
 use promql_parser::label::MatchOp as ParsedOp;
 use promql_parser::parser::{Expr, VectorSelector};
 
+use super::Api;
 use super::reply::Failure;
 use crate::error::{QueryError, Result};
 use crate::plan;
@@ -37,17 +41,23 @@ const MATCHES_EVERYTHING: &str = "match[] must contain at least one non-empty ma
 #[derive(Debug, Default)]
 pub(super) struct Form {
     pairs: Vec<(String, String)>,
+    /// Of the body.
+    memory: Option<Reservation>,
 }
 
-impl<S: Send + Sync> FromRequest<S> for Form {
+impl FromRequest<Arc<Api>> for Form {
     type Rejection = Failure;
 
-    async fn from_request(request: Request, _state: &S) -> Result<Self, Failure> {
+    async fn from_request(request: Request, api: &Arc<Api>) -> Result<Self, Failure> {
         let (parts, body) = request.into_parts();
         let mut form = Self::default();
         let content_type = parts.headers.get(CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or("");
         let media_type = content_type.split(';').next().unwrap_or("").trim();
         if media_type.eq_ignore_ascii_case("application/x-www-form-urlencoded") {
+            let declared = parts.headers.get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse().ok());
+            let mut memory = api.engine.memory().reserve(Kind::Bodies);
+            memory.grow(declared.unwrap_or(BODY_BYTES_MAX).min(BODY_BYTES_MAX)).map_err(QueryError::from)?;
+            form.memory = Some(memory);
             let body = to_bytes(body, BODY_BYTES_MAX).await.map_err(|e| {
                 QueryError::bad_data(format!(
                     "error parsing form values: {e}; at most {BODY_BYTES_MAX} bytes are allowed"

@@ -2,12 +2,15 @@
 
 use std::time::{Duration, Instant};
 
-use engine::Query;
+use engine::memory::Kind;
+use engine::query::Pace;
+use engine::{Query, Stop};
 
 use super::params::{Form, invalid};
 use super::reply::{Reply, TRUNCATED};
 use super::{Api, json};
 use crate::error::{QueryError, QueryErrorKind, Result};
+use crate::exec::out_of_memory;
 use crate::options::EvalOptions;
 use crate::plan;
 use crate::result::{Data, QueryResult, ValueType};
@@ -51,7 +54,7 @@ async fn evaluate(
     options.max_samples = api.options.samples_max;
     let stats = Asked::of(form);
 
-    let (begun, queued) = (Instant::now(), query.queued());
+    let (begun, queued, stop) = (Instant::now(), query.queued(), query.stop().clone());
     let result = crate::query(&api.engine, form.get("query"), &options, query).await;
     let mut result = result.map_err(|e| match e.kind {
         QueryErrorKind::BadData => invalid("query", e),
@@ -69,8 +72,12 @@ async fn evaluate(
         ));
     }
     let stats = (stats != Asked::No).then_some(timings);
-    let data = |out: &mut Vec<u8>| write_data(out, &result, stats.as_ref());
-    Ok(Reply::annotated(data, &result.warnings, &result.infos))
+    let mut memory = api.engine.memory().reserve(Kind::Queries);
+    memory.grow(text_bytes(&result, &stop)?).map_err(out_of_memory)?;
+    let mut written = Ok(());
+    let data = |out: &mut Vec<u8>| written = write_data(out, &result, stats.as_ref(), &stop);
+    let reply = Reply::annotated(data, &result.warnings, &result.infos);
+    written.map(|()| reply.holding(memory))
 }
 
 /// What the parameter `stats` asks for. Per-step statistics are a feature that Prometheus has off by default, so `all`
@@ -99,8 +106,24 @@ struct Timings {
     total: Duration,
 }
 
-fn write_data(out: &mut Vec<u8>, result: &QueryResult, stats: Option<&Timings>) {
-    let (name, write): (&str, fn(&mut Vec<u8>, &QueryResult)) = match result.value_type {
+/// About how many bytes the answer will have, more rather than less.
+fn text_bytes(result: &QueryResult, stop: &Stop) -> Result<usize> {
+    const SERIES: usize = 64;
+    const POINT: usize = 40;
+    let (mut bytes, mut pace) = (1024, stop.pace());
+    for series in (0..result.len()).map(|i| result.series(i)) {
+        let points = series.points().count();
+        pace.step(points)?;
+        bytes += SERIES + 2 * series.labels.len() + POINT * points;
+    }
+    Ok(bytes)
+}
+
+/// Writes a result of one type.
+type Write = fn(&mut Vec<u8>, &QueryResult, &mut Pace);
+
+fn write_data(out: &mut Vec<u8>, result: &QueryResult, stats: Option<&Timings>, stop: &Stop) -> Result<()> {
+    let (name, write): (&str, Write) = match result.value_type {
         ValueType::Scalar => ("scalar", write_scalar),
         ValueType::String => ("string", write_string),
         ValueType::Vector => ("vector", write_vector),
@@ -109,21 +132,23 @@ fn write_data(out: &mut Vec<u8>, result: &QueryResult, stats: Option<&Timings>) 
     out.extend_from_slice(br#"{"resultType":"#);
     json::text(out, name);
     out.extend_from_slice(br#","result":"#);
-    write(out, result);
+    write(out, result, &mut stop.pace());
     if let Some(timings) = stats {
         write_stats(out, timings, result);
     }
     out.push(b'}');
+    // What was left out then is never sent.
+    Ok(stop.check()?)
 }
 
-fn write_scalar(out: &mut Vec<u8>, result: &QueryResult) {
+fn write_scalar(out: &mut Vec<u8>, result: &QueryResult, _pace: &mut Pace) {
     // A scalar always has a value; a plan that yields none has none to show.
     let point = (!result.is_empty()).then(|| result.series(0).points().next()).flatten();
     let (t, v) = point.unwrap_or((result.grid.start_ms, f64::NAN));
     write_point(out, t, v);
 }
 
-fn write_string(out: &mut Vec<u8>, result: &QueryResult) {
+fn write_string(out: &mut Vec<u8>, result: &QueryResult, _pace: &mut Pace) {
     let text = match &result.data {
         Data::Text(text) => text.as_str(),
         _ => "",
@@ -135,8 +160,11 @@ fn write_string(out: &mut Vec<u8>, result: &QueryResult) {
     out.push(b']');
 }
 
-fn write_vector(out: &mut Vec<u8>, result: &QueryResult) {
-    let series = (0..result.len()).map(|i| result.series(i));
+/// What it costs to write a value as text, about.
+const POINT_COST: usize = 50;
+
+fn write_vector(out: &mut Vec<u8>, result: &QueryResult, pace: &mut Pace) {
+    let series = (0..result.len()).take_while(|_| pace.step(10 * POINT_COST).is_ok()).map(|i| result.series(i));
     let samples = series.filter_map(|s| s.points().next().map(|point| (s.labels, point)));
     json::list(out, samples, |out, (labels, (t, v))| {
         out.extend_from_slice(br#"{"metric":"#);
@@ -147,12 +175,14 @@ fn write_vector(out: &mut Vec<u8>, result: &QueryResult) {
     });
 }
 
-fn write_matrix(out: &mut Vec<u8>, result: &QueryResult) {
+fn write_matrix(out: &mut Vec<u8>, result: &QueryResult, pace: &mut Pace) {
     let times = match &result.data {
         Data::Blocks { .. } => StepTexts::new(result),
         _ => StepTexts::default(),
     };
-    json::list(out, (0..result.len()).map(|i| result.series(i)), |out, series| {
+    let cost = POINT_COST * (10 + result.grid.steps());
+    let series = (0..result.len()).take_while(|_| pace.step(cost).is_ok()).map(|i| result.series(i));
+    json::list(out, series, |out, series| {
         out.extend_from_slice(br#"{"metric":"#);
         json::labels(out, series.labels);
         out.extend_from_slice(br#","values":["#);

@@ -3,6 +3,8 @@
 use axum::http::header::{CONTENT_TYPE, RETRY_AFTER};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use engine::Reservation;
 
 use super::json;
 use crate::error::{QueryError, QueryErrorKind};
@@ -13,11 +15,26 @@ const ANNOTATIONS_MAX: usize = 10;
 /// The warning of an answer that a `limit` has cut.
 pub(super) const TRUNCATED: &str = "results truncated due to limit";
 
+/// A body and its memory.
+#[derive(Debug)]
+pub(super) struct Held {
+    body: Vec<u8>,
+    _memory: Reservation,
+}
+
+impl AsRef<[u8]> for Held {
+    fn as_ref(&self) -> &[u8] {
+        &self.body
+    }
+}
+
 /// A successful answer.
 #[derive(Debug)]
 pub(super) enum Reply {
     /// A whole JSON envelope.
     Json(Vec<u8>),
+    /// The same, with the memory that it takes until it is sent.
+    Held(Held),
     /// Nothing was asked for.
     NoContent,
 }
@@ -26,6 +43,17 @@ impl Reply {
     /// An envelope around what `data` writes, without annotations.
     pub(super) fn data(data: impl FnOnce(&mut Vec<u8>)) -> Self {
         Self::annotated(data, &[], &[])
+    }
+
+    /// The same answer, which holds `memory` until it is sent.
+    pub(super) fn holding(self, mut memory: Reservation) -> Self {
+        match self {
+            Self::Json(body) => {
+                memory.shrink_to(body.capacity());
+                Self::Held(Held { body, _memory: memory })
+            }
+            other => other,
+        }
     }
 
     /// An envelope with the warning that the answer was cut, when it was.
@@ -61,6 +89,7 @@ impl IntoResponse for Reply {
     fn into_response(self) -> Response {
         match self {
             Self::Json(body) => (json_type(), body).into_response(),
+            Self::Held(held) => (json_type(), Bytes::from_owner(held)).into_response(),
             Self::NoContent => StatusCode::NO_CONTENT.into_response(),
         }
     }
@@ -121,7 +150,7 @@ mod tests {
     fn body(reply: Reply) -> String {
         match reply {
             Reply::Json(body) => String::from_utf8(body).expect("UTF-8"),
-            Reply::NoContent => String::new(),
+            Reply::Held(_) | Reply::NoContent => String::new(),
         }
     }
 

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use catalog::registry::PassThrough;
 use catalog::tables::{HISTOGRAMS, SAMPLES};
 use catalog::{Code, Matcher, Series};
+use engine::memory::Kind;
 use engine::{Query, Selection, Stop};
 use hashbrown::HashTable;
 
@@ -17,7 +18,11 @@ use super::params::{Form, unescape_label_name};
 use super::reply::Reply;
 use super::{Api, json};
 use crate::error::{QueryError, Result};
+use crate::exec::out_of_memory;
 use crate::labels::{Pair, Pairs};
+
+/// What it costs to write the labels of a series, about.
+const SERIES_COST: usize = 2000;
 
 /// `series`: the label sets of all series that any `match[]` selects, sorted.
 pub(super) async fn series(api: &Api, form: &Form, query: Query) -> Result<Reply> {
@@ -29,15 +34,25 @@ pub(super) async fn series(api: &Api, form: &Form, query: Query) -> Result<Reply
     let selectors = form.selectors().map_err(|e| super::params::invalid("match[]", e))?;
     let mut seen: HashSet<Code, BuildHasherDefault<PassThrough>> = HashSet::default();
     let mut found: Vec<Arc<Series>> = Vec::new();
+    let mut memory = api.engine.memory().reserve(Kind::Queries);
+    let mut refused = Ok(());
     visit((api, query.stop()), selectors, range, |series| {
-        if seen.insert(series.id.code) {
+        if refused.is_ok() && seen.insert(series.id.code) {
+            // Its text, and where it is noted meanwhile.
+            refused = memory.grow(2 * series.tags.as_bytes().len() + 64);
             found.push(series.clone());
         }
+        refused.is_ok()
     })
     .await?;
+    refused.map_err(out_of_memory)?;
     found.sort_unstable_by(|a, b| a.tags.iter().cmp(b.tags.iter()));
     let truncated = truncate(&mut found, limit);
-    Ok(Reply::cut(truncated, |out| json::list(out, &found, |out, s| json::labels(out, s.tags.as_bytes()))))
+    let mut pace = query.stop().pace();
+    let shown = found.iter().take_while(|_| pace.step(SERIES_COST).is_ok());
+    let reply = Reply::cut(truncated, |out| json::list(out, shown, |out, s| json::labels(out, s.tags.as_bytes())));
+    query.stop().check()?;
+    Ok(reply.holding(memory))
 }
 
 /// `labels`: the names of all labels of the series that any `match[]` selects, or of all, sorted.
@@ -55,6 +70,7 @@ pub(super) async fn label_names(api: &Api, form: &Form, query: Query) -> Result<
                 None => previous.push(names.insert(name)),
             }
         }
+        true
     })
     .await?;
     Ok(names.reply(limit))
@@ -78,6 +94,7 @@ pub(super) async fn label_values(api: &Api, name: &str, form: &Form, query: Quer
         {
             previous = Some(values.insert(value));
         }
+        true
     })
     .await?;
     Ok(values.reply(limit))
@@ -94,18 +111,13 @@ async fn visit(
     (api, stop): (&Api, &Stop),
     selectors: Vec<Vec<Matcher>>,
     (start_ms, end_ms): (i64, i64),
-    mut each: impl FnMut(&Arc<Series>) + Send,
+    mut each: impl FnMut(&Arc<Series>) -> bool + Send,
 ) -> Result<()> {
     for matchers in selectors {
         // A series with native histograms only has no row in the other table; a table without rows costs nothing.
         for table in [&SAMPLES, &HISTOGRAMS] {
             let selection = Selection { table: Arc::clone(table), matchers: matchers.clone(), start_ms, end_ms };
-            api.engine
-                .visit(&selection, stop, |series| {
-                    each(series);
-                    true
-                })
-                .await?;
+            api.engine.visit(&selection, stop, &mut each).await?;
         }
     }
     Ok(())

@@ -11,6 +11,7 @@ use axum::http::{Request, StatusCode, header};
 use axum::response::Response;
 use catalog::tables::{EXEMPLARS, SAMPLES};
 use catalog::{ManualClock, TableSchema, TagRef};
+use engine::memory::Kind;
 use engine::{Batch, Components, MetricMetadata, Settings, Telemetry, Write};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -461,4 +462,36 @@ async fn deleting_series() {
     // A row that comes later stays.
     fill(&server.engine).await;
     assert_eq!(count().await, 4 * 61);
+}
+
+#[tokio::test]
+async fn a_query_without_memory_is_refused_and_gives_back_what_it_had() {
+    let server = serve().await;
+    let memory = server.engine.memory().clone();
+    let mut others = memory.reserve(Kind::Queries);
+    others.force(memory.limit() / 16 * 9);
+    for path in ["query?query=up", "query?query=sum(up)", "query?query=up+*+up", "series?match[]=up"] {
+        let (status, body) = server.get(path).await;
+        assert_eq!((status, &body["errorType"]), (StatusCode::UNPROCESSABLE_ENTITY, &json!("execution")), "{body}");
+        assert!(body["error"].as_str().is_some_and(|e| e.contains("memory_limit is")), "{body}");
+        assert_eq!(memory.held(Kind::Queries), others.bytes(), "{path}");
+    }
+    drop(others);
+    let (status, body) = server.get("query?query=up").await;
+    assert_eq!(status, StatusCode::OK, "{body}");
+    drop(body);
+    assert_eq!(memory.held(Kind::Queries), 0);
+}
+
+#[tokio::test]
+async fn labels_do_not_grow_without_bound() {
+    let server = serve().await;
+    let grown = format!(
+        "query?query={}up{}",
+        "label_join(".repeat(20),
+        ",%22a%22,%22instance%22,%22a%22,%22a%22,%22job%22)".repeat(20)
+    );
+    let (status, body) = server.get(&grown).await;
+    assert_eq!(status, StatusCode::UNPROCESSABLE_ENTITY, "{body}");
+    assert!(body["error"].as_str().is_some_and(|e| e.contains("at most 65536 are allowed")), "{body}");
 }

@@ -21,7 +21,7 @@ pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
         }
         _ => {}
     }
-    let (steps, notes) = (work.steps(), work.notes.clone());
+    let (steps, notes, memory) = (work.steps(), work.notes.clone(), work.memory.clone());
     let mut partials = work
         .fold(0, move |partial: &mut Option<Partial>, block| {
             let partial = partial.get_or_insert_with(|| Partial::new(op, by.clone(), steps));
@@ -30,6 +30,9 @@ pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
                 partial.add(&Row::of(&block, row));
             }
             notes.hold(partial.n.len() - before)?;
+            // Counts, sums and compensations, and labels.
+            let groups = (partial.n.len() - before) / steps.max(1);
+            memory.try_grow((partial.n.len() - before) * 3 * size_of::<f64>() + groups * GROUP_BYTES)?;
             Ok(())
         })
         .await?
@@ -42,6 +45,9 @@ pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
     }
     all.finish(work)
 }
+
+/// What the labels of a group take, about.
+const GROUP_BYTES: usize = 256;
 
 /// Numbers groups by their labels in order of appearance.
 #[derive(Debug)]
@@ -303,6 +309,7 @@ impl Partial {
             }
             builder.pop_if_empty();
             if builder.len() >= rows_per_batch(self.steps) {
+                work.hold(builder.len() * work.row_bytes())?;
                 batches.push(builder.finish()?);
             }
         }

@@ -158,7 +158,7 @@ pub(super) async fn vectors(work: &Work) -> DfResult<Vec<RecordBatch>> {
         for many in &group.many {
             for one in &group.one {
                 pace.walk(cost(work.steps()))?;
-                let (row, known) = merger.row(|out| pairing.labels(many.labels, one.labels, out));
+                let (row, known) = merger.row(|out| pairing.labels(many.labels, one.labels, out))?;
                 let clash = pairing.clash(&mut owner, row, known, number);
                 let (values, valid) = merger.values(row);
                 pairing.pair(many, one, values, valid).map_err(|()| clash)?;
@@ -302,7 +302,7 @@ impl Pairing<'_> {
                 let at = match target {
                     Some(at) => at,
                     None => {
-                        let (at, known) = merger.row(|out| self.labels(many, one, out));
+                        let (at, known) = merger.row(|out| self.labels(many, one, out))?;
                         if !known {
                             owner.push(number);
                         }

@@ -59,7 +59,7 @@ pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
         pace.walk(cost(4 * work.steps() * group.len()))?;
         group.sort_by(|a, b| a.0.total_cmp(&b.0));
         let later = group.iter().any(|(_, row)| row.drop_name);
-        let (row, _) = merger.row(|out| name.apply(&key, later || *name == Name::DropLater, out));
+        let (row, _) = merger.row(|out| name.apply(&key, later || *name == Name::DropLater, out))?;
         let (values, valid) = merger.values(row);
         let scalar = |i: usize, step: usize| scalars.get(i).map_or(f64::NAN, |s| s[step]);
         for step in 0..work.steps() {

@@ -88,6 +88,7 @@ pub(super) async fn sort(work: &Work) -> DfResult<Vec<RecordBatch>> {
     let (mut builder, mut pace) = (BlockBuilder::new(work.schema.clone()), work.stop.pace());
     for row in rows {
         pace.walk(cost(work.steps()))?;
+        work.hold(work.row_bytes() + row.labels.len())?;
         let (values, valid) = builder.push(|out| Name::Keep.apply(row.labels, row.drop_name, out));
         values.copy_from_slice(row.values);
         row.validity(valid);

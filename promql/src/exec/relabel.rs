@@ -1,13 +1,16 @@
 //! Operations on labels: setting them, and making one series of those that have become equal.
 
+use std::sync::Arc;
+
 use arrow::array::RecordBatch;
 use catalog::matcher::anchored;
 use datafusion::error::Result as DfResult;
+use datafusion::execution::memory_pool::MemoryReservation;
 use hashbrown::HashMap;
 use hashbrown::hash_map::EntryRef;
 use regex::Regex;
 
-use super::{Batches, Work, cost, internal, same_labels};
+use super::{Batches, VALUE_BYTES, Work, cost, internal, same_labels};
 use crate::QueryError;
 use crate::block::{BlockBuilder, Name, Row, rows_per_batch};
 use crate::labels;
@@ -115,6 +118,7 @@ fn expand(template: &str, captures: &regex::Captures<'_>, out: &mut String) {
 
 /// Collects rows so that those with equal labels become one; two values at one step are an error.
 pub(super) struct Merger {
+    memory: Arc<MemoryReservation>,
     rows: HashMap<Vec<u8>, usize>,
     builder: BlockBuilder,
     buffer: Vec<u8>,
@@ -122,16 +126,22 @@ pub(super) struct Merger {
 
 impl Merger {
     pub(super) fn new(work: &Work) -> Self {
-        Self { rows: HashMap::new(), builder: BlockBuilder::new(work.schema.clone()), buffer: Vec::new() }
+        let builder = BlockBuilder::new(work.schema.clone());
+        Self { memory: work.memory.clone(), rows: HashMap::new(), builder, buffer: Vec::new() }
     }
 
     /// The row for labels that `write` appends, new or there already, and whether it was there.
-    pub(super) fn row(&mut self, write: impl FnOnce(&mut Vec<u8>) -> bool) -> (usize, bool) {
+    ///
+    /// # Errors
+    /// When there is no memory for a new one.
+    pub(super) fn row(&mut self, write: impl FnOnce(&mut Vec<u8>) -> bool) -> DfResult<(usize, bool)> {
         self.buffer.clear();
         let drop_name = write(&mut self.buffer);
         match self.rows.entry_ref(self.buffer.as_slice()) {
-            EntryRef::Occupied(e) => (*e.get(), true),
+            EntryRef::Occupied(e) => Ok((*e.get(), true)),
             EntryRef::Vacant(e) => {
+                // The labels are kept twice, once to find the row.
+                self.memory.try_grow(self.builder.steps() * VALUE_BYTES + 2 * self.buffer.len() + 64)?;
                 let row = self.builder.len();
                 let labels = &self.buffer;
                 self.builder.push(|out| {
@@ -139,7 +149,7 @@ impl Merger {
                     drop_name
                 });
                 e.insert(row);
-                (row, false)
+                Ok((row, false))
             }
         }
     }
@@ -176,7 +186,7 @@ pub(super) async fn merge(work: &Work) -> DfResult<Vec<RecordBatch>> {
     for row in Row::all(&blocks) {
         pace.walk(cost(work.steps()))?;
         let name = if clean && row.drop_name { Name::Drop } else { Name::Keep };
-        let (at, known) = merger.row(|out| name.apply(row.labels, row.drop_name, out));
+        let (at, known) = merger.row(|out| name.apply(row.labels, row.drop_name, out))?;
         if known && strict {
             return Err(same_labels().into());
         }

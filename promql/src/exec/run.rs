@@ -15,11 +15,12 @@ use datafusion::logical_expr::physical_planning_context::PhysicalPlanningContext
 use datafusion::logical_expr::{LogicalPlan, UserDefinedLogicalNode};
 use datafusion::physical_plan::ExecutionPlan;
 use datafusion::physical_planner::{ExtensionPlanner, PhysicalPlanner};
+use engine::memory::Kind;
 use engine::{Engine, Query, Selection, SeriesScanExec, Stop};
 use futures::future::BoxFuture;
 use futures::{FutureExt, TryStreamExt};
 
-use super::{NodeExec, Notes, deep, internal};
+use super::{NodeExec, Notes, bytes_of, deep, internal};
 use crate::options::Grid;
 use crate::plan::ops::{Op, Selector};
 use crate::plan::{Node, Planned};
@@ -138,15 +139,21 @@ fn session(engine: &Engine, notes: Arc<Notes>) -> SessionState {
 pub async fn query(engine: &Engine, text: &str, options: &EvalOptions, query: Query) -> Result<QueryResult> {
     let planned = crate::plan::plan(text, options)?;
     let notes = Arc::new(Notes::new(options.max_samples));
+    let mut memory = engine.memory().reserve(Kind::Queries);
     let data = match (&planned.plan, &planned.text) {
         (None, text) => Data::Text(text.clone().unwrap_or_default()),
         (Some(plan), _) => {
             let state = session(engine, notes.clone());
             let batches = async {
-                let stream = engine.execute(&state, plan.clone(), query).await?;
-                stream.try_collect::<Vec<RecordBatch>>().await
+                let mut stream = engine.execute(&state, plan.clone(), query).await?;
+                let mut batches = Vec::new();
+                while let Some(batch) = stream.try_next().await? {
+                    memory.grow(bytes_of(&batch)).map_err(out_of_memory)?;
+                    batches.push(batch);
+                }
+                Ok(batches)
             };
-            let batches = batches.await.map_err(|e| worded(e.into()))?;
+            let batches: Vec<RecordBatch> = batches.await.map_err(|e: DataFusionError| worded(e.into()))?;
             data(&planned, options, &batches)?
         }
     };
@@ -160,7 +167,12 @@ pub async fn query(engine: &Engine, text: &str, options: &EvalOptions, query: Qu
         ValueType::Scalar | ValueType::Vector if !options.instant => ValueType::Matrix,
         other => other,
     };
-    Ok(QueryResult { value_type, grid: planned.grid, data, warnings, infos, stats })
+    Ok(QueryResult { value_type, grid: planned.grid, data, warnings, infos, stats, memory: Some(Arc::new(memory)) })
+}
+
+/// The error of a query that asks for more memory than there is.
+pub(crate) fn out_of_memory(e: engine::Error) -> QueryError {
+    QueryError::execution(e.to_string())
 }
 
 fn worded(e: QueryError) -> QueryError {

@@ -40,15 +40,19 @@ pub(super) fn execute(work: Work, partition: usize, labels: SeriesLabels) -> DfR
             Op::Samples(selector) => Sink::Runs(Runs::new(work.schema.clone(), selector.windows(&work.grid))),
             other => return Err(internal(&format!("{} does not read series", other.name()))),
         };
-        let pace = work.stop.pace();
+        let (pace, memory) = (work.stop.pace(), work.memory.clone());
         let reader = Reader { labels, sink, pending: None, ts: Vec::new(), values: Vec::new(), pace };
         let output = stream::try_unfold((input, Some(reader)), move |(mut input, reader)| {
-            let notes = notes.clone();
+            let (notes, memory) = (notes.clone(), memory.clone());
             async move {
                 let Some(mut reader) = reader else { return Ok::<_, DataFusionError>(None) };
                 loop {
                     match input.try_next().await? {
                         Some(batch) => {
+                            if matches!(reader.sink, Sink::Runs(_)) {
+                                // Times and values, kept to the end.
+                                memory.try_grow(batch.num_rows() * 2 * size_of::<f64>())?;
+                            }
                             notes.samples.fetch_add(batch.num_rows() as u64, Ordering::Relaxed);
                             let ready = reader.add(&batch)?;
                             if !ready.is_empty() {

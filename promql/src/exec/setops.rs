@@ -41,7 +41,7 @@ pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
             if present.is_none() && if_present {
                 continue;
             }
-            let (index, _) = merger.row(|out| Name::Keep.apply(row.labels, row.drop_name, out));
+            let (index, _) = merger.row(|out| Name::Keep.apply(row.labels, row.drop_name, out))?;
             let (values, valid) = merger.values(index);
             for step in 0..steps {
                 if let Some(v) = row.get(step)

@@ -4,6 +4,7 @@ use arrow::array::RecordBatch;
 use datafusion::error::Result as DfResult;
 use engine::kernels;
 use hashbrown::HashMap;
+use hashbrown::hash_map::Entry;
 
 use super::aggregate::Groups;
 use super::relabel::Merger;
@@ -43,6 +44,7 @@ pub(super) async fn quantiles(work: &Work, by: &Grouping) -> DfResult<Vec<Record
     let mut builder = BlockBuilder::new(work.schema.clone());
     let mut keys = Vec::new();
     for ((labels, drop_name), rows) in groups.labels.iter().zip(&members) {
+        work.hold(work.row_bytes() + labels.len())?;
         let (values, valid) = builder.push(|out| {
             out.extend_from_slice(labels);
             *drop_name
@@ -80,11 +82,15 @@ pub(super) async fn select(work: &Work, op: AggregateOp, by: &Grouping) -> DfRes
                 choose(op, k, present, &mut chosen);
             }
             for (v, row) in &chosen {
-                let index = *at.entry(*row).or_insert_with(|| {
-                    let row = &rows[*row];
-                    builder.push(|out| Name::Keep.apply(row.labels, row.drop_name, out));
-                    builder.len() - 1
-                });
+                let index = match at.entry(*row) {
+                    Entry::Occupied(e) => *e.get(),
+                    Entry::Vacant(e) => {
+                        let row = &rows[*row];
+                        work.hold(work.row_bytes() + row.labels.len())?;
+                        builder.push(|out| Name::Keep.apply(row.labels, row.drop_name, out));
+                        *e.insert(builder.len() - 1)
+                    }
+                };
                 let (values, valid) = builder.row_mut(index);
                 values[step] = *v;
                 valid[step] = true;
@@ -192,20 +198,28 @@ pub(super) async fn count_values(work: &Work) -> DfResult<Vec<RecordBatch>> {
         let mut of_value: HashMap<u64, usize> = HashMap::new();
         for row in rows {
             pace.walk(cost(SORT_COST * work.steps()))?;
+            let mut failed = Ok(());
             row.for_each(|step, v| {
                 let bits = if v.is_nan() { f64::NAN.to_bits() } else { v.to_bits() };
-                let index = *of_value.entry(bits).or_insert_with(|| {
-                    merger
-                        .row(|out| {
+                let index = match of_value.entry(bits) {
+                    Entry::Occupied(e) => *e.get(),
+                    Entry::Vacant(e) if failed.is_ok() => {
+                        let row = merger.row(|out| {
                             labels::set(labels, label, &plain_float(v), out);
                             *drop_name && label != "__name__"
-                        })
-                        .0
-                });
+                        });
+                        match row {
+                            Ok((row, _)) => *e.insert(row),
+                            Err(e) => return failed = Err(e),
+                        }
+                    }
+                    Entry::Vacant(_) => return,
+                };
                 let (values, valid) = merger.values(index);
                 values[step] += 1.0;
                 valid[step] = true;
             });
+            failed?;
         }
     }
     merger.finish()

@@ -4,6 +4,7 @@
 //! was stored, and whatever passes by itself is a 503.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use access::{Routes, Scope};
 use axum::body::Body as HttpBody;
@@ -29,6 +30,9 @@ const EXEMPLARS_WRITTEN: HeaderName = HeaderName::from_static("x-prometheus-remo
 
 /// Seconds after which a refused request may come again.
 const RETRY_AFTER_SECONDS: HeaderValue = HeaderValue::from_static("1");
+
+/// A request for which there is no room is looked at once more after this time, and then refused.
+const REFUSED_AFTER: Duration = Duration::from_millis(400);
 
 /// Rejections that an answer spells out: Prometheus logs the first line up to 1 KiB.
 const REJECTIONS_SHOWN: usize = 3;
@@ -116,6 +120,16 @@ impl Receiver {
         let encoding = encoding(request.headers())?;
         let declared = request.headers().get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse().ok());
         let mut body = self.bodies.read(request.into_body(), declared).await?;
+        // Not before: a sender that takes its time holds nobody up.
+        let arrival = match self.engine.arrive(body.sent().len()) {
+            Ok(arrival) => arrival,
+            // Often there is room a moment later. And a sender that came again at once would take the time that others
+            // need to be stored.
+            Err(_) => {
+                tokio::time::sleep(REFUSED_AFTER).await;
+                self.engine.arrive(body.sent().len())?
+            }
+        };
         self.metrics.bytes.inc_by(body.sent().len() as u64);
 
         let registry = self.engine.registry().clone();
@@ -125,9 +139,12 @@ impl Receiver {
         let kept_from_ms = kept_from_ms.unwrap_or(i64::MIN);
         let replicas = self.replicas.clone();
         let inflated_bytes = self.metrics.inflated_bytes.clone();
-        let (decoded, body) = self
+        let (decoded, body, arrival) = self
             .engine
-            .compute(move || {
+            .decode(move || {
+                if let Err(e) = arrival.check() {
+                    return (Err(e), body, arrival);
+                }
                 let decoded = body.inflate(encoding, |bytes| {
                     inflated_bytes.inc_by(bytes.len() as u64);
                     let limits = Limits { now_ms, future_max_ms, kept_from_ms, replicas: replicas.as_deref() };
@@ -136,7 +153,7 @@ impl Receiver {
                         Version::V2 => decode_v2(bytes, registry.encoder(), limits),
                     }
                 });
-                (decoded, body)
+                (decoded, body, arrival)
             })
             .await;
         let Decoded { mut write, rejected, counts, left_out } = decoded?;
@@ -150,7 +167,7 @@ impl Receiver {
             self.engine.write(write).await?;
         }
         // The body's share of the budget stands for the rows, too.
-        drop(body);
+        drop((body, arrival));
         let mut outcome = answer(&rejected, counts);
         // A sender counts what was not written as failed, and its owner would be alarmed by a pair that works.
         outcome.counts += left_out;

@@ -33,12 +33,12 @@ fn block(series: &[(Vec<u8>, Vec<Option<f64>>)]) -> Block {
 fn result(value_type: ValueType, grid: Grid, series: &[(Vec<u8>, Vec<Option<f64>>)]) -> QueryResult {
     let blocks = if series.is_empty() { vec![] } else { vec![block(series)] };
     let data = Data::Blocks { blocks, order: (0..series.len() as u32).map(|row| (0, row)).collect() };
-    QueryResult { value_type, grid, data, warnings: vec![], infos: vec![], stats: Stats::default() }
+    QueryResult { value_type, grid, data, warnings: vec![], infos: vec![], stats: Stats::default(), memory: None }
 }
 
 fn check(result: &QueryResult, expected: &str) {
     let mut out = Vec::new();
-    write_data(&mut out, result, None);
+    write_data(&mut out, result, None, &Stop::default()).unwrap();
     let text = String::from_utf8(out).expect("UTF-8");
     assert_eq!(text, expected);
     serde_json::from_str::<serde_json::Value>(&text).expect("valid JSON");
@@ -85,7 +85,7 @@ fn statistics_follow_the_result() {
     let mut result = result(ValueType::Vector, Grid::instant(0), &[]);
     result.stats.samples_scanned = 7;
     let timings = Timings { queued: Duration::from_millis(1), total: Duration::from_millis(3) };
-    write_data(&mut out, &result, Some(&timings));
+    write_data(&mut out, &result, Some(&timings), &Stop::default()).unwrap();
     assert_eq!(
         String::from_utf8(out).expect("UTF-8"),
         r#"{"resultType":"vector","result":[],"stats":{"timings":{"evalTotalTime":0.002,"resultSortTime":0,"queryPreparationTime":0,"innerEvalTime":0.002,"execQueueTime":0.001,"execTotalTime":0.003},"samples":{"totalQueryableSamples":7,"samplesRead":7,"peakSamples":7}}}"#

@@ -1,13 +1,12 @@
 //! Requests against a real engine: statuses, headers and what is stored.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::http::request::Builder;
 use catalog::ManualClock;
 use catalog::tables::SAMPLES;
-use engine::{Components, Extensions, Selection, Settings, Stop};
+use engine::{Components, Extensions, Memory, Selection, Settings, Stop};
 use futures::StreamExt;
 use http_body_util::BodyExt;
 use prost::Message;
@@ -24,7 +23,7 @@ const V2: &str = "application/x-protobuf;proto=io.prometheus.write.v2.Request";
 struct Server {
     receiver: Arc<Receiver>,
     engine: Engine,
-    bodies: Bodies,
+    memory: Memory,
     _folder: TempDir,
 }
 
@@ -51,10 +50,11 @@ async fn serve(series_limit: usize) -> Server {
         telemetry: Arc::new(Telemetry::default()),
     };
     let engine = Engine::open(settings, components, Extensions::default()).await.unwrap();
-    let bodies = Bodies::new(BUDGET).with_idle_max(Duration::from_millis(200));
+    let memory = Memory::new(8 * BUDGET);
+    let bodies = Bodies::new(memory.clone()).with_idle_max(Duration::from_millis(200));
     let metrics = Metrics::new(engine.telemetry());
-    let receiver = Arc::new(Receiver { engine: engine.clone(), bodies: bodies.clone(), replicas: None, metrics });
-    Server { receiver, engine, bodies, _folder: folder }
+    let receiver = Arc::new(Receiver { engine: engine.clone(), bodies, replicas: None, metrics });
+    Server { receiver, engine, memory, _folder: folder }
 }
 
 /// What came back.
@@ -77,7 +77,7 @@ impl Server {
         assert_eq!(text.is_empty(), status == 204, "{text:?}");
         assert!(text.len() <= 1024 && text.matches('\n').count() <= 1, "senders log one line of 1 KiB: {text:?}");
         assert_eq!(retry_after, status == 503);
-        assert_eq!(self.bodies.free(), BUDGET, "a body kept its share of the budget");
+        assert_eq!(self.memory.used(), 0, "a body kept its memory");
         Answer { status, written, text }
     }
 
@@ -193,7 +193,7 @@ async fn temporary_conditions() {
     assert_eq!(answer.status, 503, "{answer:?}");
 
     let good = snappy(&request(vec![with_sample(&[("__name__", "m")], NOW, 1.0)]).encode_to_vec());
-    let others: Vec<_> = (0..8).map(|_| server.bodies.whole(vec![0; 1 << 20]).unwrap()).collect();
+    let others: Vec<_> = (0..8).map(|_| server.receiver.bodies.whole(vec![0; 1 << 20]).unwrap()).collect();
     let full = Request::builder().body(HttpBody::from(good.clone())).unwrap();
     let full = write(State(server.receiver.clone()), full).await;
     assert_eq!((full.status().as_u16(), full.headers()[RETRY_AFTER].to_str().unwrap()), (503, "1"));
