@@ -19,6 +19,7 @@ pub mod secret;
 pub mod tables;
 pub mod tag;
 pub mod tag_parts;
+mod tag_values;
 mod wires;
 
 pub use clock::{Clock, ManualClock, SystemClock};
@@ -33,3 +34,4 @@ pub use secret::Secret;
 pub use tables::{ColumnSchema, Part, PhysicalColumn, TableSchema};
 pub use tag::{Code, TagHasher, TagId, TagSet, TagSetBuilder};
 pub use tag_parts::{MetricFilter, PartHeader, TagParts};
+pub use tag_values::TagValues;

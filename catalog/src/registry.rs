@@ -10,11 +10,12 @@ use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 
 use crate::tag::METRIC_NAME;
+use crate::tag_values::Known;
 use crate::wires::Wires;
-use crate::{Code, Encoder, Error, Result, TagHasher, TagId, TagSet, TagSetBuilder};
+use crate::{Code, Encoder, Error, Result, TagHasher, TagId, TagSet, TagSetBuilder, TagValues};
 
 /// Dense number of an active tag set.
 pub type Ordinal = u32;
@@ -98,6 +99,21 @@ struct Slot {
     seen: AtomicU32,
 }
 
+/// The slots of all ordinals, while the registry's lock is held.
+pub(crate) struct Slots<'a>(&'a [Slot]);
+
+impl Slots<'_> {
+    /// Ordinals ever given.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// The active sets from this ordinal on.
+    pub fn from(&self, ordinal: usize) -> impl Iterator<Item = &Arc<Series>> {
+        self.0[ordinal..].iter().filter_map(|slot| slot.series.as_ref())
+    }
+}
+
 /// All active sets of one metric.
 #[derive(Debug)]
 struct Metric {
@@ -117,6 +133,10 @@ pub struct Registry {
     wires: RwLock<Wires>,
     slots: RwLock<Vec<Slot>>,
     metrics: RwLock<HashedMap<i64, Metric>>,
+    /// Values of tags that were asked for.
+    known: Mutex<Known>,
+    /// How often sets have been retired.
+    retirements: AtomicU64,
     len: AtomicUsize,
     refused: AtomicU64,
     collisions: AtomicU64,
@@ -134,6 +154,8 @@ impl Registry {
             wires: RwLock::default(),
             slots: RwLock::default(),
             metrics: RwLock::default(),
+            known: Mutex::default(),
+            retirements: AtomicU64::new(0),
             len: AtomicUsize::new(0),
             refused: AtomicU64::new(0),
             collisions: AtomicU64::new(0),
@@ -330,6 +352,17 @@ impl Registry {
         visit_sets(&self.slots.read(), &m.ordinals, &mut visit);
     }
 
+    /// The distinct values that the active sets have for a tag, sorted. Asked for again it costs what was published
+    /// since.
+    pub fn values(&self, tag: &str) -> Arc<TagValues> {
+        let mut known = self.known.lock();
+        self.with_slots(|slots| known.values(tag, slots, self.retirements.load(Ordering::Relaxed)))
+    }
+
+    pub(crate) fn with_slots<T>(&self, work: impl FnOnce(&Slots) -> T) -> T {
+        work(&Slots(&self.slots.read()))
+    }
+
     /// Forgets sets without a row for `idle` minutes before `now` for which `may_retire` holds; returns how many. A set
     /// last seen later than now, since the clock was set back, counts as seen now. Only the log's committer calls this,
     /// so no publication runs at the same time.
@@ -348,6 +381,7 @@ impl Registry {
         if gone.is_empty() {
             return 0;
         }
+        self.retirements.fetch_add(1, Ordering::Relaxed);
         let dead: std::collections::HashSet<Ordinal> = gone.iter().map(|g| g.0).collect();
         for (_, s) in &gone {
             self.shard(s.id.code.0 as u64).sets.write().remove(&s.id.code.0);

@@ -20,7 +20,7 @@ use object_store::ObjectStore;
 
 use crate::files::TagPart;
 use crate::tables::with_field_id;
-use crate::{Error, ErrorKind, Registry, Result, Series, TagSet};
+use crate::{Error, ErrorKind, Registry, Result, Series, TagSet, TagValues};
 
 use cache::Cache;
 
@@ -139,6 +139,19 @@ impl TagParts {
         let mut out = Vec::new();
         for part in parts {
             self.load_part(part, filter, &mut out).await.map_err(|e| self.in_part(e, part))?;
+        }
+        Ok(out)
+    }
+
+    /// The distinct values of a tag in each of these parts.
+    ///
+    /// # Errors
+    /// As [`TagParts::load`].
+    pub async fn values(&self, parts: &[Arc<TagPart>], tag: &str) -> Result<Vec<Arc<TagValues>>> {
+        let tag: Arc<str> = tag.into();
+        let mut out = Vec::with_capacity(parts.len());
+        for part in parts {
+            out.push(self.values_of(part, &tag).await.map_err(|e| self.in_part(e, part))?);
         }
         Ok(out)
     }

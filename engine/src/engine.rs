@@ -8,7 +8,9 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use catalog::database;
 use catalog::files::{DataFile, FileCatalog, Index, Opening, SqlIndex};
-use catalog::{Clock, Entropy, Error, FileSystem, Registry, Result, Series, TableSchema, TagHasher, TagParts, TagSet};
+use catalog::{
+    Clock, Entropy, Error, FileSystem, Registry, Result, Series, TableSchema, TagHasher, TagParts, TagSet, TagValues,
+};
 use datafusion::execution::{SendableRecordBatchStream, SessionState};
 use datafusion::logical_expr::LogicalPlan;
 use datafusion::prelude::SessionContext;
@@ -311,6 +313,21 @@ impl Engine {
         visit: impl FnMut(&Arc<Series>) -> bool + Send,
     ) -> Result<()> {
         crate::select::visit(self.inner(), selection, stop, visit).await
+    }
+
+    /// The distinct values of a tag that all tag sets of a table have in a time range, milliseconds and both ends
+    /// inclusive, in lists of which each is sorted.
+    ///
+    /// # Errors
+    /// Storage errors.
+    pub async fn tag_values(
+        &self,
+        table: &Arc<TableSchema>,
+        tag: &str,
+        (start_ms, end_ms): (i64, i64),
+    ) -> Result<Vec<Arc<TagValues>>> {
+        let selection = Selection { table: table.clone(), matchers: vec![], start_ms, end_ms };
+        crate::select::values(self.inner(), &selection, tag).await
     }
 
     /// Metric metadata by metric name; all when `metric` is `None`.

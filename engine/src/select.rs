@@ -11,7 +11,7 @@ use std::sync::Arc;
 use catalog::files::TagPart;
 use catalog::registry::PassThrough;
 use catalog::tag::METRIC_NAME;
-use catalog::{Error, MatchOp, Matcher, MetricFilter, Ordinal, Result, Series, TableSchema, TagSet};
+use catalog::{Error, MatchOp, Matcher, MetricFilter, Ordinal, Result, Series, TableSchema, TagSet, TagValues};
 
 use crate::engine::Inner;
 use crate::memory::Kind;
@@ -197,6 +197,20 @@ pub(crate) async fn visit(
     }
     let mut seen: HashSet<i64, BuildHasherDefault<PassThrough>> = HashSet::default();
     sources.for_each(inner, (selection, stop), &mut 0, |_, series| !seen.insert(series.id.code.0) || visit(series))
+}
+
+/// The distinct values of a tag that the tag sets of a range have, in lists of which each is sorted: what [`visit`] without
+/// matchers would show, at the cost of what is new since it was last asked.
+pub(crate) async fn values(inner: &Inner, selection: &Selection, tag: &str) -> Result<Vec<Arc<TagValues>>> {
+    let version = inner.version();
+    let (start, end) = (kept_from(&version, &selection.table, selection.start_ms), selection.end_ms);
+    let Some(table) = version.table(selection.table.id).filter(|_| start <= end) else { return Ok(vec![]) };
+    let parts = parts_in_range(&version, table, start, end);
+    let mut lists = inner.parts.values(&parts, tag).await?;
+    if table.memtables().any(|m| m.overlaps(start, end)) {
+        lists.push(inner.registry.values(tag));
+    }
+    Ok(lists)
 }
 
 /// The first time of a range that no series of a table has outlived.

@@ -121,7 +121,7 @@ impl Session {
     /// Those of [`statement::parse`].
     pub async fn parse(&self, text: &str) -> Result<Vec<Command>> {
         let (frontend, text) = (self.frontend.clone(), text.to_owned());
-        self.frontend.engine.compute(move || statement::parse(&frontend.parser, &text)).await
+        self.frontend.engine.run(async move { statement::parse(&frontend.parser, &text) }).await
     }
 
     /// Plans a query.

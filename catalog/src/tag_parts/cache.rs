@@ -4,15 +4,25 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use super::read::Index;
-use crate::Series;
+use crate::{Series, TagValues};
 
-/// A part's id, and the number of a metric in it; the index of the part itself is under `None`.
-pub(super) type Key = (i64, Option<u32>);
+/// A part's id, and what of it.
+pub(super) type Key = (i64, What);
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) enum What {
+    Index,
+    /// The sets of the metric with this number.
+    Sets(u32),
+    /// The values of this tag.
+    Values(Arc<str>),
+}
 
 #[derive(Debug, Clone)]
 pub(super) enum Entry {
     Index(Arc<Index>),
     Sets(Arc<Vec<Arc<Series>>>),
+    Values(Arc<TagValues>),
 }
 
 #[derive(Debug)]
@@ -46,8 +56,8 @@ impl Cache {
     /// Makes room for so many bytes.
     fn trim(&mut self, bytes: usize) {
         while self.bytes + bytes > self.limit {
-            let Some((_, oldest)) = self.order.first_key_value() else { break };
-            self.remove(*oldest);
+            let Some(oldest) = self.order.first_key_value().map(|(_, key)| key.clone()) else { break };
+            self.remove(&oldest);
         }
     }
 
@@ -56,24 +66,31 @@ impl Cache {
     }
 
     pub(super) fn index(&mut self, part: i64) -> Option<Arc<Index>> {
-        match self.get((part, None)) {
+        match self.get(&(part, What::Index)) {
             Some(Entry::Index(index)) => Some(index),
             _ => None,
         }
     }
 
     pub(super) fn sets(&mut self, part: i64, metric: u32) -> Option<Arc<Vec<Arc<Series>>>> {
-        match self.get((part, Some(metric))) {
+        match self.get(&(part, What::Sets(metric))) {
             Some(Entry::Sets(sets)) => Some(sets),
             _ => None,
         }
     }
 
-    fn get(&mut self, key: Key) -> Option<Entry> {
-        let slot = self.slots.get_mut(&key)?;
+    pub(super) fn values(&mut self, part: i64, tag: &Arc<str>) -> Option<Arc<TagValues>> {
+        match self.get(&(part, What::Values(tag.clone()))) {
+            Some(Entry::Values(values)) => Some(values),
+            _ => None,
+        }
+    }
+
+    fn get(&mut self, key: &Key) -> Option<Entry> {
+        let slot = self.slots.get_mut(key)?;
         self.clock += 1;
         self.order.remove(&slot.used);
-        self.order.insert(self.clock, key);
+        self.order.insert(self.clock, key.clone());
         slot.used = self.clock;
         Some(slot.entry.clone())
     }
@@ -83,16 +100,16 @@ impl Cache {
         if bytes > self.limit {
             return;
         }
-        self.remove(key);
+        self.remove(&key);
         self.trim(bytes);
         self.clock += 1;
         self.bytes += bytes;
-        self.order.insert(self.clock, key);
+        self.order.insert(self.clock, key.clone());
         self.slots.insert(key, Slot { entry, bytes, used: self.clock });
     }
 
-    fn remove(&mut self, key: Key) {
-        if let Some(slot) = self.slots.remove(&key) {
+    fn remove(&mut self, key: &Key) {
+        if let Some(slot) = self.slots.remove(key) {
             self.order.remove(&slot.used);
             self.bytes -= slot.bytes;
         }
@@ -108,16 +125,16 @@ mod tests {
         let mut cache = Cache::new(100);
         let entry = || Entry::Sets(Arc::new(Vec::new()));
         for metric in 0..3 {
-            cache.put((1, Some(metric)), entry(), 40);
+            cache.put((1, What::Sets(metric)), entry(), 40);
         }
         let held = |cache: &mut Cache| (0..4).filter(|m| cache.sets(1, *m).is_some()).collect::<Vec<_>>();
         assert_eq!(held(&mut cache), [1, 2]);
         assert!(cache.sets(1, 1).is_some());
-        cache.put((1, Some(3)), entry(), 60);
+        cache.put((1, What::Sets(3)), entry(), 60);
         assert_eq!(held(&mut cache), [1, 3]);
-        cache.put((1, Some(3)), entry(), 10);
+        cache.put((1, What::Sets(3)), entry(), 10);
         assert_eq!((held(&mut cache), cache.bytes()), (vec![1, 3], 50));
-        cache.put((2, None), entry(), 101);
+        cache.put((2, What::Index), entry(), 101);
         assert!(cache.index(2).is_none());
         cache.set_limit(45);
         assert_eq!((held(&mut cache), cache.bytes()), (vec![3], 10));

@@ -19,11 +19,11 @@ use parquet::errors::ParquetError;
 use parquet::file::metadata::{PageIndexPolicy, ParquetMetaData, ParquetMetaDataPushDecoder};
 use parquet::file::reader::{ChunkReader, Length};
 
-use super::cache::Entry;
+use super::cache::{Entry, What};
 use super::{FORMAT, MetricFilter, TagParts};
 use crate::files::TagPart;
 use crate::tag::METRIC_NAME;
-use crate::{Error, Result, Series, TagSet, TagSetBuilder};
+use crate::{Error, Result, Series, TagSet, TagSetBuilder, TagValues};
 
 /// The unit in which larger parts are read and checked.
 const BLOCK_BYTES: u64 = 16 << 10;
@@ -97,6 +97,17 @@ impl TagParts {
         Ok(())
     }
 
+    pub(super) async fn values_of(&self, part: &TagPart, tag: &Arc<str>) -> Result<Arc<TagValues>> {
+        if let Some(known) = self.cache.lock().values(part.id, tag) {
+            return Ok(known);
+        }
+        let mut sets = Vec::new();
+        self.load_part(part, MetricFilter::All, &mut sets).await?;
+        let values = Arc::new(TagValues::gather(tag, sets.iter().flat_map(|s| s.iter())));
+        self.cache.lock().put((part.id, What::Values(tag.clone())), Entry::Values(values.clone()), values.memory());
+        Ok(values)
+    }
+
     /// All sets, past the cache.
     pub(super) async fn read_whole(&self, part: &TagPart) -> Result<Vec<Arc<Series>>> {
         let mut fetched = Fetched::new(part, Arc::default());
@@ -117,7 +128,7 @@ impl TagParts {
             fetched.blocks = self.check_whole(part).await?;
         }
         let index = Arc::new(self.read_index(part, &mut fetched).await?);
-        self.cache.lock().put((part.id, None), Entry::Index(index.clone()), index.bytes());
+        self.cache.lock().put((part.id, What::Index), Entry::Index(index.clone()), index.bytes());
         Ok((index, fetched))
     }
 
@@ -214,7 +225,7 @@ impl TagParts {
         for (metric, rows) in metrics.iter().zip(wanted) {
             let list: Arc<Vec<Arc<Series>>> = Arc::new(sets.by_ref().take(rows.len()).collect());
             let bytes = list.iter().map(|s| s.tags.as_bytes().len() + SET_BYTES).sum();
-            cache.put((part.id, Some(*metric)), Entry::Sets(list.clone()), bytes);
+            cache.put((part.id, What::Sets(*metric)), Entry::Sets(list.clone()), bytes);
             out.push(list);
         }
         Ok(out)

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use catalog::registry::PassThrough;
 use catalog::tables::{HISTOGRAMS, SAMPLES};
-use catalog::{Code, Matcher, Series};
+use catalog::{Code, Matcher, Series, TagValues};
 use engine::memory::Kind;
 use engine::{Query, Selection, Stop};
 use hashbrown::HashTable;
@@ -84,9 +84,13 @@ pub(super) async fn label_values(api: &Api, name: &str, form: &Form, query: Quer
     }
     let limit = form.limit()?;
     let range = form.range()?;
+    let selectors = form.selectors()?;
+    if selectors.is_empty() {
+        return all_values(api, &name, range, limit).await;
+    }
     let mut values = Texts::default();
     let mut previous = None;
-    visit((api, query.stop()), any(form)?, range, |series| {
+    visit((api, query.stop()), selectors, range, |series| {
         // Names are sorted: the first that is not less decides.
         let found = Pairs::new(series.tags.as_bytes()).find(|p| p.name >= name.as_bytes());
         if let Some(Pair { value, .. }) = found.filter(|p| p.name == name.as_bytes())
@@ -98,6 +102,25 @@ pub(super) async fn label_values(api: &Api, name: &str, form: &Form, query: Quer
     })
     .await?;
     Ok(values.reply(limit))
+}
+
+/// The values of a label of all series. Pickers on dashboards ask for them all the time, so no series is looked at twice.
+async fn all_values(api: &Api, name: &str, range: (i64, i64), limit: Option<usize>) -> Result<Reply> {
+    let mut lists: Vec<Arc<TagValues>> = Vec::new();
+    for table in [&SAMPLES, &HISTOGRAMS] {
+        for list in api.engine.tag_values(table, name, range).await? {
+            if !lists.iter().any(|l| Arc::ptr_eq(l, &list)) {
+                lists.push(list);
+            }
+        }
+    }
+    let mut sorted: Vec<&str> = lists.iter().flat_map(|l| l.iter()).collect();
+    if lists.len() > 1 {
+        sorted.sort_unstable();
+        sorted.dedup();
+    }
+    let truncated = truncate(&mut sorted, limit);
+    Ok(Reply::cut(truncated, |out| json::list(out, sorted.iter(), |out, text| json::utf8(out, text.as_bytes()))))
 }
 
 /// The selectors of `match[]`, or one that selects everything.
