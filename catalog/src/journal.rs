@@ -200,13 +200,15 @@ impl Journal {
         let folder = Folder { store, database: database.to_owned() };
         let checkpoints = folder.numbers(CHECKPOINT_FOLDER).await?;
         if checkpoints.is_empty() {
-            return match folder.numbers(ENTRY_FOLDER).await?.first() {
-                None => Ok(None),
-                Some(first) => Err(Error::corrupt(format!(
-                    "{} exists, but no checkpoint of the journal does; restore the bucket from a backup",
-                    folder.entry(*first)
-                ))),
-            };
+            let entries = folder.numbers(ENTRY_FOLDER).await?;
+            let Some(last) = entries.last() else { return Ok(None) };
+            // Entries up to the older checkpoint are deleted, but for some with which epochs begin.
+            let first = entries.iter().rev().zip((0..=*last).rev()).take_while(|(n, expected)| **n == *expected).last();
+            return Err(Error::corrupt(format!(
+                "{} is missing, but {} exists, and no checkpoint of the journal does; restore the bucket from a backup",
+                folder.checkpoint(first.map_or(0, |(n, _)| n.saturating_sub(1))),
+                folder.entry(*last)
+            )));
         }
         let mut damaged = None;
         let mut newest: Option<Checkpoint> = None;
