@@ -521,6 +521,24 @@ async fn replay_flushes_when_memory_is_short() {
 }
 
 #[tokio::test]
+async fn a_clock_that_was_wrong_before_the_first_row_drops_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (engine, clock) = open_with(dir.path(), |s| s.retention.age = Some(Duration::from_secs(86_400))).await;
+    clock.set(4_102_444_800_000);
+    crate::retention::observe(engine.inner());
+    clock.set(NOW);
+    engine.write(request(&engine, &[("a", NOW, 1.0)])).await.unwrap();
+    crate::retention::observe(engine.inner());
+    engine.flush().await.unwrap();
+    engine.compact().await.unwrap();
+    assert_eq!(query(&engine).await.1, 1);
+    // From the first row on rows expire.
+    clock.set(NOW + 1000);
+    crate::retention::observe(engine.inner());
+    assert!(engine.keeps_from_ms(&SAMPLES) > i64::MIN);
+}
+
+#[tokio::test]
 async fn a_clock_that_jumps_loses_and_stalls_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let (engine, clock) = open_with(dir.path(), |s| s.flush_interval = Duration::from_secs(60)).await;

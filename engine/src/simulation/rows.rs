@@ -16,7 +16,7 @@ use futures::TryStreamExt;
 
 use super::model::{Key, Rows, pairs};
 use crate::cut::Floors;
-use crate::{Batch, Engine, MetricMetadata, Selection, SeriesScanExec, Write, error_of};
+use crate::{Batch, Engine, MetricMetadata, Selection, SeriesScanExec, Stop, Write, error_of};
 
 /// A request with these rows; those of table 0 are metric metadata.
 pub(super) fn request(engine: &Engine, rows: &[(Key, u64)]) -> Result<Write> {
@@ -69,7 +69,7 @@ pub(super) fn text(tags: &TagSet) -> String {
 /// What a query sees, and the floors of retention in the version that it read.
 pub(super) async fn read(engine: &Engine, selection: &Selection) -> Result<(Rows, Arc<Floors>)> {
     let table = &selection.table;
-    let set = engine.select(selection).await?;
+    let set = engine.select(selection, &Stop::default()).await?;
     let floors = set.version.table(table.id).map(|t| t.floors.clone()).unwrap_or_default();
     let (value, proof) = columns(table);
     let scan: Arc<dyn ExecutionPlan> =

@@ -23,8 +23,8 @@ use super::store::Client;
 use super::world::{BEGIN_MS, Death, Machine, Process, World};
 use crate::cut::Floors;
 use crate::{
-    Components, Engine, Extensions, LogStore, Retention, RetentionRule, Selection, Settings, SqlCatalog, Telemetry,
-    backup, verify,
+    Components, Engine, Extensions, LogStore, Retention, RetentionRule, Selection, Settings, SqlCatalog, Stop,
+    Telemetry, backup, verify,
 };
 
 const SECOND: i64 = 1000;
@@ -845,7 +845,8 @@ impl Shared {
     async fn visit(&self, db: &Db) {
         let selection = self.selection();
         let mut visited = vec![];
-        let visit = db.engine.visit(&selection, |series| {
+        let stop = Stop::default();
+        let visit = db.engine.visit(&selection, &stop, |series| {
             visited.push(rows::text(&series.tags));
             true
         });
