@@ -225,7 +225,7 @@ mod tests {
         e.tags(&mut [("__name__", "b")], None).unwrap();
         let error = e.tags(&mut [("__name__", "c")], None).unwrap_err();
         assert_eq!(error.kind(), crate::ErrorKind::LimitExceeded);
-        assert!(error.message().contains("limits.series"), "{error}");
+        assert!(error.message().contains("series_limit"), "{error}");
         e.tags(&mut [("__name__", "a")], None).unwrap();
         e.tags(&mut [("__name__", "b")], None).unwrap();
         assert_eq!(registry.refused(), 1);
