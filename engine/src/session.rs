@@ -188,7 +188,7 @@ pub(crate) async fn execute(
     let schema = tokio::time::timeout_at(stop.deadline(), schema).await.map_err(|_| external(stop.timed_out()))?;
     let schema = schema.map_err(|_| external(Error::internal("query ended without a result")))??;
     let deadline = Box::pin(tokio::time::sleep_until(stop.deadline()));
-    Ok(Box::pin(QueryStream { schema, batches, task, stop, deadline, done: false, _guard: guard }))
+    Ok(Box::pin(QueryStream { schema, batches, task, stop, deadline, done: false, guard: Some(guard) }))
 }
 
 /// Gives a batch to the reader; false when there is none any more. A slow one holds no other query up.
@@ -242,8 +242,8 @@ struct QueryStream {
     stop: Stop,
     deadline: Pin<Box<Sleep>>,
     done: bool,
-    /// Tells loops that do not wait.
-    _guard: Guard,
+    /// Tells loops that do not wait; `None` once all was given.
+    guard: Option<Guard>,
 }
 
 impl Stream for QueryStream {
@@ -265,6 +265,7 @@ impl Stream for QueryStream {
         // A panic closes the channel like the end does, and must not look like it.
         let joined = std::task::ready!(Pin::new(&mut self.task).poll(cx));
         self.done = true;
+        self.guard.take().into_iter().for_each(Guard::release);
         Poll::Ready(joined.err().map(|e| Err(DataFusionError::ExecutionJoin(Box::new(e)))))
     }
 }

@@ -487,7 +487,7 @@ async fn memtables_are_frozen_when_due() {
     assert!(frozen(&engine).await);
 
     let dir = tempfile::tempdir().unwrap();
-    let (engine, _) = open_with(dir.path(), |s| s.memory_limit = 2 << 20).await;
+    let (engine, _) = open_with(dir.path(), |s| s.memory_limit = 1280 << 10).await;
     engine.inner().stopping.cancel();
     for k in 0..600 {
         let wide: Vec<String> = (0..1000).map(|i| format!("m{i}")).collect();

@@ -230,7 +230,7 @@ async fn partial_writes() {
     let many = ["good", "a", "b", "c", "d"].map(|name| with_sample(&[("__name__", name)], NOW + 1, 2.0));
     let answer = server.send(with(V1, "snappy"), snappy(&request(many.to_vec()).encode_to_vec())).await;
     assert_eq!((answer.status, answer.written), (400, [3, 0, 0]), "{answer:?}");
-    assert!(answer.text.contains("limits.series allows 3"), "{answer:?}");
+    assert!(answer.text.contains("series_limit allows 3"), "{answer:?}");
     assert_eq!(server.stored().await, ["a", "b", "good"]);
 
     let metrics = server.engine.telemetry().encode();

@@ -388,7 +388,7 @@ fn series_limit() {
     assert_eq!(decoded.rejected.count(Reason::SeriesLimit), 1);
     assert_eq!(
         decoded.rejected.first[0].to_string(),
-        "series {__name__=\"new\"}: labels: series limit reached: 1 series are active and limits.series allows 1"
+        "series {__name__=\"new\"}: labels: series limit reached: 1 series are active and series_limit allows 1"
     );
 }
 
