@@ -26,6 +26,18 @@ pub enum MatchOp {
     Nre,
 }
 
+impl MatchOp {
+    /// As it is written.
+    pub fn symbol(self) -> &'static str {
+        match self {
+            Self::Eq => "=",
+            Self::Ne => "!=",
+            Self::Re => "=~",
+            Self::Nre => "!~",
+        }
+    }
+}
+
 /// Longest pattern accepted, in bytes.
 pub const PATTERN_BYTES_MAX: usize = 64 * 1024;
 
@@ -87,6 +99,11 @@ impl Matcher {
         Ok(Self { name, op, value, regex })
     }
 
+    /// A matcher for one value.
+    pub fn equal(name: impl Into<String>, value: impl Into<String>) -> Self {
+        Self { name: name.into(), op: MatchOp::Eq, value: value.into(), regex: None }
+    }
+
     /// The tag's key.
     pub fn name(&self) -> &str {
         &self.name
@@ -133,14 +150,15 @@ pub fn anchored(pattern: &str) -> Result<Regex> {
     if let Some(known) = COMPILED.lock().get(pattern) {
         return Ok(known);
     }
-    let mut builder = RegexBuilder::new(&format!("^(?s:{pattern})$"));
-    if let Ok(small) = builder.size_limit(KEPT_BYTES).dfa_size_limit(KEPT_DFA_BYTES).build() {
+    let builder = |pattern: &str| RegexBuilder::new(&format!("^(?s:{pattern})$"));
+    let small = |pattern: &str| builder(pattern).size_limit(KEPT_BYTES).dfa_size_limit(KEPT_DFA_BYTES).build();
+    if let Ok(small) = small(pattern) {
         COMPILED.lock().put(pattern, small.clone());
         return Ok(small);
     }
-    RegexBuilder::new(&format!("^(?s:{pattern})$"))
-        .size_limit(4 << 20)
-        .build()
+    let large = |pattern: &str| builder(pattern).size_limit(4 << 20).build();
+    large(pattern)
+        .or_else(|e| large(&with_literal_braces(pattern)).map_err(|_| e))
         .map_err(|e| Error::invalid(format!("regular expression {pattern:?} does not compile")).with_source(e))
 }
 
@@ -181,6 +199,34 @@ impl Compiled {
     }
 }
 
+/// The pattern with braces escaped that do not repeat anything: in Go they stand for themselves, here they are an error.
+fn with_literal_braces(pattern: &str) -> String {
+    let mut out = String::with_capacity(pattern.len() + 8);
+    let mut chars = pattern.char_indices();
+    while let Some((at, c)) = chars.next() {
+        match c {
+            '\\' => {
+                out.push(c);
+                // `\p{Greek}` and `\x{10ffff}` have braces of their own.
+                let own = pattern[at + 1..].strip_prefix(['p', 'P', 'x']).filter(|rest| rest.starts_with('{'));
+                let end = own.and_then(|rest| rest.find('}')).unwrap_or(0);
+                out.extend(chars.by_ref().take(if end > 0 { end + 2 } else { 1 }).map(|(_, c)| c));
+            }
+            '{' if !repeats(&pattern[at + 1..]) => out.push_str("\\{"),
+            c => out.push(c),
+        }
+    }
+    out
+}
+
+/// Whether a counted repetition stands behind an opening brace.
+fn repeats(rest: &str) -> bool {
+    let Some((inner, _)) = rest.split_once('}') else { return false };
+    let (least, most) = inner.split_once(',').unwrap_or((inner, ""));
+    let digits = |s: &str| s.bytes().all(|b| b.is_ascii_digit());
+    !least.is_empty() && digits(least) && digits(most)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -207,6 +253,10 @@ mod tests {
         check(Re, ".*", "", true);
         check(Re, ".+", "", false);
         check(Re, "a.c", "a\nc", true);
+        check(Re, "a{b}|{}", "a{b}", true);
+        check(Re, "a{b}|{}", "{}", true);
+        check(Re, "a{2}{", "aa{", true);
+        check(Re, "\\p{Greek}{x", "\u{3b1}{x", true);
         check(Re, "(?i)A", "a", true);
         check(Re, "\u{e9}.", "\u{e9}\u{1f600}", true);
         check(Nre, "a.*", "b", true);
