@@ -135,6 +135,10 @@ settings! {
     flush_interval: Seconds = Seconds(3600.0);
     /// Deadline of a query that doesn't set its own.
     query_timeout: Seconds = Seconds(120.0);
+    /// What PromQL has beyond the stable language, by the names that Prometheus's `--enable-feature` has for it:
+    /// `promql-experimental-functions`, `promql-delayed-name-removal`, `promql-extended-range-selectors`,
+    /// `promql-binop-fill-modifiers` and `type-and-unit-labels`. Expressions of durations are always there.
+    promql_features: promql::Features = promql::Features::default();
     /// Replaced data files are removed after this long, which must exceed the longest query of any reader.
     delete_grace: Seconds = Seconds(600.0);
     /// How long rows are kept. Zero keeps them for ever. Age counts from the time of the rows. A clock that was set

@@ -177,9 +177,10 @@ fn routes(engine: &Engine, config: &Config) -> Result<Routes> {
     let bodies = Bodies::new(engine.memory().clone());
     let (cluster, replica) = (&config.ha_cluster_label, &config.ha_replica_label);
     let replicas = Replicas::new(cluster, replica, config.ha_failover.duration(), engine.telemetry());
+    let api = ApiOptions { features: config.promql_features, ..ApiOptions::default() };
     Ok(Routes::new()
         .merge(receivers::prometheus::routes(engine.clone(), bodies, replicas))
-        .merge(promql::api::routes(engine.clone(), ApiOptions::default()))
+        .merge(promql::api::routes(engine.clone(), api))
         .merge(sql::http::routes(engine)?)
         .merge(admin::routes(engine.clone())))
 }

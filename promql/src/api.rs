@@ -84,7 +84,7 @@ pub fn routes(engine: Engine, options: ApiOptions) -> Routes {
             "query_exemplars",
             asks("query_exemplars", |api, form, query| async move { exemplars::query(&api, &form, query).await }),
         ),
-        ("format_query", both("format_query", |_, form| async move { query::format(&form).await })),
+        ("format_query", both("format_query", |api, form| async move { query::format(&api, &form).await })),
         ("series", asks("series", |api, form, query| async move { series::series(&api, &form, query).await })),
         ("labels", asks("labels", |api, form, query| async move { series::label_names(&api, &form, query).await })),
         ("label/{name}/values", get(values)),

@@ -10,6 +10,7 @@ pub mod error;
 pub mod exec;
 pub mod labels;
 pub mod options;
+pub mod parse;
 pub mod plan;
 pub mod result;
 

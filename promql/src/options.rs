@@ -1,5 +1,8 @@
 //! How a query is evaluated: its time grid, its limits and the switches of the language.
 
+use std::fmt;
+use std::str::FromStr;
+
 use serde::{Deserialize, Serialize};
 
 /// The times at which an expression is evaluated: `start`, `start + step`, ... up to `end`, in milliseconds.
@@ -40,6 +43,49 @@ pub struct Features {
     pub experimental_functions: bool,
     /// Metric names are dropped from the result only, not by each operation.
     pub delayed_name_removal: bool,
+    /// The modifiers `anchored` and `smoothed`.
+    pub extended_range_selectors: bool,
+    /// The modifiers `fill`, `fill_left` and `fill_right`.
+    pub binop_fill_modifiers: bool,
+    /// A metric's `__type__` says whether it is a counter, not its name.
+    pub type_and_unit_labels: bool,
+}
+
+type Switch = fn(&mut Features) -> &mut bool;
+
+/// The switches by the names that Prometheus's `--enable-feature` has for them.
+const FEATURES: [(&str, Switch); 5] = [
+    ("promql-experimental-functions", |f| &mut f.experimental_functions),
+    ("promql-delayed-name-removal", |f| &mut f.delayed_name_removal),
+    ("promql-extended-range-selectors", |f| &mut f.extended_range_selectors),
+    ("promql-binop-fill-modifiers", |f| &mut f.binop_fill_modifiers),
+    ("type-and-unit-labels", |f| &mut f.type_and_unit_labels),
+];
+
+impl FromStr for Features {
+    type Err = String;
+
+    /// Reads names with commas between them.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut features = Self::default();
+        for name in text.split(',').map(str::trim).filter(|name| !name.is_empty()) {
+            let (_, switch) = FEATURES.iter().find(|(known, _)| *known == name).ok_or_else(|| {
+                let known = FEATURES.map(|(name, _)| name).join(", ");
+                format!("{name:?} is no feature of PromQL; there are {known}")
+            })?;
+            *switch(&mut features) = true;
+        }
+        Ok(features)
+    }
+}
+
+impl fmt::Display for Features {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut copy = *self;
+        let names: Vec<&str> =
+            FEATURES.iter().filter(|(_, switch)| *switch(&mut copy)).map(|(name, _)| *name).collect();
+        f.write_str(&names.join(","))
+    }
 }
 
 /// How one query is evaluated.
@@ -94,5 +140,20 @@ impl EvalOptions {
             return Grid::instant(self.start_ms);
         }
         Grid { start_ms: self.start_ms, end_ms: self.end_ms, step_ms: self.step_ms.max(1) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn features_have_names() {
+        let text = "promql-experimental-functions,promql-extended-range-selectors";
+        let features: Features = text.parse().expect("known names");
+        assert_eq!(features.to_string(), text);
+        assert!(features.experimental_functions && !features.delayed_name_removal);
+        assert_eq!("".parse(), Ok(Features::default()));
+        assert!("promql-x".parse::<Features>().is_err_and(|e| e.contains("promql-delayed-name-removal")));
     }
 }

@@ -5,6 +5,7 @@
 //! its operation needs, a scalar being a row without labels that has a value at every step.
 
 mod build;
+mod duration;
 pub mod ops;
 
 use std::cmp::Ordering;
@@ -14,10 +15,10 @@ use std::sync::Arc;
 
 use datafusion::common::{DFSchema, DFSchemaRef};
 use datafusion::error::Result as DfResult;
-use datafusion::logical_expr::{Expr, Extension, LogicalPlan, UserDefinedLogicalNodeCore};
-use promql_parser::parser;
+use datafusion::logical_expr::{Expr as DfExpr, Extension, LogicalPlan, UserDefinedLogicalNodeCore};
 
-use crate::options::{EvalOptions, Grid};
+use crate::options::{EvalOptions, Features, Grid};
+use crate::parse::ast::Expr;
 use crate::result::ValueType;
 use crate::{QueryError, Result, block};
 use ops::Op;
@@ -42,55 +43,15 @@ pub struct Planned {
 /// # Errors
 /// `BadData` when it is not PromQL.
 pub fn plan(text: &str, options: &EvalOptions) -> Result<Planned> {
-    build::plan(&parse(text)?, options)
+    build::plan(&parse(text, &options.features)?, options)
 }
 
 /// Parses a text.
 ///
 /// # Errors
-/// `BadData` when it is not PromQL or too long to be walked by recursion.
-pub(crate) fn parse(text: &str) -> Result<parser::Expr> {
-    if complexity(text) > COMPLEXITY_MAX {
-        return Err(QueryError::bad_data(format!(
-            "parse error: expression has more than {COMPLEXITY_MAX} operators or levels of parentheses"
-        )));
-    }
-    parser::parse(text).map_err(|e| QueryError::bad_data(format!("parse error: {e}")))
-}
-
-/// Most operators and parentheses of a text that is parsed. The parser and the destructor of its tree recurse, so a long
-/// enough text would overflow the stack before anything could be looked at.
-const COMPLEXITY_MAX: usize = 1000;
-
-/// How many things in a text can make its syntax tree deeper: operators and opened parentheses outside of strings,
-/// matchers and comments.
-fn complexity(text: &str) -> usize {
-    let mut count = 0;
-    let mut in_matchers = false;
-    let mut rest = text.bytes();
-    while let Some(b) = rest.next() {
-        match b {
-            b'\'' | b'"' | b'`' => {
-                while let Some(c) = rest.next() {
-                    if c == b'\\' && b != b'`' {
-                        rest.next();
-                    } else if c == b {
-                        break;
-                    }
-                }
-            }
-            b'#' => drop(rest.by_ref().find(|c| *c == b'\n')),
-            b'{' => in_matchers = true,
-            b'}' => in_matchers = false,
-            b'(' | b'[' | b'+' | b'-' | b'*' | b'/' | b'%' | b'^' | b'<' | b'>' | b'=' | b'!' if !in_matchers => {
-                count += 1
-            }
-            _ => {}
-        }
-    }
-    // Operators that are words stand between blanks or parentheses.
-    let words = text.split(|c: char| !c.is_ascii_alphanumeric());
-    count + words.filter(|w| ["and", "or", "unless", "atan2"].iter().any(|o| w.eq_ignore_ascii_case(o))).count()
+/// `BadData` when it is not PromQL, or nested deeper than [`crate::parse::DEPTH_MAX`].
+pub fn parse(text: &str, features: &Features) -> Result<Expr> {
+    crate::parse::parse(text, features).map_err(|e| QueryError::bad_data(e.describe(text)))
 }
 
 /// One operation of PromQL in a logical plan.
@@ -162,7 +123,7 @@ impl UserDefinedLogicalNodeCore for Node {
         &self.schema
     }
 
-    fn expressions(&self) -> Vec<Expr> {
+    fn expressions(&self) -> Vec<DfExpr> {
         vec![]
     }
 
@@ -170,7 +131,7 @@ impl UserDefinedLogicalNodeCore for Node {
         self.op.explain(&self.grid, f)
     }
 
-    fn with_exprs_and_inputs(&self, _exprs: Vec<Expr>, inputs: Vec<LogicalPlan>) -> DfResult<Self> {
+    fn with_exprs_and_inputs(&self, _exprs: Vec<DfExpr>, inputs: Vec<LogicalPlan>) -> DfResult<Self> {
         Ok(Self { op: self.op.clone(), grid: self.grid, inputs, schema: self.schema.clone() })
     }
 }

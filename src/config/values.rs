@@ -158,6 +158,18 @@ impl Setting for Seconds {
     }
 }
 
+impl Setting for promql::Features {
+    const KIND: &'static str = "names with commas between them";
+
+    fn parse(text: &str) -> Result<Self, String> {
+        text.parse()
+    }
+
+    fn show(&self) -> String {
+        self.to_string()
+    }
+}
+
 /// How long some series are kept: `table{matchers}: duration`, separated by semicolons.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct RetentionRules {

@@ -1,7 +1,6 @@
 //! `query_exemplars`: the exemplars of all series that the selectors of an expression select.
 
 use std::collections::HashSet;
-use std::convert::Infallible;
 use std::sync::Arc;
 
 use arrow::array::AsArray;
@@ -12,10 +11,8 @@ use catalog::{Code, Series};
 use datafusion::physical_plan::execute_stream;
 use engine::{Query, Selection, SeriesScanExec, Stop};
 use futures::TryStreamExt;
-use promql_parser::parser::{Expr, VectorSelector};
-use promql_parser::util::{ExprVisitor, walk_expr};
 
-use super::params::{Form, matchers};
+use super::params::Form;
 use super::reply::Reply;
 use super::{Api, json};
 use crate::error::{QueryError, Result};
@@ -48,15 +45,16 @@ pub(super) async fn query(api: &Api, form: &Form, query: Query) -> Result<Reply>
     if end_ms < start_ms {
         return Err(QueryError::bad_data("end timestamp must not be before start timestamp"));
     }
-    let expr = plan::parse(form.get("query"))?;
-    let selectors = selectors(&expr);
+    let expr = plan::parse(form.get("query"), &api.options.features)?;
+    let mut selectors = Vec::new();
+    expr.selectors(&mut |s| selectors.push(s.matchers.clone()));
     if selectors.is_empty() {
         return Ok(Reply::NoContent);
     }
     let mut found = Vec::new();
     let mut done = HashSet::new();
-    for selector in selectors {
-        let selection = Selection { table: EXEMPLARS.clone(), matchers: matchers(&selector)?, start_ms, end_ms };
+    for matchers in selectors {
+        let selection = Selection { table: EXEMPLARS.clone(), matchers, start_ms, end_ms };
         read(api, (selection, query.stop()), &mut found, &mut done).await?;
     }
     found.sort_by(|a, b| a.series.tags.iter().cmp(b.series.tags.iter()));
@@ -131,41 +129,4 @@ fn write(out: &mut Vec<u8>, found: &Found) {
         out.push(b'}');
     });
     out.push(b'}');
-}
-
-/// All selectors of an expression.
-fn selectors(expr: &Expr) -> Vec<VectorSelector> {
-    struct Collect(Vec<VectorSelector>);
-    impl ExprVisitor for Collect {
-        type Error = Infallible;
-        fn pre_visit(&mut self, expr: &Expr) -> Result<bool, Infallible> {
-            match expr {
-                Expr::VectorSelector(selector) => self.0.push(selector.clone()),
-                Expr::MatrixSelector(selector) => self.0.push(selector.vs.clone()),
-                _ => {}
-            }
-            Ok(true)
-        }
-    }
-    let mut collect = Collect(Vec::new());
-    let Ok(_) = walk_expr(&mut collect, expr);
-    collect.0
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn selectors_of_an_expression() {
-        let check = |query: &str, expected: &[&str]| {
-            let expr = plan::parse(query).expect(query);
-            let names: Vec<_> = selectors(&expr).into_iter().map(|s| s.name.unwrap_or_default()).collect();
-            assert_eq!(names, expected, "{query}");
-        };
-        check("1 + 1", &[]);
-        check("a", &["a"]);
-        check("sum(rate(a[5m])) / on (x) group_left () (b offset 5m) > 2", &["a", "b"]);
-        check("max_over_time(sum(c)[1h:1m])", &["c"]);
-    }
 }

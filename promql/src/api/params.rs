@@ -9,17 +9,15 @@ use std::time::Duration;
 use axum::body::to_bytes;
 use axum::extract::{FromRequest, Request};
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
-use catalog::{MatchOp, Matcher};
+use catalog::Matcher;
 use chrono::DateTime;
 use engine::Reservation;
 use engine::memory::Kind;
-use promql_parser::label::MatchOp as ParsedOp;
-use promql_parser::parser::{Expr, VectorSelector};
 
 use super::Api;
 use super::reply::Failure;
 use crate::error::{QueryError, Result};
-use crate::plan;
+use crate::parse;
 
 /// Longest form body, in bytes: what Go's server accepts.
 const BODY_BYTES_MAX: usize = 10 << 20;
@@ -153,11 +151,7 @@ impl Form {
 
     /// The selectors of all `match[]`, each a list of matchers that must all hold.
     pub(super) fn selectors(&self) -> Result<Vec<Vec<Matcher>>> {
-        let sets: Vec<Vec<Matcher>> = self.all("match[]").map(selector).collect::<Result<_>>()?;
-        if sets.iter().any(|set| set.iter().all(|m| m.matches(""))) {
-            return Err(QueryError::bad_data(MATCHES_EVERYTHING));
-        }
-        Ok(sets)
+        self.all("match[]").map(selector).collect()
     }
 }
 
@@ -242,38 +236,16 @@ pub(super) fn parse_integer(text: &str) -> Result<i64, String> {
     })
 }
 
-/// The matchers of a selector such as `up{job="x"}`.
 /// The matchers of a metric selector such as `up{job="x"}`.
 ///
 /// # Errors
-/// `BadData` when it is none.
-pub fn selector(selector: &str) -> Result<Vec<Matcher>> {
-    let expr = plan::parse(selector).map_err(|e| match e.message.ends_with("at least one non-empty matcher") {
-        true => QueryError::bad_data(MATCHES_EVERYTHING),
-        false => e,
-    })?;
-    match expr {
-        Expr::VectorSelector(selector) if selector.offset.is_none() && selector.at.is_none() => matchers(&selector),
-        other => Err(QueryError::bad_data(format!("expected a metric selector, got {:?}", other.to_string()))),
+/// `BadData` when it is none, or one that every series satisfies.
+pub fn selector(text: &str) -> Result<Vec<Matcher>> {
+    let selector = parse::parse_selector(text).map_err(|e| QueryError::bad_data(e.describe(text)))?;
+    if selector.matchers.iter().all(|m| m.matches("")) {
+        return Err(QueryError::bad_data(MATCHES_EVERYTHING));
     }
-}
-
-/// The matchers of a parsed selector.
-pub(super) fn matchers(selector: &VectorSelector) -> Result<Vec<Matcher>> {
-    if !selector.matchers.or_matchers.is_empty() {
-        return Err(QueryError::bad_data("`or` between matchers is not PromQL"));
-    }
-    let name = selector.name.iter().map(|n| Matcher::new(catalog::tag::METRIC_NAME, MatchOp::Eq, n));
-    let others = selector.matchers.matchers.iter().map(|m| {
-        let op = match m.op {
-            ParsedOp::Equal => MatchOp::Eq,
-            ParsedOp::NotEqual => MatchOp::Ne,
-            ParsedOp::Re(_) => MatchOp::Re,
-            ParsedOp::NotRe(_) => MatchOp::Nre,
-        };
-        Matcher::new(&m.name, op, &m.value)
-    });
-    Ok(name.chain(others).collect::<catalog::Result<_>>()?)
+    Ok(selector.matchers)
 }
 
 /// The label name in a path, where a name that is not `[a-zA-Z_][a-zA-Z0-9_]*` may come as `U__` and its characters

@@ -12,6 +12,7 @@ use super::{Api, json};
 use crate::error::{QueryError, QueryErrorKind, Result};
 use crate::exec::out_of_memory;
 use crate::options::EvalOptions;
+use crate::parse::print::pretty;
 use crate::plan;
 use crate::result::{Data, QueryResult, ValueType};
 
@@ -284,9 +285,9 @@ fn write_stats(out: &mut Vec<u8>, timings: &Timings, result: &QueryResult) {
 }
 
 /// `format_query`: the expression, laid out.
-pub(super) async fn format(form: &Form) -> Result<Reply> {
-    let expr = plan::parse(form.get("query")).map_err(|e| invalid("query", e))?;
-    Ok(Reply::data(|out| json::text(out, &expr.prettify())))
+pub(super) async fn format(api: &Api, form: &Form) -> Result<Reply> {
+    let expr = plan::parse(form.get("query"), &api.options.features).map_err(|e| invalid("query", e))?;
+    Ok(Reply::data(|out| json::text(out, &pretty(&expr))))
 }
 
 #[cfg(test)]

@@ -437,7 +437,7 @@ async fn deleting_series() {
             "match[]=up&start=x",
             "invalid parameter \"start\": invalid time value for 'start': cannot parse \"x\" to a valid timestamp",
         ),
-        ("match[]=up{", "invalid parameter \"match[]\": parse error"),
+        ("match[]=up{", "invalid parameter \"match[]\": 1:4: parse error: unexpected end of input inside braces"),
         ("match[]={}", "invalid parameter \"match[]\": match[] must contain at least one non-empty matcher"),
     ] {
         let (status, body) = delete(text).await;

@@ -1,27 +1,21 @@
 //! The syntax tree to nodes: one match that calls one function per kind.
 
-use std::time::{Duration, SystemTime};
-
 use catalog::tag::METRIC_NAME;
+use catalog::{MatchOp, Matcher};
 use datafusion::logical_expr::LogicalPlan;
 use engine::kernels::RangeFunction;
-use promql_parser::label::{MatchOp, Matchers};
-use promql_parser::parser::token::{self, TokenType};
-use promql_parser::parser::value::ValueType as AstType;
-use promql_parser::parser::{
-    AggregateExpr, AtModifier, BinaryExpr, Call, Expr, LabelModifier, Offset, SubqueryExpr, VectorMatchCardinality,
-    VectorSelector,
-};
 
+use super::duration::{self, Spans};
 use super::ops::{
-    AggregateOp, BinaryOp, Cardinality, Float, HistogramFunction, LabelMatcher, MapFunction, Matching, Op, Reading,
-    Selector, SetOp, Subquery,
+    AggregateOp, BinaryOp, Cardinality, Float, HistogramFunction, MapFunction, Matching, Op, Reading, Selector, SetOp,
+    Subquery,
 };
 use super::{Node, Planned};
 use crate::block::Name;
 use crate::exec::deep;
 use crate::labels::{self, Grouping};
 use crate::options::{EvalOptions, Grid};
+use crate::parse::ast::{self, At, Expr, Kind, Length};
 use crate::result::ValueType;
 use crate::{QueryError, Result};
 
@@ -39,38 +33,27 @@ struct Builder<'a> {
     warnings: Vec<String>,
 }
 
-/// Deepest nesting of expressions that is planned: every level is planned and polled within the one above.
-const DEPTH_MAX: usize = 500;
-
 pub(super) fn plan(expr: &Expr, options: &EvalOptions) -> Result<Planned> {
-    if depth(expr, 0) > DEPTH_MAX {
-        return Err(QueryError::bad_data(format!("expression is nested too deeply: at most {DEPTH_MAX} levels")));
-    }
     let outer = options.grid();
     let mut builder = Builder { options, outer, warnings: Vec::new() };
-    let expr = strip(expr);
-    let value_type = match expr.value_type() {
-        AstType::Scalar => ValueType::Scalar,
-        AstType::Vector => ValueType::Vector,
-        AstType::Matrix => ValueType::Matrix,
-        AstType::String => ValueType::String,
-    };
+    let expr = expr.bare();
+    let value_type = expr.value_type;
     if !options.instant && matches!(value_type, ValueType::Matrix | ValueType::String) {
-        let got = if value_type == ValueType::Matrix { "range vector" } else { "string" };
         return Err(QueryError::bad_data(format!(
-            "invalid expression type \"{got}\" for range query, must be Scalar or instant Vector"
+            "invalid expression type \"{}\" for range query, must be Scalar or instant Vector",
+            value_type.documented()
         )));
     }
     let mut grid = outer;
-    let (plan, text) = match expr {
-        Expr::StringLiteral(s) => (None, Some(s.val.clone())),
-        Expr::MatrixSelector(m) => {
-            let selector = builder.selector(&m.vs, millis(m.range))?;
+    let (plan, text) = match &expr.kind {
+        Kind::Text(text) => (None, Some(text.clone())),
+        Kind::Matrix(m) => {
+            let selector = builder.selector(&m.selector, builder.length(&m.range)?)?;
             (Some(builder.node(Op::Samples(selector), outer, vec![])?), None)
         }
-        Expr::Subquery(s) => {
+        Kind::Subquery(s) => {
             // The one window is the result, and its inner steps are the samples.
-            (grid, _) = builder.subquery_grid(s, outer, RangeFunction::Last);
+            (grid, _) = builder.subquery_grid(s, outer, RangeFunction::Last)?;
             match grid.steps() {
                 0 => (Some(builder.leaf(Op::Nothing, outer)?.plan), None),
                 _ => (Some(builder.expr(&s.expr, grid)?.plan), None),
@@ -79,52 +62,12 @@ pub(super) fn plan(expr: &Expr, options: &EvalOptions) -> Result<Planned> {
         _ => (Some(builder.expr(expr, outer)?.plan), None),
     };
     let plan = match plan {
-        Some(plan) if options.features.delayed_name_removal && !matches!(expr, Expr::MatrixSelector(_)) => {
+        Some(plan) if options.features.delayed_name_removal && !matches!(expr.kind, Kind::Matrix(_)) => {
             Some(builder.node(Op::CleanNames, grid, vec![plan])?)
         }
         plan => plan,
     };
     Ok(Planned { plan, text, value_type, grid, warnings: builder.warnings })
-}
-
-fn depth(expr: &Expr, at: usize) -> usize {
-    if at > DEPTH_MAX {
-        return at;
-    }
-    let at = at + 1;
-    match expr {
-        Expr::Aggregate(a) => depth(&a.expr, at).max(a.param.as_ref().map_or(at, |p| depth(p, at))),
-        Expr::Unary(u) => depth(&u.expr, at),
-        Expr::Binary(b) => depth(&b.lhs, at).max(depth(&b.rhs, at)),
-        Expr::Paren(p) => depth(&p.expr, at),
-        Expr::Subquery(s) => depth(&s.expr, at),
-        Expr::Call(c) => c.args.args.iter().map(|a| depth(a, at)).max().unwrap_or(at),
-        Expr::NumberLiteral(_)
-        | Expr::StringLiteral(_)
-        | Expr::VectorSelector(_)
-        | Expr::MatrixSelector(_)
-        | Expr::Extension(_) => at,
-    }
-}
-
-/// Without parentheses.
-fn strip(mut expr: &Expr) -> &Expr {
-    while let Expr::Paren(p) = expr {
-        expr = &p.expr;
-    }
-    expr
-}
-
-fn millis(d: Duration) -> i64 {
-    i64::try_from(d.as_millis()).unwrap_or(i64::MAX)
-}
-
-fn offset_millis(offset: &Option<Offset>) -> i64 {
-    match offset {
-        None => 0,
-        Some(Offset::Pos(d)) => millis(*d),
-        Some(Offset::Neg(d)) => -millis(*d),
-    }
 }
 
 /// Functions whose result depends on the evaluation time even when their arguments do not.
@@ -147,26 +90,19 @@ fn depends_on_time(function: &str) -> bool {
 
 /// Whether every step gives the same.
 fn is_invariant(expr: &Expr) -> bool {
-    match expr {
-        Expr::VectorSelector(v) => v.at.is_some(),
-        Expr::MatrixSelector(m) => m.vs.at.is_some(),
-        Expr::Subquery(s) => s.at.is_some(),
-        Expr::NumberLiteral(_) | Expr::StringLiteral(_) => true,
-        Expr::Paren(p) => is_invariant(&p.expr),
-        Expr::Unary(u) => is_invariant(&u.expr),
-        Expr::Binary(b) => is_invariant(&b.lhs) && is_invariant(&b.rhs),
-        Expr::Aggregate(a) => is_invariant(&a.expr) && a.param.as_ref().is_none_or(|p| is_invariant(p)),
-        Expr::Call(c) => {
-            let arguments = c.args.args.iter().all(|a| is_invariant(a));
-            match c.func.name {
+    match &expr.kind {
+        Kind::Selector(s) => s.time.at.is_some(),
+        Kind::Matrix(m) => m.selector.time.at.is_some(),
+        Kind::Subquery(s) => s.time.at.is_some(),
+        Kind::Call(c) => {
+            let arguments = c.args.iter().all(is_invariant);
+            match c.function.name {
                 // The time of a sample, unlike that of an evaluation, is the same at every step.
-                "timestamp" => {
-                    arguments && c.args.args.first().is_some_and(|a| matches!(strip(a), Expr::VectorSelector(_)))
-                }
+                "timestamp" => arguments && c.args.first().is_some_and(|a| matches!(a.bare().kind, Kind::Selector(_))),
                 name => arguments && !depends_on_time(name),
             }
         }
-        Expr::Extension(_) => false,
+        _ => expr.children().all(is_invariant),
     }
 }
 
@@ -176,8 +112,8 @@ impl Builder<'_> {
     }
 
     fn expr(&mut self, expr: &Expr, grid: Grid) -> Result<Built> {
-        let expr = strip(expr);
-        if grid.steps() > 1 && is_invariant(expr) && !matches!(expr, Expr::NumberLiteral(_)) {
+        let expr = expr.bare();
+        if grid.steps() > 1 && is_invariant(expr) && !matches!(expr.kind, Kind::Number(_)) {
             let once = self.expr_at(expr, Grid::instant(grid.start_ms))?;
             return Ok(Built { plan: self.node(Op::Repeat, grid, vec![once.plan])?, distinct: once.distinct });
         }
@@ -185,21 +121,16 @@ impl Builder<'_> {
     }
 
     fn expr_at(&mut self, expr: &Expr, grid: Grid) -> Result<Built> {
-        match expr {
-            Expr::NumberLiteral(n) => self.leaf(Op::Number(Float::new(n.val)), grid),
-            Expr::VectorSelector(v) => self.vector_selector(v, grid, Reading::Instant),
-            Expr::Aggregate(a) => self.aggregate(a, grid),
-            Expr::Unary(u) => self.unary(&u.expr, grid),
-            Expr::Binary(b) => self.binary(b, grid),
-            Expr::Call(c) => self.call(c, grid),
-            Expr::Paren(p) => self.expr(&p.expr, grid),
-            Expr::MatrixSelector(_) | Expr::Subquery(_) => {
-                Err(QueryError::bad_data("parse error: a range vector stands where an instant vector or scalar must"))
-            }
-            Expr::StringLiteral(_) => {
-                Err(QueryError::bad_data("parse error: a string stands where an instant vector or scalar must"))
-            }
-            Expr::Extension(_) => Err(QueryError::internal("the parser made an extension node")),
+        match &expr.kind {
+            Kind::Number(n) => self.leaf(Op::Number(Float::new(n.value)), grid),
+            Kind::Selector(v) => self.vector_selector(v, grid, Reading::Instant),
+            Kind::Aggregate(a) => self.aggregate(a, grid),
+            Kind::Unary(u) if u.negative => self.unary(&u.expr, grid),
+            Kind::Unary(u) => self.expr(&u.expr, grid),
+            Kind::Binary(b) => self.binary(b, grid),
+            Kind::Call(c) => self.call(c, grid),
+            Kind::Paren(inner) => self.expr(inner, grid),
+            Kind::Matrix(_) | Kind::Subquery(_) | Kind::Text(_) => Err(unchecked(expr)),
         }
     }
 
@@ -221,30 +152,20 @@ impl Builder<'_> {
         Ok(Built { plan, distinct: self.dropping() == Name::Drop || distinct })
     }
 
-    fn at_millis(&self, at: &Option<AtModifier>) -> Option<i64> {
-        Some(match at.as_ref()? {
-            AtModifier::Start => self.outer.start_ms,
-            AtModifier::End => self.outer.end_ms,
-            AtModifier::At(t) => match t.duration_since(SystemTime::UNIX_EPOCH) {
-                Ok(d) => millis(d),
-                Err(e) => -millis(e.duration()),
-            },
+    fn at_millis(&self, time: &ast::Time) -> Option<i64> {
+        time.at.map(|at| match at {
+            At::Start => self.outer.start_ms,
+            At::End => self.outer.end_ms,
+            At::Time(ms) => ms,
         })
     }
 
-    fn selector(&self, v: &VectorSelector, length_ms: i64) -> Result<Selector> {
-        let mut matchers = Vec::new();
-        if let Some(name) = &v.name {
-            matchers.push(LabelMatcher { name: METRIC_NAME.into(), op: "=".into(), value: name.clone() });
-        }
-        matchers.extend(label_matchers(&v.matchers)?);
-        for m in &matchers {
-            m.compile()?;
-        }
-        Ok(Selector { matchers, length_ms, offset_ms: offset_millis(&v.offset), at_ms: self.at_millis(&v.at) })
+    fn selector(&self, s: &ast::Selector, length_ms: i64) -> Result<Selector> {
+        let offset_ms = self.offset(&s.time)?;
+        Ok(Selector { matchers: s.matchers.clone(), length_ms, offset_ms, at_ms: self.at_millis(&s.time) })
     }
 
-    fn vector_selector(&mut self, v: &VectorSelector, grid: Grid, reading: Reading) -> Result<Built> {
+    fn vector_selector(&mut self, v: &ast::Selector, grid: Grid, reading: Reading) -> Result<Built> {
         let selector = self.selector(v, self.options.lookback_ms)?;
         let distinct = has_one_name(&selector);
         let name = if reading == Reading::Instant { Name::Keep } else { self.dropping() };
@@ -261,28 +182,24 @@ impl Builder<'_> {
         self.renaming(Op::Map { function: MapFunction::Negate, name }, grid, vec![input.plan], input.distinct, false)
     }
 
-    fn aggregate(&mut self, a: &AggregateExpr, grid: Grid) -> Result<Built> {
-        let by = match &a.modifier {
-            None => Grouping { labels: vec![], without: false },
-            Some(LabelModifier::Include(l)) => Grouping { labels: l.labels.clone(), without: false },
-            Some(LabelModifier::Exclude(l)) => Grouping { labels: l.labels.clone(), without: true },
-        };
-        let op = match a.op.id() {
-            token::T_SUM => AggregateOp::Sum,
-            token::T_AVG => AggregateOp::Avg,
-            token::T_MIN => AggregateOp::Min,
-            token::T_MAX => AggregateOp::Max,
-            token::T_COUNT => AggregateOp::Count,
-            token::T_GROUP => AggregateOp::Group,
-            token::T_STDDEV => AggregateOp::Stddev,
-            token::T_STDVAR => AggregateOp::Stdvar,
-            token::T_QUANTILE => AggregateOp::Quantile,
-            token::T_TOPK => AggregateOp::Topk,
-            token::T_BOTTOMK => AggregateOp::Bottomk,
-            token::T_LIMITK => AggregateOp::Limitk,
-            token::T_LIMIT_RATIO => AggregateOp::LimitRatio,
-            token::T_COUNT_VALUES => {
-                let label = text(a.param.as_deref(), "count_values")?;
+    fn aggregate(&mut self, a: &ast::Aggregate, grid: Grid) -> Result<Built> {
+        let by = Grouping { labels: a.labels.clone(), without: a.without };
+        let op = match a.op {
+            ast::AggregateOp::Sum => AggregateOp::Sum,
+            ast::AggregateOp::Avg => AggregateOp::Avg,
+            ast::AggregateOp::Min => AggregateOp::Min,
+            ast::AggregateOp::Max => AggregateOp::Max,
+            ast::AggregateOp::Count => AggregateOp::Count,
+            ast::AggregateOp::Group => AggregateOp::Group,
+            ast::AggregateOp::Stddev => AggregateOp::Stddev,
+            ast::AggregateOp::Stdvar => AggregateOp::Stdvar,
+            ast::AggregateOp::Quantile => AggregateOp::Quantile,
+            ast::AggregateOp::Topk => AggregateOp::Topk,
+            ast::AggregateOp::Bottomk => AggregateOp::Bottomk,
+            ast::AggregateOp::Limitk => AggregateOp::Limitk,
+            ast::AggregateOp::LimitRatio => AggregateOp::LimitRatio,
+            ast::AggregateOp::CountValues => {
+                let label = a.param.as_deref().map(text).transpose()?.unwrap_or_default();
                 if label.is_empty() {
                     return Err(QueryError::execution("invalid label name \"\""));
                 }
@@ -291,72 +208,65 @@ impl Builder<'_> {
                 let plan = self.node(Op::CountValues { label, by }, grid, vec![input.plan])?;
                 return Ok(Built { plan, distinct });
             }
-            _ => return Err(QueryError::internal(format!("unknown aggregation {}", a.op))),
         };
-        if matches!(op, AggregateOp::Limitk | AggregateOp::LimitRatio) && !self.options.features.experimental_functions
-        {
-            return Err(QueryError::bad_data(format!(
-                "parse error: {}() is experimental and must be enabled with --enable-feature=promql-experimental-functions",
-                a.op
-            )));
-        }
         let input = self.expr(&a.expr, grid)?;
         let selects =
             matches!(op, AggregateOp::Topk | AggregateOp::Bottomk | AggregateOp::Limitk | AggregateOp::LimitRatio);
         let distinct = if selects { input.distinct } else { !by.keeps(METRIC_NAME.as_bytes()) };
         let mut inputs = vec![input.plan];
-        if selects || op == AggregateOp::Quantile {
-            let param = a.param.as_deref().ok_or_else(|| {
-                QueryError::bad_data(format!("parse error: no arguments for aggregate expression provided: {}", a.op))
-            })?;
+        if let Some(param) = &a.param {
             inputs.push(self.expr(param, grid)?.plan);
         }
         Ok(Built { plan: self.node(Op::Aggregate { op, by }, grid, inputs)?, distinct })
     }
 
-    fn binary(&mut self, b: &BinaryExpr, grid: Grid) -> Result<Built> {
-        let (left, right) = (self.expr(&b.lhs, grid)?, self.expr(&b.rhs, grid)?);
-        let modifier = b.modifier.clone().unwrap_or_default();
-        let labels = match &modifier.matching {
+    fn binary(&mut self, b: &ast::Binary, grid: Grid) -> Result<Built> {
+        let (left, right) = (self.expr(&b.left, grid)?, self.expr(&b.right, grid)?);
+        let labels = match &b.matching {
             None => Grouping { labels: vec![], without: true },
-            Some(LabelModifier::Include(l)) => Grouping { labels: l.labels.clone(), without: false },
-            Some(LabelModifier::Exclude(l)) => Grouping { labels: l.labels.clone(), without: true },
+            Some(m) => Grouping { labels: m.labels.clone(), without: !m.on },
         };
-        if let Some(op) = set_op(b.op) {
-            let plan = self.node(Op::Set { op, labels }, grid, vec![left.plan, right.plan])?;
-            return Ok(Built { plan, distinct: left.distinct && op != SetOp::Or });
-        }
-        let op = binary_op(b.op)?;
-        let bool = modifier.return_bool;
+        let op = match operator(b.op) {
+            Operator::Set(op) => {
+                let plan = self.node(Op::Set { op, labels }, grid, vec![left.plan, right.plan])?;
+                return Ok(Built { plan, distinct: left.distinct && op != SetOp::Or });
+            }
+            Operator::Value(op) => op,
+            Operator::Trim => {
+                return Err(QueryError::execution(format!("operator {} needs native histograms", b.op.symbol())));
+            }
+        };
+        let bool = b.returns_bool;
         let filters = op.is_comparison() && !bool;
         let name = if filters { Name::Keep } else { self.dropping() };
-        match (b.lhs.value_type(), b.rhs.value_type()) {
-            (AstType::Scalar, AstType::Scalar) => {
+        match (b.left.value_type, b.right.value_type) {
+            (ValueType::Scalar, ValueType::Scalar) => {
                 let plan = self.node(Op::ScalarBinary(op), grid, vec![left.plan, right.plan])?;
                 Ok(Built { plan, distinct: true })
             }
-            (AstType::Vector, AstType::Scalar) => {
+            (_, ValueType::Scalar) => {
                 let op = Op::VectorScalar { op, swapped: false, bool, name };
                 self.vector_scalar(op, grid, left, right, filters)
             }
-            (AstType::Scalar, AstType::Vector) => {
+            (ValueType::Scalar, _) => {
                 let op = Op::VectorScalar { op, swapped: true, bool, name };
                 self.vector_scalar(op, grid, right, left, filters)
             }
             _ => {
                 // Between vectors, arithmetic removes the name at once also when removal is delayed otherwise.
                 let name = if op.is_comparison() { name } else { Name::Drop };
-                let (cardinality, include) = match &modifier.card {
-                    VectorMatchCardinality::ManyToOne(l) => (Cardinality::ManyToOne, l.labels.clone()),
-                    VectorMatchCardinality::OneToMany(l) => (Cardinality::OneToMany, l.labels.clone()),
-                    _ => (Cardinality::OneToOne, vec![]),
+                let matching = b.matching.as_ref().ok_or_else(|| unchecked(&b.left))?;
+                let cardinality = match matching.cardinality {
+                    ast::Cardinality::ManyToOne => Cardinality::ManyToOne,
+                    ast::Cardinality::OneToMany => Cardinality::OneToMany,
+                    ast::Cardinality::OneToOne | ast::Cardinality::ManyToMany => Cardinality::OneToOne,
                 };
                 let matching = Matching {
                     labels,
                     cardinality,
-                    include,
-                    fill_left: modifier.fill_values.lhs.map(Float::new),
-                    fill_right: modifier.fill_values.rhs.map(Float::new),
+                    include: matching.include.clone(),
+                    fill_left: matching.fill_left.map(Float::new),
+                    fill_right: matching.fill_right.map(Float::new),
                 };
                 let plan =
                     self.node(Op::VectorBinary { op, bool, matching, name }, grid, vec![left.plan, right.plan])?;
@@ -374,9 +284,10 @@ impl Builder<'_> {
     }
 
     /// The times at which a subquery's inner expression is evaluated, and its windows.
-    fn subquery_grid(&self, s: &SubqueryExpr, grid: Grid, function: RangeFunction) -> (Grid, Subquery) {
-        let (offset_ms, length_ms, at_ms) = (offset_millis(&s.offset), millis(s.range), self.at_millis(&s.at));
-        let step_ms = s.step.map_or(self.options.default_step_ms, millis).max(1);
+    fn subquery_grid(&self, s: &ast::Subquery, grid: Grid, function: RangeFunction) -> Result<(Grid, Subquery)> {
+        let (offset_ms, length_ms, at_ms) = (self.offset(&s.time)?, self.length(&s.range)?, self.at_millis(&s.time));
+        let step = s.step.as_ref().map(|step| self.length(step)).transpose()?;
+        let step_ms = step.unwrap_or(self.options.default_step_ms).max(1);
         let first = at_ms.unwrap_or(grid.start_ms) - offset_ms;
         let last = at_ms.unwrap_or(grid.time(grid.steps().saturating_sub(1))) - offset_ms;
         // Steps are multiples of the step on the absolute time axis; the window is open on the left.
@@ -386,7 +297,27 @@ impl Builder<'_> {
             start_ms += step_ms;
         }
         let inner = Grid { start_ms, end_ms: last, step_ms };
-        (inner, Subquery { inner, length_ms, offset_ms, at_ms, function })
+        Ok((inner, Subquery { inner, length_ms, offset_ms, at_ms, function }))
+    }
+
+    fn offset(&self, time: &ast::Time) -> Result<i64> {
+        match &time.offset {
+            Length::Fixed(ms) => Ok(*ms),
+            Length::Computed(expr) => duration::evaluate(expr, &self.spans(), true),
+        }
+    }
+
+    fn length(&self, length: &Length) -> Result<i64> {
+        match length {
+            Length::Fixed(ms) => Ok(*ms),
+            Length::Computed(expr) => duration::evaluate(expr, &self.spans(), false),
+        }
+    }
+
+    /// What `step()` and `range()` mean.
+    fn spans(&self) -> Spans {
+        let step_ms = if self.options.instant { 0 } else { self.outer.step_ms };
+        Spans { step_ms, range_ms: self.outer.end_ms - self.outer.start_ms }
     }
 
     /// A function of a range vector.
@@ -397,9 +328,9 @@ impl Builder<'_> {
         for scalar in scalars {
             arguments.push(self.expr(scalar, grid)?.plan);
         }
-        match strip(range) {
-            Expr::MatrixSelector(m) => {
-                let selector = self.selector(&m.vs, millis(m.range))?;
+        match &range.bare().kind {
+            Kind::Matrix(m) => {
+                let selector = self.selector(&m.selector, self.length(&m.range)?)?;
                 let distinct = has_one_name(&selector);
                 let op = Op::Select { selector, reading: Reading::Range(function), name };
                 if keeps {
@@ -407,8 +338,8 @@ impl Builder<'_> {
                 }
                 self.renaming(op, grid, arguments, distinct, true)
             }
-            Expr::Subquery(s) => {
-                let (inner, subquery) = self.subquery_grid(s, grid, function);
+            Kind::Subquery(s) => {
+                let (inner, subquery) = self.subquery_grid(s, grid, function)?;
                 if inner.steps() == 0 {
                     // No inner step falls into any window.
                     return self.leaf(Op::Nothing, grid);
@@ -428,25 +359,19 @@ impl Builder<'_> {
                 }
                 self.renaming(op, grid, inputs, input.distinct, true)
             }
-            other => Err(QueryError::bad_data(format!(
-                "parse error: expected type range vector in call to function, got {}",
-                other.value_type()
-            ))),
+            _ => Err(unchecked(range)),
         }
     }
 
-    fn call(&mut self, c: &Call, grid: Grid) -> Result<Built> {
-        let name = c.func.name;
-        let args: Vec<&Expr> = c.args.args.iter().map(|a| &**a).collect();
+    fn call(&mut self, c: &ast::Call, grid: Grid) -> Result<Built> {
+        let name = c.function.name;
+        let args: Vec<&Expr> = c.args.iter().collect();
         if name.starts_with("sort") && !self.options.instant {
             let text =
                 "PromQL warning: sort is ineffective for range queries since results are always ordered by labels";
             if !self.warnings.iter().any(|w| w == text) {
                 self.warnings.push(text.to_owned());
             }
-        }
-        if c.func.experimental && !self.options.features.experimental_functions {
-            return Err(QueryError::bad_data(format!("parse error: function \"{name}\" is not enabled")));
         }
         if let Some(function) = range_function(name) {
             // The range vector stands last in quantile_over_time only.
@@ -464,14 +389,8 @@ impl Builder<'_> {
             "pi" => self.leaf(Op::Number(Float::new(std::f64::consts::PI)), grid),
             "start" => self.leaf(Op::Number(Float::new(self.outer.start_ms as f64 / 1000.0)), grid),
             "end" => self.leaf(Op::Number(Float::new(self.outer.end_ms as f64 / 1000.0)), grid),
-            "step" => {
-                let step = if self.options.instant { 0 } else { self.outer.step_ms };
-                self.leaf(Op::Number(Float::new(step as f64 / 1000.0)), grid)
-            }
-            "range" => {
-                let range = self.outer.end_ms - self.outer.start_ms;
-                self.leaf(Op::Number(Float::new(range as f64 / 1000.0)), grid)
-            }
+            "step" => self.leaf(Op::Number(Float::new(self.spans().step_ms as f64 / 1000.0)), grid),
+            "range" => self.leaf(Op::Number(Float::new(self.spans().range_ms as f64 / 1000.0)), grid),
             "vector" => Ok(Built { plan: self.expr(first()?, grid)?.plan, distinct: true }),
             "scalar" => {
                 let input = self.expr(first()?, grid)?;
@@ -494,7 +413,7 @@ impl Builder<'_> {
             }
             "sort_by_label" | "sort_by_label_desc" => {
                 let input = self.expr(first()?, grid)?;
-                let labels = args[1..].iter().map(|a| text(Some(a), name)).collect::<Result<Vec<_>>>()?;
+                let labels = args[1..].iter().map(|a| text(a)).collect::<Result<Vec<_>>>()?;
                 let op = Op::SortByLabel { labels, descending: name == "sort_by_label_desc" };
                 Ok(Built { plan: self.node(op, grid, vec![input.plan])?, distinct: input.distinct })
             }
@@ -521,9 +440,9 @@ impl Builder<'_> {
 
     /// A range function whose labels nobody looks at, so that equal ones do no harm.
     fn range_call_keeping(&mut self, function: RangeFunction, range: &Expr, grid: Grid) -> Result<LogicalPlan> {
-        match strip(range) {
-            Expr::MatrixSelector(m) => {
-                let selector = self.selector(&m.vs, millis(m.range))?;
+        match &range.bare().kind {
+            Kind::Matrix(m) => {
+                let selector = self.selector(&m.selector, self.length(&m.range)?)?;
                 let op = Op::Select { selector, reading: Reading::Range(function), name: Name::Keep };
                 self.node(op, grid, vec![])
             }
@@ -533,7 +452,7 @@ impl Builder<'_> {
 
     fn map_call(&mut self, function: MapFunction, args: &[&Expr], grid: Grid) -> Result<Built> {
         if function == MapFunction::Timestamp
-            && let Some(Expr::VectorSelector(v)) = args.first().map(|a| strip(a))
+            && let Some(Kind::Selector(v)) = args.first().map(|a| &a.bare().kind)
         {
             return self.vector_selector(v, grid, Reading::Timestamp);
         }
@@ -558,7 +477,7 @@ impl Builder<'_> {
 
     fn label_replace(&mut self, args: &[&Expr], grid: Grid) -> Result<Built> {
         let input = self.expr(args[0], grid)?;
-        let mut texts = args[1..].iter().map(|a| text(Some(a), "label_replace"));
+        let mut texts = args[1..].iter().map(|a| text(a));
         let mut next = || texts.next().unwrap_or_else(|| Err(missing("label_replace")));
         let (to, replacement, from, pattern) = (next()?, next()?, next()?, next()?);
         if to.is_empty() {
@@ -574,7 +493,7 @@ impl Builder<'_> {
 
     fn label_join(&mut self, args: &[&Expr], grid: Grid) -> Result<Built> {
         let input = self.expr(args[0], grid)?;
-        let texts = args[1..].iter().map(|a| text(Some(a), "label_join")).collect::<Result<Vec<_>>>()?;
+        let texts = args[1..].iter().map(|a| text(a)).collect::<Result<Vec<_>>>()?;
         let [to, separator, from @ ..] = texts.as_slice() else { return Err(missing("label_join")) };
         if let Some(bad) = from.iter().find(|l| l.is_empty()) {
             return Err(QueryError::execution(format!("invalid source label name in label_join(): {bad}")));
@@ -596,88 +515,73 @@ fn missing(function: &str) -> QueryError {
     QueryError::bad_data(format!("parse error: too few arguments in call to \"{function}\""))
 }
 
-fn text(expr: Option<&Expr>, function: &str) -> Result<String> {
-    match expr.map(strip) {
-        Some(Expr::StringLiteral(s)) => Ok(s.val.clone()),
-        _ => Err(QueryError::bad_data(format!("parse error: expected type string in call to \"{function}\""))),
+fn text(expr: &Expr) -> Result<String> {
+    match &expr.bare().kind {
+        Kind::Text(text) => Ok(text.clone()),
+        _ => Err(unchecked(expr)),
     }
 }
 
-/// The matchers of a selector without its name, for plans and for the API's `match[]`.
-pub fn label_matchers(matchers: &Matchers) -> Result<Vec<LabelMatcher>> {
-    if !matchers.or_matchers.is_empty() {
-        return Err(QueryError::bad_data("parse error: unexpected \"or\" in label matching, expected \",\" or \"}\""));
-    }
-    let matchers = matchers.matchers.iter().map(|m| {
-        let (op, value) = match &m.op {
-            MatchOp::Equal => ("=", m.value.clone()),
-            MatchOp::NotEqual => ("!=", m.value.clone()),
-            // The parser escapes braces that Go takes literally; it wraps the pattern as `^(?:pattern)$`.
-            MatchOp::Re(r) => ("=~", unwrapped(r.as_str(), &m.value)),
-            MatchOp::NotRe(r) => ("!~", unwrapped(r.as_str(), &m.value)),
-        };
-        LabelMatcher { name: m.name.clone(), op: op.into(), value }
-    });
-    Ok(matchers.collect())
-}
-
-fn unwrapped(wrapped: &str, original: &str) -> String {
-    wrapped.strip_prefix("^(?:").and_then(|w| w.strip_suffix(")$")).unwrap_or(original).to_owned()
+/// Something that the check of types lets nobody plan.
+fn unchecked(expr: &Expr) -> QueryError {
+    QueryError::internal(format!("{} stands where it must not: {expr}", expr.value_type.documented()))
 }
 
 /// Whether all series have the same name.
 fn has_one_name(selector: &Selector) -> bool {
-    selector.matchers.iter().any(|m| m.name == METRIC_NAME && m.op == "=")
+    selector.matchers.iter().any(|m| m.name() == METRIC_NAME && m.op() == MatchOp::Eq)
 }
 
 /// The labels that `absent` can tell: those of `=` matchers of which there is one for the label.
 fn absent_labels(expr: &Expr) -> Vec<u8> {
-    let matchers = match strip(expr) {
-        Expr::VectorSelector(v) => &v.matchers.matchers,
-        Expr::MatrixSelector(m) => &m.vs.matchers.matchers,
+    let matchers: &[Matcher] = match &expr.bare().kind {
+        Kind::Selector(s) => &s.matchers,
+        Kind::Matrix(m) => &m.selector.matchers,
         _ => return Vec::new(),
     };
     let mut out = Vec::new();
     let mut seen: Vec<&str> = Vec::new();
-    for m in matchers.iter().filter(|m| m.name != METRIC_NAME) {
-        let first = !seen.contains(&m.name.as_str());
-        let equal = m.op == MatchOp::Equal;
-        let value = if equal && first { m.value.as_str() } else { "" };
+    for m in matchers.iter().filter(|m| m.name() != METRIC_NAME) {
+        let first = !seen.contains(&m.name());
+        let equal = m.op() == MatchOp::Eq;
+        let value = if equal && first { m.value() } else { "" };
         let mut next = Vec::new();
-        labels::set(&out, &m.name, value, &mut next);
+        labels::set(&out, m.name(), value, &mut next);
         out = next;
         if equal {
-            seen.push(&m.name);
+            seen.push(m.name());
         }
     }
     out
 }
 
-fn set_op(op: TokenType) -> Option<SetOp> {
-    match op.id() {
-        token::T_LAND => Some(SetOp::And),
-        token::T_LOR => Some(SetOp::Or),
-        token::T_LUNLESS => Some(SetOp::Unless),
-        _ => None,
-    }
+/// Operators by how they are evaluated.
+enum Operator {
+    Value(BinaryOp),
+    Set(SetOp),
+    Trim,
 }
 
-fn binary_op(op: TokenType) -> Result<BinaryOp> {
-    Ok(match op.id() {
-        token::T_ADD => BinaryOp::Add,
-        token::T_SUB => BinaryOp::Sub,
-        token::T_MUL => BinaryOp::Mul,
-        token::T_DIV => BinaryOp::Div,
-        token::T_MOD => BinaryOp::Mod,
-        token::T_POW => BinaryOp::Pow,
-        token::T_ATAN2 => BinaryOp::Atan2,
-        token::T_EQLC => BinaryOp::Eq,
-        token::T_NEQ => BinaryOp::Ne,
-        token::T_LSS => BinaryOp::Lt,
-        token::T_LTE => BinaryOp::Le,
-        token::T_GTR => BinaryOp::Gt,
-        token::T_GTE => BinaryOp::Ge,
-        _ => return Err(QueryError::bad_data(format!("parse error: unknown operator \"{op}\""))),
+fn operator(op: ast::Operator) -> Operator {
+    use ast::Operator as O;
+    Operator::Value(match op {
+        O::Add => BinaryOp::Add,
+        O::Sub => BinaryOp::Sub,
+        O::Mul => BinaryOp::Mul,
+        O::Div => BinaryOp::Div,
+        O::Mod => BinaryOp::Mod,
+        O::Pow => BinaryOp::Pow,
+        O::Atan2 => BinaryOp::Atan2,
+        O::Eq => BinaryOp::Eq,
+        O::Ne => BinaryOp::Ne,
+        O::Lt => BinaryOp::Lt,
+        O::Le => BinaryOp::Le,
+        O::Gt => BinaryOp::Gt,
+        O::Ge => BinaryOp::Ge,
+        O::And => return Operator::Set(SetOp::And),
+        O::Or => return Operator::Set(SetOp::Or),
+        O::Unless => return Operator::Set(SetOp::Unless),
+        O::TrimUpper | O::TrimLower => return Operator::Trim,
     })
 }
 

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::hash::{Hash, Hasher};
 
-use catalog::{MatchOp, Matcher};
+use catalog::Matcher;
 use engine::kernels::{RangeFunction, Windows};
 use serde::{Deserialize, Serialize};
 
@@ -48,38 +48,11 @@ impl PartialOrd for Float {
     }
 }
 
-/// A matcher as data.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Serialize, Deserialize)]
-pub struct LabelMatcher {
-    /// The label.
-    pub name: String,
-    /// `=`, `!=`, `=~` or `!~`.
-    pub op: String,
-    /// The value or pattern.
-    pub value: String,
-}
-
-impl LabelMatcher {
-    /// The matcher that it describes.
-    ///
-    /// # Errors
-    /// `Invalid` when the pattern does not compile.
-    pub fn compile(&self) -> catalog::Result<Matcher> {
-        let op = match self.op.as_str() {
-            "=" => MatchOp::Eq,
-            "!=" => MatchOp::Ne,
-            "=~" => MatchOp::Re,
-            _ => MatchOp::Nre,
-        };
-        Matcher::new(&self.name, op, &self.value)
-    }
-}
-
 /// Which samples a selector reads and when it looks at them.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Serialize, Deserialize)]
 pub struct Selector {
     /// All must hold.
-    pub matchers: Vec<LabelMatcher>,
+    pub matchers: Vec<Matcher>,
     /// How far back each evaluation looks: the lookback or the range.
     pub length_ms: i64,
     /// How much earlier than the evaluation time it looks.
@@ -516,7 +489,7 @@ fn grouping(g: &Grouping) -> String {
 fn explain_selector(selector: &Selector, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     f.write_str("{")?;
     for (i, m) in selector.matchers.iter().enumerate() {
-        write!(f, "{}{}{}{:?}", if i > 0 { ", " } else { "" }, m.name, m.op, m.value)?;
+        write!(f, "{}{}{}{:?}", if i > 0 { ", " } else { "" }, m.name(), m.op().symbol(), m.value())?;
     }
     write!(f, "}}[{}ms]", selector.length_ms)?;
     if selector.offset_ms != 0 {

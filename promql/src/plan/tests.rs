@@ -53,14 +53,29 @@ PromSubquery: Max [60000ms:10000ms] steps=5
 #[test]
 fn errors_say_what_is_wrong() {
     check_error("m[5m]", "invalid expression type \"range vector\" for range query, must be Scalar or instant Vector");
-    check_error("sum(", "parse error");
-    check_error("mad_over_time(m[5m])", "function \"mad_over_time\" is not enabled");
-    check_error("{a=\"b\" or c=\"d\"}", "unexpected \"or\"");
-    check_error(&format!("{}1{}", "(".repeat(600), ")".repeat(600)), "nested too deeply");
-    check_error(&format!("{}1{}", "(".repeat(100_000), ")".repeat(100_000)), "more than 1000 operators");
-    check_error(&format!("{}1", "-".repeat(100_000)), "more than 1000 operators");
-    check_error(&format!("1{}", " or 1".repeat(100_000)), "more than 1000 operators");
-    check_error(&format!("1{}", "+1".repeat(900)), "nested too deeply");
+    check_error("\"m\"", "invalid expression type \"string\" for range query, must be Scalar or instant Vector");
+    check_error("sum(", "1:5: parse error: unclosed left parenthesis");
+    check_error("m[step() - 20]", "2:13: duration must be greater than 0");
+    check_error("m offset (1 / (range() - 1m))", "10:28: division by zero");
+    check_error(&format!("1{}", "+1".repeat(900)), "nested too deeply: at most 512 levels");
     let long = format!("m{{a=~\"{}\"}} # {}", "a-b|(c)".repeat(2000), "-".repeat(2000));
     assert!(plan(&long, &EvalOptions::instant(0)).is_ok());
+}
+
+#[test]
+fn durations_are_computed() {
+    check(
+        "rate(m[step() * 4] offset -(range() / 2))",
+        "
+PromSelect: Rate {__name__=\"m\"}[60000ms] offset -30000ms steps=5
+",
+    );
+    check(
+        "max_over_time(m[max_of(1m, 2 * step()):min_of(10s, range())] @ start())",
+        "
+PromRepeat:  steps=5
+  PromSubquery: Max [60000ms:10000ms] steps=1
+    PromSelect: Instant {__name__=\"m\"}[300000ms] steps=6
+",
+    );
 }

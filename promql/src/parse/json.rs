@@ -1,0 +1,137 @@
+//! Syntax trees as JSON, in the form of the Prometheus API.
+
+use catalog::Matcher;
+use serde_json::{Value, json};
+
+use super::ast::{At, DurationExpr, DurationKind, Expr, Kind, Length, Number, Selector, Time};
+use super::go;
+use crate::exec::deep;
+
+/// The tree as JSON.
+pub fn tree(expr: &Expr) -> Value {
+    deep(|| match &expr.kind {
+        Kind::Number(n) => json!({"type": "numberLiteral", "val": go::plain_float(n.value)}),
+        Kind::Text(text) => json!({"type": "stringLiteral", "val": text}),
+        Kind::Selector(s) => selector("vectorSelector", s),
+        Kind::Matrix(m) => {
+            let mut value = selector("matrixSelector", &m.selector);
+            value["range"] = millis(&m.range);
+            value["rangeExpr"] = computed(&m.range);
+            value
+        }
+        Kind::Subquery(s) => json!({
+            "type": "subquery",
+            "expr": tree(&s.expr),
+            "range": millis(&s.range),
+            "rangeExpr": computed(&s.range),
+            "offset": millis(&s.time.offset),
+            "offsetExpr": computed(&s.time.offset),
+            "step": s.step.as_ref().map_or(json!(0), millis),
+            "stepExpr": s.step.as_ref().map_or(Value::Null, computed),
+            "timestamp": timestamp(&s.time),
+            "startOrEnd": boundary(&s.time),
+        }),
+        Kind::Call(c) => json!({
+            "type": "call",
+            "func": {
+                "name": c.function.name,
+                "argTypes": c.function.args.iter().map(|t| t.name()).collect::<Vec<_>>(),
+                "variadic": c.function.variadic,
+                "returnType": c.function.returns.name(),
+            },
+            "args": c.args.iter().map(tree).collect::<Vec<_>>(),
+        }),
+        Kind::Aggregate(a) => json!({
+            "type": "aggregation",
+            "op": a.op.name(),
+            "expr": tree(&a.expr),
+            "param": a.param.as_deref().map(tree),
+            "grouping": a.labels,
+            "without": a.without,
+        }),
+        Kind::Unary(u) => json!({
+            "type": "unaryExpr",
+            "op": if u.negative { "-" } else { "+" },
+            "expr": tree(&u.expr),
+        }),
+        Kind::Binary(b) => json!({
+            "type": "binaryExpr",
+            "op": b.op.symbol(),
+            "lhs": tree(&b.left),
+            "rhs": tree(&b.right),
+            "matching": b.matching.as_ref().map(|m| json!({
+                "card": m.cardinality.name(),
+                "labels": m.labels,
+                "on": m.on,
+                "include": m.include,
+                "fillValues": {"lhs": m.fill_left, "rhs": m.fill_right},
+            })),
+            "bool": b.returns_bool,
+        }),
+        Kind::Paren(inner) => json!({"type": "parenExpr", "expr": tree(inner)}),
+    })
+}
+
+fn selector(kind: &str, s: &Selector) -> Value {
+    use super::ast::Edges;
+    json!({
+        "type": kind,
+        "name": s.name.as_deref().unwrap_or(""),
+        "offset": millis(&s.time.offset),
+        "offsetExpr": computed(&s.time.offset),
+        "matchers": s.matchers.iter().map(matcher).collect::<Vec<_>>(),
+        "timestamp": timestamp(&s.time),
+        "startOrEnd": boundary(&s.time),
+        "anchored": s.edges == Some(Edges::Anchored),
+        "smoothed": s.edges == Some(Edges::Smoothed),
+    })
+}
+
+fn matcher(m: &Matcher) -> Value {
+    json!({"name": m.name(), "value": m.value(), "type": m.op().symbol()})
+}
+
+fn millis(length: &Length) -> Value {
+    match length {
+        Length::Fixed(ms) => json!(ms),
+        Length::Computed(_) => json!(0),
+    }
+}
+
+fn computed(length: &Length) -> Value {
+    match length {
+        Length::Fixed(_) => Value::Null,
+        Length::Computed(expr) => duration(expr),
+    }
+}
+
+fn duration(expr: &DurationExpr) -> Value {
+    deep(|| {
+        let node = |op: &str, left: Value, right: Value| json!({"type": "durationExpr", "op": op, "lhs": left, "rhs": right, "wrapped": expr.wrapped});
+        match &expr.kind {
+            DurationKind::Number(Number { value, duration }) => {
+                json!({"type": "numberLiteral", "val": go::plain_float(*value), "duration": duration})
+            }
+            DurationKind::Step => node("step", Value::Null, Value::Null),
+            DurationKind::Range => node("range", Value::Null, Value::Null),
+            DurationKind::Plus(inner) => node("+", Value::Null, duration(inner)),
+            DurationKind::Minus(inner) => node("-", Value::Null, duration(inner)),
+            DurationKind::Binary(op, left, right) => node(op.symbol(), duration(left), duration(right)),
+        }
+    })
+}
+
+fn timestamp(time: &Time) -> Option<i64> {
+    match time.at {
+        Some(At::Time(ms)) => Some(ms),
+        _ => None,
+    }
+}
+
+fn boundary(time: &Time) -> Option<&'static str> {
+    match time.at {
+        Some(At::Start) => Some("start"),
+        Some(At::End) => Some("end"),
+        _ => None,
+    }
+}
