@@ -3,7 +3,8 @@
 //! `load STEP` and indented series write samples from the epoch on; `eval instant at T EXPR`, `eval range from A to B
 //! step C EXPR` and their `eval_ordered` and `eval_fail` forms ask, with the expected series indented below; `clear`
 //! starts over with an empty server. Within an `eval`, lines such as `expect fail`, `expect ordered`, `expect string
-//! "x"` say more. Native histograms (`{{...}}`) aren't read: an evaluation that needs them is listed as skipped.
+//! "x"` or `expect warn msg: ...` say more. Native histograms (`{{...}}`) aren't read: an evaluation that needs them is
+//! listed as skipped. The servers have all features of the language on.
 //!
 //! Every script runs twice: with all data in memory, and with a flush after each load.
 
@@ -12,7 +13,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::harness::{Series, Server};
+use crate::harness::{Down, Series, Server, Setup};
 
 #[derive(Debug)]
 enum Command {
@@ -33,6 +34,8 @@ struct Eval {
     /// Sorted labels, and one value or gap for each step.
     expected: Vec<(Labels, Vec<Option<f64>>)>,
     skipped: Option<String>,
+    /// Warnings and infos that must be told, each with the kind of list that it is in.
+    notes: Vec<(&'static str, String)>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -58,10 +61,10 @@ fn scripts_hold() {
         let text = std::fs::read_to_string(file).expect("a readable script");
         let commands = parse(&text).unwrap_or_else(|e| panic!("{name}: {e}"));
         for flushing in [false, true] {
-            let mut server = Server::start();
+            let mut server = start();
             for command in &commands {
                 match command {
-                    Command::Clear => server = Server::start(),
+                    Command::Clear => server = start(),
                     Command::Load(series) => {
                         server.write(series);
                         if flushing {
@@ -86,6 +89,14 @@ fn scripts_hold() {
     assert!(failures.is_empty(), "evaluations that do not hold:\n{failures}");
 }
 
+/// A server with all of the language.
+fn start() -> Server {
+    let features = "promql-experimental-functions,promql-delayed-name-removal,promql-extended-range-selectors,\
+                    promql-binop-fill-modifiers";
+    let environment = vec![("THALWEG_PROMQL_FEATURES".to_owned(), features.to_owned())];
+    Down::new(Setup { environment, ..Setup::default() }).start()
+}
+
 fn check(server: &Server, eval: &Eval) -> Result<(), String> {
     let seconds = |ms: i64| format!("{}", ms as f64 / 1000.0);
     let mut form = vec![("query", eval.expression.clone())];
@@ -107,6 +118,12 @@ fn check(server: &Server, eval: &Eval) -> Result<(), String> {
         (Some(text), Some(error)) if error.contains(text.as_str()) => return Ok(()),
         (Some(text), error) => return Err(format!("expected an error with {text:?}, got {error:?}")),
         (None, Some(error)) => return Err(error.to_owned()),
+    }
+    for (list, note) in &eval.notes {
+        let told = answer[list].as_array().into_iter().flatten();
+        if !told.filter_map(Value::as_str).any(|told| told == note) {
+            return Err(format!("expected in {list}: {note:?}, got {}", answer[list]));
+        }
     }
     let result = &answer["data"]["result"];
     match answer["data"]["resultType"].as_str().unwrap_or_default() {
@@ -269,6 +286,7 @@ fn eval(line: usize, head: &str, body: &[&str]) -> Result<Eval, String> {
         scalar: None,
         expected: Vec::new(),
         skipped: None,
+        notes: Vec::new(),
     };
     for line in body {
         if let Some(rest) = line.strip_prefix("expect ").or_else(|| line.strip_prefix("expected_fail_message ")) {
@@ -304,7 +322,10 @@ fn expectation(eval: &mut Eval, line: &str, rest: &str) {
         }
         "ordered" => eval.ordered = true,
         "string" => eval.text = quoted(argument).map(|(text, _)| text),
-        // Annotations are checked by the unit tests of the evaluation.
+        "warn" | "info" => {
+            let list = if what == "warn" { "warnings" } else { "infos" };
+            eval.notes.push((list, argument.strip_prefix("msg:").unwrap_or_default().trim().to_owned()));
+        }
         _ => {}
     }
 }

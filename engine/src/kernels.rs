@@ -8,6 +8,10 @@
 //!
 //! Kernels of ranges expect series without stale markers ([`without_stale`]); [`instant`] understands them.
 
+mod edges;
+
+pub use edges::{Edges, Reach, range_with_edges, samples_with_edges, smoothed};
+
 /// The NaN that says that a series ended. Any other NaN is a value.
 pub const STALE_NAN: u64 = 0x7ff0_0000_0000_0002;
 

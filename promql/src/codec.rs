@@ -14,12 +14,13 @@ use serde::{Deserialize, Serialize};
 use crate::QueryError;
 use crate::exec::{NodeExec, SeriesLabels};
 use crate::options::Grid;
-use crate::plan::ops::Op;
+use crate::plan::ops::{Op, Place};
 
 #[derive(Serialize, Deserialize)]
 struct Encoded {
     op: Op,
     grid: Grid,
+    place: Place,
     labels: Option<Vec<Vec<u8>>>,
 }
 
@@ -39,9 +40,9 @@ impl PhysicalExtensionCodec for Codec {
         _context: &TaskContext,
         _converter: &dyn PhysicalProtoConverterExtension,
     ) -> DfResult<Arc<dyn ExecutionPlan>> {
-        let Encoded { op, grid, labels } = serde_json::from_slice(bytes).map_err(|e| failed("reading", e))?;
+        let Encoded { op, grid, place, labels } = serde_json::from_slice(bytes).map_err(|e| failed("reading", e))?;
         let labels = labels.map(|l| SeriesLabels::List(l.into()));
-        Ok(Arc::new(NodeExec::new(op, grid, inputs.to_vec(), labels)))
+        Ok(Arc::new(NodeExec::new(op, grid, place, inputs.to_vec(), labels)))
     }
 
     fn try_encode(
@@ -55,7 +56,7 @@ impl PhysicalExtensionCodec for Codec {
             Some(SeriesLabels::List(list)) => Some(list.to_vec()),
             _ => None,
         };
-        let encoded = Encoded { op: node.op.clone(), grid: node.grid, labels };
+        let encoded = Encoded { op: node.op.clone(), grid: node.grid, place: node.place, labels };
         serde_json::to_writer(bytes, &encoded).map_err(|e| failed("writing", e))
     }
 }

@@ -7,7 +7,9 @@
 mod aggregate;
 mod binary;
 mod histogram;
+mod info;
 mod map;
+mod notes;
 mod order;
 mod relabel;
 mod run;
@@ -17,7 +19,6 @@ mod topk;
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::task::Poll;
 
 use arrow::array::{Array, RecordBatch};
@@ -39,14 +40,14 @@ use engine::query::Pace;
 use engine::{SeriesScanExec, SeriesSet, Stop};
 use futures::stream::{self, BoxStream};
 use futures::{Stream, StreamExt, TryStreamExt};
-use parking_lot::Mutex;
 
 use crate::QueryError;
 use crate::block::{self, BlockBuilder};
 use crate::options::Grid;
-use crate::plan::ops::Op;
+use crate::plan::ops::{Op, Place};
 use crate::result::Block;
 
+pub use notes::Notes;
 pub(crate) use run::out_of_memory;
 pub use run::{Planner, query};
 
@@ -58,67 +59,6 @@ pub fn runs_schema() -> SchemaRef {
         Field::new("times", list(DataType::Int64), false),
         Field::new("values", list(DataType::Float64), false),
     ]))
-}
-
-/// What a query says besides its result, and what it has used.
-#[derive(Debug, Default)]
-pub struct Notes {
-    warnings: Mutex<Vec<String>>,
-    infos: Mutex<Vec<String>>,
-    /// Samples read.
-    pub samples: AtomicU64,
-    /// Series selected.
-    pub series: AtomicU64,
-    held: AtomicUsize,
-    limit: AtomicUsize,
-}
-
-impl Notes {
-    /// For a query that may hold this many samples.
-    pub fn new(limit: usize) -> Self {
-        Self { limit: AtomicUsize::new(limit), ..Self::default() }
-    }
-
-    /// Adds a warning, once.
-    pub fn warn(&self, text: String) {
-        let mut warnings = self.warnings.lock();
-        if !warnings.contains(&text) {
-            warnings.push(text);
-        }
-    }
-
-    /// Adds an info, once.
-    pub fn info(&self, text: String) {
-        let mut infos = self.infos.lock();
-        if !infos.contains(&text) {
-            infos.push(text);
-        }
-    }
-
-    /// Warns of a quantile that none is.
-    fn check_quantile(&self, q: &[f64]) {
-        if let Some(bad) = q.iter().find(|q| !(0.0..=1.0).contains(*q)) {
-            let bad = topk::go_float(*bad);
-            self.warn(format!("PromQL warning: quantile value should be between 0 and 1, got {bad}"));
-        }
-    }
-
-    /// The warnings and the infos.
-    pub fn take(&self) -> (Vec<String>, Vec<String>) {
-        (std::mem::take(&mut self.warnings.lock()), std::mem::take(&mut self.infos.lock()))
-    }
-
-    /// Counts samples that are held in memory until the query ends.
-    fn hold(&self, samples: usize) -> Result<(), QueryError> {
-        let held = self.held.fetch_add(samples, Ordering::Relaxed) + samples;
-        let limit = self.limit.load(Ordering::Relaxed);
-        if limit > 0 && held > limit {
-            return Err(QueryError::execution(
-                "query processing would load too many samples into memory in query execution",
-            ));
-        }
-        Ok(())
-    }
 }
 
 fn notes(context: &TaskContext) -> Arc<Notes> {
@@ -148,6 +88,7 @@ impl SeriesLabels {
 pub struct NodeExec {
     pub(crate) op: Op,
     pub(crate) grid: Grid,
+    pub(crate) place: Place,
     pub(crate) inputs: Vec<Arc<dyn ExecutionPlan>>,
     pub(crate) labels: Option<SeriesLabels>,
     schema: SchemaRef,
@@ -157,7 +98,13 @@ pub struct NodeExec {
 
 impl NodeExec {
     /// An operation over inputs. Those that read series have the scan of them as input 0.
-    pub fn new(op: Op, grid: Grid, inputs: Vec<Arc<dyn ExecutionPlan>>, labels: Option<SeriesLabels>) -> Self {
+    pub fn new(
+        op: Op,
+        grid: Grid,
+        place: Place,
+        inputs: Vec<Arc<dyn ExecutionPlan>>,
+        labels: Option<SeriesLabels>,
+    ) -> Self {
         let schema = match op {
             Op::Samples(_) => runs_schema(),
             _ => block::schema(grid.steps()),
@@ -176,7 +123,7 @@ impl NodeExec {
             let scan = inputs.first()?.downcast_ref::<SeriesScanExec>()?;
             Some(SeriesLabels::Set(scan.set().clone()))
         });
-        Self { op, grid, inputs, labels, schema, properties, metrics: ExecutionPlanMetricsSet::new() }
+        Self { op, grid, place, inputs, labels, schema, properties, metrics: ExecutionPlanMetricsSet::new() }
     }
 }
 
@@ -229,13 +176,14 @@ impl ExecutionPlan for NodeExec {
     }
 
     fn with_new_children(self: Arc<Self>, children: Vec<Arc<dyn ExecutionPlan>>) -> DfResult<Arc<dyn ExecutionPlan>> {
-        Ok(Arc::new(Self::new(self.op.clone(), self.grid, children, self.labels.clone())))
+        Ok(Arc::new(Self::new(self.op.clone(), self.grid, self.place, children, self.labels.clone())))
     }
 
     fn execute(&self, partition: usize, context: Arc<TaskContext>) -> DfResult<SendableRecordBatchStream> {
         let work = Work {
             op: self.op.clone(),
             grid: self.grid,
+            place: self.place,
             inputs: self.inputs.clone(),
             schema: self.schema.clone(),
             notes: notes(&context),
@@ -280,6 +228,8 @@ type Batches = BoxStream<'static, DfResult<RecordBatch>>;
 struct Work {
     op: Op,
     grid: Grid,
+    /// What the notes of this node are about.
+    place: Place,
     inputs: Vec<Arc<dyn ExecutionPlan>>,
     schema: SchemaRef,
     notes: Arc<Notes>,
@@ -302,6 +252,7 @@ impl Work {
                 }
                 Op::Time => vec![self.scalar(|step| self.grid.time(step) as f64 / 1000.0)?],
                 Op::Histogram { .. } => histogram::execute(&self).await?,
+                Op::Info { .. } => info::execute(&self).await?,
                 Op::Absent { .. } | Op::Scalar => order::presence(&self).await?,
                 Op::Sort { .. } | Op::SortByLabel { .. } => order::sort(&self).await?,
                 Op::Aggregate { .. } => aggregate::execute(&self).await?,

@@ -18,10 +18,11 @@ use datafusion::error::Result as DfResult;
 use datafusion::logical_expr::{Expr as DfExpr, Extension, LogicalPlan, UserDefinedLogicalNodeCore};
 
 use crate::options::{EvalOptions, Features, Grid};
+use crate::parse::Position;
 use crate::parse::ast::Expr;
 use crate::result::ValueType;
 use crate::{QueryError, Result, block};
-use ops::Op;
+use ops::{Op, Place};
 
 /// A plan and what its output means.
 #[derive(Debug, Clone)]
@@ -34,8 +35,8 @@ pub struct Planned {
     pub value_type: ValueType,
     /// The times that the plan's output is for. Differs from the query's own for a subquery as the result.
     pub grid: Grid,
-    /// What planning has to warn of.
-    pub warnings: Vec<String>,
+    /// What planning has to warn of, and where.
+    pub warnings: Vec<(Position, String)>,
 }
 
 /// Plans a text.
@@ -43,7 +44,7 @@ pub struct Planned {
 /// # Errors
 /// `BadData` when it is not PromQL.
 pub fn plan(text: &str, options: &EvalOptions) -> Result<Planned> {
-    build::plan(&parse(text, &options.features)?, options)
+    build::plan(text, &parse(text, &options.features)?, options)
 }
 
 /// Parses a text.
@@ -61,6 +62,8 @@ pub struct Node {
     pub op: Op,
     /// The times of its output.
     pub grid: Grid,
+    /// What its notes are about.
+    pub place: Place,
     /// Its inputs.
     pub inputs: Vec<LogicalPlan>,
     schema: DFSchemaRef,
@@ -71,13 +74,13 @@ impl Node {
     ///
     /// # Errors
     /// None that valid input can cause.
-    pub fn try_new(op: Op, grid: Grid, inputs: Vec<LogicalPlan>) -> DfResult<Self> {
+    pub fn try_new(op: Op, grid: Grid, place: Place, inputs: Vec<LogicalPlan>) -> DfResult<Self> {
         let schema = match op {
             Op::Samples(_) => crate::exec::runs_schema(),
             _ => block::schema(grid.steps()),
         };
         let schema = Arc::new(DFSchema::try_from(schema)?);
-        Ok(Self { op, grid, inputs, schema })
+        Ok(Self { op, grid, place, inputs, schema })
     }
 
     /// It as a plan.
@@ -85,8 +88,8 @@ impl Node {
         LogicalPlan::Extension(Extension { node: Arc::new(self) })
     }
 
-    fn key(&self) -> (&Op, &Grid, &Vec<LogicalPlan>) {
-        (&self.op, &self.grid, &self.inputs)
+    fn key(&self) -> (&Op, &Grid, &Place, &Vec<LogicalPlan>) {
+        (&self.op, &self.grid, &self.place, &self.inputs)
     }
 }
 
@@ -132,7 +135,7 @@ impl UserDefinedLogicalNodeCore for Node {
     }
 
     fn with_exprs_and_inputs(&self, _exprs: Vec<DfExpr>, inputs: Vec<LogicalPlan>) -> DfResult<Self> {
-        Ok(Self { op: self.op.clone(), grid: self.grid, inputs, schema: self.schema.clone() })
+        Ok(Self { op: self.op.clone(), grid: self.grid, place: self.place, inputs, schema: self.schema.clone() })
     }
 }
 

@@ -47,7 +47,7 @@ pub(super) async fn query(api: &Api, form: &Form, query: Query) -> Result<Reply>
     }
     let expr = plan::parse(form.get("query"), &api.options.features)?;
     let mut selectors = Vec::new();
-    expr.selectors(&mut |s| selectors.push(s.matchers.clone()));
+    expr.selectors(&mut |s| selectors.push(s.selection()));
     if selectors.is_empty() {
         return Ok(Reply::NoContent);
     }

@@ -245,7 +245,7 @@ pub fn selector(text: &str) -> Result<Vec<Matcher>> {
     if selector.matchers.iter().all(|m| m.matches("")) {
         return Err(QueryError::bad_data(MATCHES_EVERYTHING));
     }
-    Ok(selector.matchers)
+    Ok(selector.selection())
 }
 
 /// The label name in a path, where a name that is not `[a-zA-Z_][a-zA-Z0-9_]*` may come as `U__` and its characters

@@ -4,10 +4,12 @@ use arrow::array::RecordBatch;
 use datafusion::error::Result as DfResult;
 use hashbrown::HashMap;
 
+use super::notes::Forced;
 use super::relabel::Merger;
 use super::{Work, cost, internal};
 use crate::block::{Name, Row};
 use crate::labels;
+use crate::parse::go;
 use crate::plan::ops::{HistogramFunction, Op};
 
 /// One bucket: upper bound and count of observations up to it.
@@ -25,8 +27,8 @@ pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
         scalars.push(work.scalar_input(input).await?);
     }
     let blocks = work.blocks(buckets_input).await?;
-    if *function == HistogramFunction::Quantile {
-        work.notes.check_quantile(&scalars[0]);
+    if *function != HistogramFunction::Fraction {
+        scalars.iter().for_each(|q| work.notes.check_quantile(work.place.param, q));
     }
 
     // Series of one histogram, by their labels without `le`.
@@ -34,12 +36,21 @@ pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
     let mut order: Vec<Vec<u8>> = Vec::new();
     let mut key = Vec::new();
     let mut pace = work.stop.pace();
+    // The name is told only while it is there.
+    let named = |labels: &[u8]| match name {
+        Name::DropLater => labels::get(labels, "__name__").to_owned(),
+        _ => String::new(),
+    };
     for row in Row::all(&blocks) {
         pace.walk(cost(0))?;
         let le = labels::get(row.labels, "le");
         let Some(upper) = parse_bound(le) else {
-            work.notes
-                .warn(format!("PromQL warning: bucket label \"le\" is missing or has a malformed value of {le:?}"));
+            let mut text = format!("bucket label \"le\" is missing or has a malformed value of {}", go::quote(le));
+            let metric = named(row.labels);
+            if !metric.is_empty() {
+                text.push_str(&format!(" for metric name {}", go::quote(&metric)));
+            }
+            work.notes.warn(work.place.input, text);
             continue;
         };
         key.clear();
@@ -53,38 +64,73 @@ pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
     }
 
     let mut merger = Merger::new(work);
-    let mut buckets = Vec::new();
+    let (mut buckets, mut labels_buffer) = (Vec::new(), Vec::new());
     for key in order {
         let Some(mut group) = groups.remove(&key) else { continue };
         pace.walk(cost(4 * work.steps() * group.len()))?;
         group.sort_by(|a, b| a.0.total_cmp(&b.0));
         let later = group.iter().any(|(_, row)| row.drop_name);
-        let (row, _) = merger.row(|out| name.apply(&key, later || *name == Name::DropLater, out))?;
-        let (values, valid) = merger.values(row);
+        let mut forced: Option<Forced> = None;
         let scalar = |i: usize, step: usize| scalars.get(i).map_or(f64::NAN, |s| s[step]);
-        for step in 0..work.steps() {
-            buckets.clear();
-            buckets
-                .extend(group.iter().filter_map(|(upper, row)| Some(Bucket { upper: *upper, count: row.get(step)? })));
-            if buckets.is_empty() {
-                continue;
-            }
-            let v = match function {
-                HistogramFunction::Quantile => {
-                    let (v, forced) = quantile(scalar(0, step), &mut buckets);
-                    if forced {
-                        work.notes.info(
-                            "PromQL info: input to histogram_quantile needed to be fixed for monotonicity (see https://prometheus.io/docs/prometheus/latest/querying/functions/#histogram_quantile)".to_owned(),
-                        );
-                    }
-                    v
+        let quantiles = if *function == HistogramFunction::Fraction { 0..1 } else { 0..scalars.len() };
+        for i in quantiles {
+            // The row of the last value: a quantile that varies has several.
+            let mut target: Option<(u64, usize)> = None;
+            for step in 0..work.steps() {
+                buckets.clear();
+                buckets.extend(
+                    group.iter().filter_map(|(upper, row)| Some(Bucket { upper: *upper, count: row.get(step)? })),
+                );
+                if buckets.is_empty() {
+                    continue;
                 }
-                HistogramFunction::Fraction => fraction(scalar(0, step), scalar(1, step), &mut buckets),
-            };
-            Merger::put(values, valid, step, v)?;
+                let v = match function {
+                    HistogramFunction::Fraction => fraction(scalar(0, step), scalar(1, step), &mut buckets),
+                    _ => {
+                        let (v, changed) = quantile(scalar(i, step), &mut buckets);
+                        if let Some(change) = changed {
+                            let at = work.grid.time(step);
+                            let seen = Forced { times: (at, at), ..change };
+                            forced = Some(forced.map_or(seen, |known| known.and(seen)));
+                        }
+                        v
+                    }
+                };
+                let bits = match function {
+                    HistogramFunction::Quantiles(_) => scalar(i, step).to_bits(),
+                    _ => 0,
+                };
+                let row = match target {
+                    Some((known, row)) if known == bits => row,
+                    _ => {
+                        let labels = match function {
+                            HistogramFunction::Quantiles(label) => {
+                                labels_buffer.clear();
+                                labels::set(&key, label, &quantile_label(scalar(i, step)), &mut labels_buffer);
+                                &labels_buffer
+                            }
+                            _ => &key,
+                        };
+                        let (row, _) = merger.row(|out| name.apply(labels, later || *name == Name::DropLater, out))?;
+                        target = Some((bits, row));
+                        row
+                    }
+                };
+                let (values, valid) = merger.values(row);
+                Merger::put(values, valid, step, v)?;
+            }
+        }
+        if let Some(seen) = forced {
+            work.notes.forced(work.place.input, &named(&key), seen);
         }
     }
     merger.finish()
+}
+
+/// A quantile as a label's value: a whole one has a point.
+fn quantile_label(q: f64) -> String {
+    let text = go::float(q);
+    if text.bytes().all(|b| b.is_ascii_digit() || b == b'-') { text + ".0" } else { text }
 }
 
 /// A bucket's bound as Go's `ParseFloat` takes it.
@@ -105,9 +151,9 @@ fn almost_equal(a: f64, b: f64) -> bool {
     difference / sum.min(f64::MAX) < TOLERANCE
 }
 
-/// Makes counts grow with bounds; says whether they did not.
-fn make_monotonic(buckets: &mut [Bucket]) -> bool {
-    let mut forced = false;
+/// Makes counts grow with bounds; says what had to be changed.
+fn make_monotonic(buckets: &mut [Bucket]) -> Option<Forced> {
+    let mut forced: Option<Forced> = None;
     let mut previous = buckets[0].count;
     for bucket in &mut buckets[1..] {
         if bucket.count == previous {
@@ -116,8 +162,10 @@ fn make_monotonic(buckets: &mut [Bucket]) -> bool {
         if almost_equal(previous, bucket.count) {
             bucket.count = previous;
         } else if bucket.count < previous {
+            let bounds = (bucket.upper, bucket.upper);
+            let seen = Forced { times: (0, 0), bounds, difference: previous - bucket.count, count: 1 };
+            forced = Some(Forced { count: 1, ..forced.map_or(seen, |known| known.and(seen)) });
             bucket.count = previous;
-            forced = true;
         } else {
             previous = bucket.count;
         }
@@ -125,19 +173,19 @@ fn make_monotonic(buckets: &mut [Bucket]) -> bool {
     forced
 }
 
-/// The quantile, buckets sorted by bound, at least one; and whether counts had to be made to grow.
-fn quantile(q: f64, buckets: &mut Vec<Bucket>) -> (f64, bool) {
+/// The quantile, buckets sorted by bound, at least one; and how counts had to be made to grow.
+fn quantile(q: f64, buckets: &mut Vec<Bucket>) -> (f64, Option<Forced>) {
     if q.is_nan() {
-        return (f64::NAN, false);
+        return (f64::NAN, None);
     }
     if q < 0.0 {
-        return (f64::NEG_INFINITY, false);
+        return (f64::NEG_INFINITY, None);
     }
     if q > 1.0 {
-        return (f64::INFINITY, false);
+        return (f64::INFINITY, None);
     }
     if buckets[buckets.len() - 1].upper != f64::INFINITY {
-        return (f64::NAN, false);
+        return (f64::NAN, None);
     }
     coalesce(buckets);
     let forced = make_monotonic(buckets);

@@ -90,11 +90,11 @@ async fn physical(
             notes.series.fetch_add(scan.set().series.len() as u64, Ordering::Relaxed);
         }
         if scan.set().series.is_empty() && !matches!(node.op, Op::Samples(_)) {
-            return Ok(Arc::new(NodeExec::new(Op::Nothing, node.grid, vec![], None)));
+            return Ok(Arc::new(NodeExec::new(Op::Nothing, node.grid, node.place, vec![], None)));
         }
         inputs.insert(0, Arc::new(scan));
     }
-    Ok(Arc::new(NodeExec::new(node.op.clone(), node.grid, inputs, None)))
+    Ok(Arc::new(NodeExec::new(node.op.clone(), node.grid, node.place, inputs, None)))
 }
 
 async fn scan(engine: &Engine, selector: &Selector, grid: &Grid, stop: &Stop) -> DfResult<SeriesScanExec> {
@@ -157,8 +157,10 @@ pub async fn query(engine: &Engine, text: &str, options: &EvalOptions, query: Qu
             data(&planned, options, &batches)?
         }
     };
-    let (mut warnings, infos) = notes.take();
-    warnings.extend(planned.warnings);
+    for (at, warning) in planned.warnings {
+        notes.warn(at, warning);
+    }
+    let (warnings, infos) = notes.take();
     let stats = Stats {
         samples_scanned: notes.samples.load(Ordering::Relaxed),
         series_selected: notes.series.load(Ordering::Relaxed),

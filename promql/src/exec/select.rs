@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use arrow::array::{Array, AsArray, BinaryBuilder, Float64Builder, Int64Builder, ListBuilder, RecordBatch};
 use arrow::datatypes::{DataType, Field, Float64Type, SchemaRef, TimestampMillisecondType, UInt32Type};
 use datafusion::error::{DataFusionError, Result as DfResult};
-use engine::kernels::{self, Arguments, RangeFunction, Scratch, Windows};
+use engine::kernels::{self, Arguments, RangeFunction, Reach, Scratch, Windows};
 use futures::{StreamExt, TryStreamExt, stream};
 
 use super::{Batches, Notes, Pace, SeriesLabels, Work, internal};
@@ -14,7 +14,8 @@ use crate::QueryError;
 use crate::block::{BlockBuilder, Name, Row};
 use crate::labels;
 use crate::options::Grid;
-use crate::plan::ops::{Op, Reading};
+use crate::parse::{Position, go};
+use crate::plan::ops::{Op, Reading, Selector};
 
 pub(super) fn execute(work: Work, partition: usize, labels: SeriesLabels) -> DfResult<Batches> {
     let input = work.stream(0, partition)?;
@@ -23,21 +24,20 @@ pub(super) fn execute(work: Work, partition: usize, labels: SeriesLabels) -> DfR
         let notes = work.notes.clone();
         let sink = match &work.op {
             Op::Select { selector, reading, name } => {
-                let kernel = Kernel::new(selector.windows(&work.grid), work.grid, arguments, *reading)?;
-                if *reading == Reading::Range(RangeFunction::Quantile)
-                    && let Some(q) = kernel.arguments.first()
-                {
-                    notes.check_quantile(q);
-                }
+                let mut kernel = Kernel::new(&work, selector.windows(&work.grid), arguments, *reading)?;
+                kernel.reach = selector.edges.map(|(edges, reach)| Reach { edges, reach });
                 let counters = match reading {
-                    Reading::Range(RangeFunction::Rate | RangeFunction::Increase) => {
-                        Some(Counters { notes: notes.clone(), last: Vec::new() })
-                    }
+                    Reading::Range(RangeFunction::Rate | RangeFunction::Increase) => Some(Counters {
+                        notes: notes.clone(),
+                        at: work.place.input,
+                        by_type: selector.by_type,
+                        last: Vec::new(),
+                    }),
                     _ => None,
                 };
                 Sink::Blocks { kernel, builder: BlockBuilder::new(work.schema.clone()), name: *name, counters }
             }
-            Op::Samples(selector) => Sink::Runs(Runs::new(work.schema.clone(), selector.windows(&work.grid))),
+            Op::Samples(selector) => Sink::Runs(Runs::new(work.schema.clone(), selector, selector.windows(&work.grid))),
             other => return Err(internal(&format!("{} does not read series", other.name()))),
         };
         let (pace, memory) = (work.stop.pace(), work.memory.clone());
@@ -77,7 +77,7 @@ pub(super) fn subquery(work: Work, partition: usize) -> DfResult<Batches> {
     work.map_blocks(partition, move |work, arguments, block, pace| {
         if kernel.is_none() {
             let windows = subquery.windows(&work.grid);
-            kernel = Some(Kernel::new(windows, work.grid, arguments.to_vec(), Reading::Range(subquery.function))?);
+            kernel = Some(Kernel::new(work, windows, arguments.to_vec(), Reading::Range(subquery.function))?);
         }
         let kernel = kernel.as_mut().ok_or_else(|| internal("no kernel"))?;
         let mut builder = BlockBuilder::new(work.schema.clone());
@@ -106,13 +106,20 @@ struct Kernel {
     grid: Grid,
     arguments: Vec<Vec<f64>>,
     reading: Reading,
+    /// Values at the edges of windows take part.
+    reach: Option<Reach>,
     scratch: Scratch,
     ts: Vec<i64>,
     values: Vec<f64>,
 }
 
 impl Kernel {
-    fn new(windows: Windows, grid: Grid, arguments: Vec<Vec<f64>>, reading: Reading) -> Result<Self, QueryError> {
+    fn new(work: &Work, windows: Windows, arguments: Vec<Vec<f64>>, reading: Reading) -> Result<Self, QueryError> {
+        if reading == Reading::Range(RangeFunction::Quantile)
+            && let Some(q) = arguments.first()
+        {
+            work.notes.check_quantile(work.place.param, q);
+        }
         if reading == Reading::Range(RangeFunction::DoubleExponential) {
             for (what, values) in
                 ["smoothing factor. Expected: 0 < sf", "trend factor. Expected: 0 < tf"].iter().zip(&arguments)
@@ -122,7 +129,16 @@ impl Kernel {
                 }
             }
         }
-        Ok(Self { windows, grid, arguments, reading, scratch: Scratch::default(), ts: Vec::new(), values: Vec::new() })
+        Ok(Self {
+            windows,
+            grid: work.grid,
+            arguments,
+            reading,
+            reach: None,
+            scratch: Scratch::default(),
+            ts: Vec::new(),
+            values: Vec::new(),
+        })
     }
 
     #[inline]
@@ -138,8 +154,16 @@ impl Kernel {
         match self.reading {
             Reading::Instant => kernels::instant(ts, values, &self.windows, out, valid),
             Reading::Timestamp => kernels::instant_timestamp(ts, values, &self.windows, out, valid),
+            Reading::Smoothed(reach) => {
+                let (ts, values) = kernels::without_stale(ts, values, &mut self.ts, &mut self.values);
+                kernels::smoothed(ts, values, &self.windows, reach, out, valid);
+            }
             Reading::Range(function) => {
                 let (ts, values) = kernels::without_stale(ts, values, &mut self.ts, &mut self.values);
+                if let Some(reach) = self.reach {
+                    kernels::range_with_edges(function, ts, values, &self.windows, reach, out, valid);
+                    return Ok(());
+                }
                 // At worst each window looks at all samples; so many windows at a time that it ends soon.
                 let at_a_time = (LOOKS_AT_A_TIME / ts.len().max(1)).max(1);
                 for first in (0..self.windows.count).step_by(at_a_time) {
@@ -185,21 +209,41 @@ enum Sink {
 /// Looks for metrics that are used as counters and are not named so.
 struct Counters {
     notes: Arc<Notes>,
+    /// Where the range vector stands.
+    at: Position,
+    /// The label `__type__` says what is a counter.
+    by_type: bool,
     last: Vec<u8>,
 }
 
 impl Counters {
     fn check(&mut self, labels: &[u8]) {
         let name = labels::get(labels, "__name__");
+        if self.by_type {
+            let kind = labels::get(labels, "__type__");
+            if !name.is_empty() && !["counter", "histogram"].contains(&kind) {
+                self.notes.info(
+                    self.at,
+                    format!(
+                        "metric might not be a counter, __type__ label is not set to \"counter\" or \"histogram\", got {}: {}",
+                        go::quote(kind),
+                        go::quote(name)
+                    ),
+                );
+            }
+            return;
+        }
         if name.as_bytes() == self.last {
             return;
         }
         self.last.clear();
         self.last.extend_from_slice(name.as_bytes());
         if !name.is_empty() && !["_total", "_sum", "_count", "_bucket"].iter().any(|suffix| name.ends_with(suffix)) {
-            self.notes.info(format!(
-                "PromQL info: metric might not be a counter, name does not end in _total/_sum/_count/_bucket: {name:?}"
-            ));
+            let name = go::quote(name);
+            self.notes.info(
+                self.at,
+                format!("metric might not be a counter, name does not end in _total/_sum/_count/_bucket: {name}"),
+            );
         }
     }
 }
@@ -301,17 +345,19 @@ fn run_length(series: &[u32], index: u32) -> usize {
 struct Runs {
     schema: SchemaRef,
     windows: Windows,
+    reach: Option<Reach>,
     labels: BinaryBuilder,
     times: ListBuilder<Int64Builder>,
     values: ListBuilder<Float64Builder>,
 }
 
 impl Runs {
-    fn new(schema: SchemaRef, windows: Windows) -> Self {
+    fn new(schema: SchemaRef, selector: &Selector, windows: Windows) -> Self {
         let item = |t: DataType| Arc::new(Field::new("item", t, false));
         Self {
             schema,
             windows,
+            reach: selector.edges.map(|(edges, reach)| Reach { edges, reach }),
             labels: BinaryBuilder::new(),
             times: ListBuilder::new(Int64Builder::new()).with_field(item(DataType::Int64)),
             values: ListBuilder::new(Float64Builder::new()).with_field(item(DataType::Float64)),
@@ -320,6 +366,15 @@ impl Runs {
 
     fn add(&mut self, labels: &[u8], ts: &[i64], values: &[f64]) {
         let (start, end) = (self.windows.first_end.saturating_sub(self.windows.length), self.windows.first_end);
+        let (mut wider_ts, mut wider) = (Vec::new(), Vec::new());
+        let (mut start, mut ts, mut values) = (start, ts, values);
+        if let Some(reach) = self.reach {
+            let (mut ts_buffer, mut value_buffer) = (Vec::new(), Vec::new());
+            let (kept_ts, kept) = kernels::without_stale(ts, values, &mut ts_buffer, &mut value_buffer);
+            kernels::samples_with_edges(kept_ts, kept, (start, end), reach, (&mut wider_ts, &mut wider));
+            // The one at the start is one of them.
+            (start, ts, values) = (start - 1, wider_ts.as_slice(), wider.as_slice());
+        }
         let mut any = false;
         for (t, v) in ts.iter().zip(values) {
             if *t > start && *t <= end && !kernels::is_stale(*v) {

@@ -80,7 +80,7 @@ fn physical(plan: &LogicalPlan, all: &[TestSeries]) -> Arc<dyn ExecutionPlan> {
         inputs.insert(0, scan);
         list = Some(labels);
     }
-    Arc::new(NodeExec::new(node.op.clone(), node.grid, inputs, list))
+    Arc::new(NodeExec::new(node.op.clone(), node.grid, node.place, inputs, list))
 }
 
 /// Replaces scans by nothing that a codec must know; the scan's own codec is its owner's.
@@ -92,12 +92,12 @@ fn through_codec(plan: &Arc<dyn ExecutionPlan>, context: &TaskContext) -> Arc<dy
         .map(|i| Arc::new(datafusion::physical_plan::empty::EmptyExec::new(i.schema())) as Arc<dyn ExecutionPlan>)
         .collect();
     let bare: Arc<dyn ExecutionPlan> =
-        Arc::new(NodeExec::new(node.op.clone(), node.grid, stand_in, node.labels.clone()));
+        Arc::new(NodeExec::new(node.op.clone(), node.grid, node.place, stand_in, node.labels.clone()));
     let bytes = physical_plan_to_bytes_with_extension_codec(bare, &Codec).expect("writes");
     let read = physical_plan_from_bytes_with_extension_codec(&bytes, context, &Codec).expect("reads");
     let again = read.downcast_ref::<NodeExec>().expect("our node");
-    assert_eq!((&again.op, again.grid), (&node.op, node.grid));
-    Arc::new(NodeExec::new(again.op.clone(), again.grid, inputs, again.labels.clone()))
+    assert_eq!((&again.op, again.grid, again.place), (&node.op, node.grid, node.place));
+    Arc::new(NodeExec::new(again.op.clone(), again.grid, again.place, inputs, again.labels.clone()))
 }
 
 type Answer = Vec<(String, Vec<Option<f64>>)>;

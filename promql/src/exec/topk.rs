@@ -12,6 +12,7 @@ use super::{Pace, Work, cost, internal};
 use crate::QueryError;
 use crate::block::{BlockBuilder, Name, Row};
 use crate::labels::{self, Grouping};
+use crate::parse::go;
 use crate::plan::ops::{AggregateOp, Op};
 use crate::result::Block;
 
@@ -37,7 +38,7 @@ fn grouped<'a>(blocks: &'a [Block], by: &Grouping, pace: &mut Pace) -> DfResult<
 
 pub(super) async fn quantiles(work: &Work, by: &Grouping) -> DfResult<Vec<RecordBatch>> {
     let q = work.scalar_input(1).await?;
-    work.notes.check_quantile(&q);
+    work.notes.check_quantile(work.place.param, &q);
     let blocks = work.blocks(0).await?;
     let mut pace = work.stop.pace();
     let (groups, members) = grouped(&blocks, by, &mut pace)?;
@@ -110,9 +111,11 @@ fn check_params(work: &Work, op: AggregateOp, params: &[f64]) -> Result<(), Quer
         }
         for (bad, bound) in [(max, 1.0), (min, -1.0)] {
             if bad.abs() > 1.0 && bad.signum() == f64::signum(bound) {
-                work.notes.warn(format!(
-                    "PromQL warning: ratio value should be between -1 and 1, got {bad}, capping to {bound}"
-                ));
+                let (bad, bound) = (go::float(bad), go::float(bound));
+                work.notes.warn(
+                    work.place.param,
+                    format!("ratio value should be between -1 and 1, got {bad}, capping to {bound}"),
+                );
             }
         }
         return Ok(());
@@ -124,31 +127,25 @@ fn check_params(work: &Work, op: AggregateOp, params: &[f64]) -> Result<(), Quer
         return Err(QueryError::execution("Parameter value is NaN"));
     }
     if min <= i64::MIN as f64 {
-        return Err(QueryError::execution(format!("Scalar value {} underflows int64", go_float(min))));
+        return Err(QueryError::execution(format!("Scalar value {} underflows int64", go::float(min))));
     }
     if max >= i64::MAX as f64 {
-        return Err(QueryError::execution(format!("Scalar value {} overflows int64", go_float(max))));
+        return Err(QueryError::execution(format!("Scalar value {} overflows int64", go::float(max))));
     }
     Ok(())
 }
 
-/// A float as Go's `%v` prints it.
-pub(super) fn go_float(v: f64) -> String {
-    if !v.is_finite() {
-        return plain_float(v);
+/// A float as Go's `%.2g` prints it: two digits.
+pub(super) fn go_exponent(v: f64) -> String {
+    let text = format!("{v:.1e}");
+    let Some((mantissa, e)) = text.split_once('e') else { return text };
+    let e: i32 = e.parse().unwrap_or(0);
+    if (-4..2).contains(&e) {
+        let digits = usize::try_from(1 - e).unwrap_or(0);
+        let fixed = format!("{v:.digits$}");
+        return if fixed.contains('.') { fixed.trim_end_matches('0').trim_end_matches('.').to_owned() } else { fixed };
     }
-    let exponent = if v == 0.0 { 0 } else { v.abs().log10().floor() as i32 };
-    if (-4..21).contains(&exponent) {
-        return format!("{v}");
-    }
-    let text = format!("{v:e}");
-    match text.split_once('e') {
-        Some((mantissa, e)) => {
-            let e: i32 = e.parse().unwrap_or(0);
-            format!("{mantissa}e{}{:02}", if e < 0 { '-' } else { '+' }, e.abs())
-        }
-        None => text,
-    }
+    format!("{}e{}{:02}", mantissa.trim_end_matches('0').trim_end_matches('.'), if e < 0 { '-' } else { '+' }, e.abs())
 }
 
 /// The best `k` of the present values, best first; NaN is worse than any number, the first of equals is kept.
@@ -205,7 +202,7 @@ pub(super) async fn count_values(work: &Work) -> DfResult<Vec<RecordBatch>> {
                     Entry::Occupied(e) => *e.get(),
                     Entry::Vacant(e) if failed.is_ok() => {
                         let row = merger.row(|out| {
-                            labels::set(labels, label, &plain_float(v), out);
+                            labels::set(labels, label, &go::plain_float(v), out);
                             *drop_name && label != "__name__"
                         });
                         match row {
@@ -223,17 +220,6 @@ pub(super) async fn count_values(work: &Work) -> DfResult<Vec<RecordBatch>> {
         }
     }
     merger.finish()
-}
-
-/// A float as Go's `'f', -1` prints it.
-fn plain_float(v: f64) -> String {
-    if v.is_nan() {
-        "NaN".into()
-    } else if v.is_infinite() {
-        if v > 0.0 { "+Inf".into() } else { "-Inf".into() }
-    } else {
-        format!("{v}")
-    }
 }
 
 #[cfg(test)]
@@ -266,10 +252,9 @@ mod tests {
     }
 
     #[test]
-    fn floats_print_as_in_go() {
-        for (v, expected) in [(1e21, "1e+21"), (1e20, "100000000000000000000"), (0.5, "0.5"), (1e-7, "1e-07")] {
-            assert_eq!(go_float(v), expected);
+    fn two_digits() {
+        for (v, expected) in [(12.345, "12"), (1.0, "1"), (0.25, "0.25"), (123.0, "1.2e+02"), (0.00001, "1e-05")] {
+            assert_eq!(go_exponent(v), expected);
         }
-        assert_eq!(plain_float(1e21), "1000000000000000000000");
     }
 }

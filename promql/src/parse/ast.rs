@@ -72,6 +72,17 @@ pub struct Selector {
     pub edges: Option<Edges>,
 }
 
+impl Selector {
+    /// The matchers to select by: the one for the name, which leaves the fewest series, first.
+    pub fn selection(&self) -> Vec<Matcher> {
+        let mut matchers = self.matchers.clone();
+        if self.name.is_some() {
+            matchers.rotate_right(1);
+        }
+        matchers
+    }
+}
+
 /// What stands for values at the edges of a window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Edges {

@@ -3,12 +3,12 @@
 use catalog::tag::METRIC_NAME;
 use catalog::{MatchOp, Matcher};
 use datafusion::logical_expr::LogicalPlan;
-use engine::kernels::RangeFunction;
+use engine::kernels::{Edges, RangeFunction};
 
 use super::duration::{self, Spans};
 use super::ops::{
-    AggregateOp, BinaryOp, Cardinality, Float, HistogramFunction, MapFunction, Matching, Op, Reading, Selector, SetOp,
-    Subquery,
+    AggregateOp, BinaryOp, Cardinality, Float, HistogramFunction, MapFunction, Matching, Op, Place, Reading, Selector,
+    SetOp, Subquery,
 };
 use super::{Node, Planned};
 use crate::block::Name;
@@ -16,6 +16,7 @@ use crate::exec::deep;
 use crate::labels::{self, Grouping};
 use crate::options::{EvalOptions, Grid};
 use crate::parse::ast::{self, At, Expr, Kind, Length};
+use crate::parse::{Lines, Position};
 use crate::result::ValueType;
 use crate::{QueryError, Result};
 
@@ -30,12 +31,16 @@ struct Builder<'a> {
     options: &'a EvalOptions,
     /// The query's own evaluation times, which `@ start()` and `@ end()` mean.
     outer: Grid,
-    warnings: Vec<String>,
+    warnings: Vec<(Position, String)>,
+    lines: Lines,
+    /// What the nodes that are made are about.
+    place: Place,
 }
 
-pub(super) fn plan(expr: &Expr, options: &EvalOptions) -> Result<Planned> {
+pub(super) fn plan(text: &str, expr: &Expr, options: &EvalOptions) -> Result<Planned> {
     let outer = options.grid();
-    let mut builder = Builder { options, outer, warnings: Vec::new() };
+    let mut builder =
+        Builder { options, outer, warnings: Vec::new(), lines: Lines::new(text), place: Place::default() };
     let expr = expr.bare();
     let value_type = expr.value_type;
     if !options.instant && matches!(value_type, ValueType::Matrix | ValueType::String) {
@@ -108,7 +113,7 @@ fn is_invariant(expr: &Expr) -> bool {
 
 impl Builder<'_> {
     fn node(&self, op: Op, grid: Grid, inputs: Vec<LogicalPlan>) -> Result<LogicalPlan> {
-        Ok(Node::try_new(op, grid, inputs).map_err(QueryError::from)?.into_plan())
+        Ok(Node::try_new(op, grid, self.place, inputs).map_err(QueryError::from)?.into_plan())
     }
 
     fn expr(&mut self, expr: &Expr, grid: Grid) -> Result<Built> {
@@ -121,6 +126,30 @@ impl Builder<'_> {
     }
 
     fn expr_at(&mut self, expr: &Expr, grid: Grid) -> Result<Built> {
+        let place = self.place_of(expr);
+        let around = std::mem::replace(&mut self.place, place);
+        let built = self.kind(expr, grid)?;
+        self.place = around;
+        Ok(built)
+    }
+
+    /// Where an expression and its first operands stand.
+    fn place_of(&self, expr: &Expr) -> Place {
+        let at = |e: Option<&Expr>| e.map_or_else(Position::default, |e| self.lines.position(e.span.start));
+        let whole = at(Some(expr));
+        let (input, param) = match &expr.kind {
+            Kind::Call(c) => {
+                let args = || c.args.iter().map(Expr::bare);
+                let vector = args().find(|a| matches!(a.value_type, ValueType::Vector | ValueType::Matrix));
+                (at(vector), at(args().find(|a| a.value_type == ValueType::Scalar)))
+            }
+            Kind::Aggregate(a) => (at(Some(&a.expr)), at(a.param.as_deref())),
+            _ => (whole, whole),
+        };
+        Place { whole, input, param }
+    }
+
+    fn kind(&mut self, expr: &Expr, grid: Grid) -> Result<Built> {
         match &expr.kind {
             Kind::Number(n) => self.leaf(Op::Number(Float::new(n.value)), grid),
             Kind::Selector(v) => self.vector_selector(v, grid, Reading::Instant),
@@ -161,14 +190,32 @@ impl Builder<'_> {
     }
 
     fn selector(&self, s: &ast::Selector, length_ms: i64) -> Result<Selector> {
-        let offset_ms = self.offset(&s.time)?;
-        Ok(Selector { matchers: s.matchers.clone(), length_ms, offset_ms, at_ms: self.at_millis(&s.time) })
+        let edges = s.edges.map(|edges| match edges {
+            ast::Edges::Anchored => Edges::Anchored,
+            ast::Edges::Smoothed => Edges::Smoothed,
+        });
+        Ok(Selector {
+            matchers: s.selection(),
+            length_ms,
+            offset_ms: self.offset(&s.time)?,
+            at_ms: self.at_millis(&s.time),
+            edges: edges.map(|edges| (edges, self.options.lookback_ms)),
+            by_type: self.options.features.type_and_unit_labels,
+        })
     }
 
     fn vector_selector(&mut self, v: &ast::Selector, grid: Grid, reading: Reading) -> Result<Built> {
-        let selector = self.selector(v, self.options.lookback_ms)?;
+        let mut selector = self.selector(v, self.options.lookback_ms)?;
+        // Only the value is read off the line between samples, and only a range has a start to anchor.
+        let reading = match (reading, selector.edges) {
+            (Reading::Instant, Some((Edges::Smoothed, reach))) => Reading::Smoothed(reach),
+            (reading, _) => {
+                selector.edges = None;
+                reading
+            }
+        };
         let distinct = has_one_name(&selector);
-        let name = if reading == Reading::Instant { Name::Keep } else { self.dropping() };
+        let name = if reading != Reading::Timestamp { Name::Keep } else { self.dropping() };
         let op = Op::Select { selector, reading, name };
         match name {
             Name::Keep => Ok(Built { plan: self.node(op, grid, vec![])?, distinct }),
@@ -366,12 +413,16 @@ impl Builder<'_> {
     fn call(&mut self, c: &ast::Call, grid: Grid) -> Result<Built> {
         let name = c.function.name;
         let args: Vec<&Expr> = c.args.iter().collect();
-        if name.starts_with("sort") && !self.options.instant {
-            let text =
-                "PromQL warning: sort is ineffective for range queries since results are always ordered by labels";
-            if !self.warnings.iter().any(|w| w == text) {
-                self.warnings.push(text.to_owned());
+        for arg in &args {
+            if let Kind::Matrix(ast::Matrix { selector: ast::Selector { edges: Some(edges), .. }, .. }) =
+                &arg.bare().kind
+            {
+                check_edges(*edges, name)?;
             }
+        }
+        if name.starts_with("sort") && !self.options.instant {
+            let text = "sort is ineffective for range queries since results are always ordered by labels";
+            self.warnings.push((self.place.whole, text.to_owned()));
         }
         if let Some(function) = range_function(name) {
             // The range vector stands last in quantile_over_time only.
@@ -429,12 +480,75 @@ impl Builder<'_> {
                 let op = Op::Histogram { function, name: self.dropping() };
                 self.renaming(op, grid, inputs, false, false)
             }
-            // These look at native histograms only; float samples have no answer.
-            "histogram_avg" | "histogram_count" | "histogram_sum" | "histogram_stddev" | "histogram_stdvar" => {
+            "histogram_quantiles" => {
+                let [buckets, label, quantiles @ ..] = args.as_slice() else { return Err(missing(name)) };
+                let mut inputs = Vec::new();
+                for q in quantiles {
+                    inputs.push(self.expr(q, grid)?.plan);
+                }
+                inputs.push(self.expr(buckets, grid)?.plan);
+                let function = HistogramFunction::Quantiles(text(label)?);
+                let op = Op::Histogram { function, name: self.dropping() };
+                self.renaming(op, grid, inputs, false, false)
+            }
+            "info" => self.info(first()?, args.get(1).copied(), grid),
+            // These look at native histograms only; float samples have no answer. Start timestamps are not stored.
+            "start_timestamp" | "histogram_avg" | "histogram_count" | "histogram_sum" | "histogram_stddev"
+            | "histogram_stdvar" => {
                 self.expr(first()?, grid)?;
                 self.leaf(Op::Nothing, grid)
             }
             _ => Err(QueryError::bad_data(format!("parse error: unknown function with name \"{name}\""))),
+        }
+    }
+
+    fn info(&mut self, of: &Expr, by: Option<&Expr>, grid: Grid) -> Result<Built> {
+        let input = self.expr(of, grid)?;
+        let given: &[Matcher] = match by.map(|by| &by.bare().kind) {
+            Some(Kind::Selector(s)) => &s.matchers,
+            _ => &[],
+        };
+        let (mut names, matchers): (Vec<Matcher>, Vec<Matcher>) =
+            given.iter().cloned().partition(|m| m.name() == METRIC_NAME);
+        if names.is_empty() {
+            names.push(Matcher::equal(METRIC_NAME, "target_info"));
+        } else if !names.iter().any(|m| matches!(m.op(), MatchOp::Eq | MatchOp::Re)) {
+            names.insert(0, Matcher::new(METRIC_NAME, MatchOp::Re, ".+_info")?);
+        }
+        let (at_ms, offset_ms) = self.time_of_first_selector(of)?.unwrap_or((None, 0));
+        let selector = Selector {
+            matchers: names.iter().chain(&matchers).cloned().collect(),
+            length_ms: self.options.lookback_ms,
+            offset_ms,
+            at_ms,
+            edges: None,
+            by_type: false,
+        };
+        let op = Op::Select { selector, reading: Reading::Timestamp, name: Name::Keep };
+        let info = self.node(op, grid, vec![])?;
+        let plan = self.node(Op::Info { matchers, names }, grid, vec![input.plan, info])?;
+        Ok(Built { plan, distinct: input.distinct })
+    }
+
+    /// The time and the offset at which the first selector in an expression is looked at.
+    fn time_of_first_selector(&self, expr: &Expr) -> Result<Option<(Option<i64>, i64)>> {
+        let own = |time: &ast::Time| -> Result<(Option<i64>, i64)> { Ok((self.at_millis(time), self.offset(time)?)) };
+        match &expr.kind {
+            Kind::Selector(s) => own(&s.time).map(Some),
+            Kind::Matrix(m) => own(&m.selector.time).map(Some),
+            Kind::Subquery(s) => match self.time_of_first_selector(&s.expr)? {
+                // What is fixed within is not moved from without.
+                Some((None, inner)) => own(&s.time).map(|(at, outer)| Some((at, inner + outer))),
+                fixed => Ok(fixed),
+            },
+            _ => {
+                for child in expr.children() {
+                    if let Some(found) = self.time_of_first_selector(child)? {
+                        return Ok(Some(found));
+                    }
+                }
+                Ok(None)
+            }
         }
     }
 
@@ -520,6 +634,21 @@ fn text(expr: &Expr) -> Result<String> {
         Kind::Text(text) => Ok(text.clone()),
         _ => Err(unchecked(expr)),
     }
+}
+
+/// Functions that know what to do with values at the edges of a window.
+fn check_edges(edges: ast::Edges, function: &str) -> Result<()> {
+    let (modifier, functions): (_, &[&str]) = match edges {
+        ast::Edges::Anchored => ("anchored", &["changes", "delta", "increase", "rate", "resets"]),
+        ast::Edges::Smoothed => ("smoothed", &["delta", "increase", "rate"]),
+    };
+    if functions.contains(&function) {
+        return Ok(());
+    }
+    Err(QueryError::execution(format!(
+        "{modifier} modifier can only be used with: {} - not with {function}",
+        functions.join(", ")
+    )))
 }
 
 /// Something that the check of types lets nobody plan.

@@ -5,12 +5,13 @@ use std::fmt;
 use std::hash::{Hash, Hasher};
 
 use catalog::Matcher;
-use engine::kernels::{RangeFunction, Windows};
+use engine::kernels::{Edges, RangeFunction, Windows};
 use serde::{Deserialize, Serialize};
 
 use crate::block::Name;
 use crate::labels::Grouping;
 use crate::options::Grid;
+use crate::parse::Position;
 
 /// A float that is equal to itself and survives any text format: compared and written by its bits.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
@@ -48,6 +49,17 @@ impl PartialOrd for Float {
     }
 }
 
+/// Where what a node computes stands in the text, for its notes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Hash, Serialize, Deserialize)]
+pub struct Place {
+    /// The whole expression.
+    pub whole: Position,
+    /// The first vector that it takes.
+    pub input: Position,
+    /// The first scalar that it takes.
+    pub param: Position,
+}
+
 /// Which samples a selector reads and when it looks at them.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Serialize, Deserialize)]
 pub struct Selector {
@@ -59,6 +71,10 @@ pub struct Selector {
     pub offset_ms: i64,
     /// The evaluation time when it does not follow the grid.
     pub at_ms: Option<i64>,
+    /// What stands for values at the edges of the window, and how far around it is looked for.
+    pub edges: Option<(Edges, i64)>,
+    /// Series used as counters are told by their label `__type__`, not by their name.
+    pub by_type: bool,
 }
 
 impl Selector {
@@ -76,7 +92,13 @@ impl Selector {
     pub fn reach(&self, grid: &Grid) -> (i64, i64) {
         let windows = self.windows(grid);
         let last = windows.end(windows.count.saturating_sub(1));
-        (windows.first_end.saturating_sub(windows.length).saturating_add(1), last)
+        let (before, after) = match self.edges {
+            None => (0, 0),
+            Some((Edges::Anchored, reach)) => (reach, 0),
+            Some((Edges::Smoothed, reach)) => (reach, reach),
+        };
+        let first = windows.first_end.saturating_sub(windows.length).saturating_sub(before).saturating_add(1);
+        (first, last.saturating_add(after))
     }
 }
 
@@ -87,6 +109,8 @@ pub enum Reading {
     Instant,
     /// The time of the newest sample.
     Timestamp,
+    /// The value between the samples around, of samples up to this many milliseconds away.
+    Smoothed(i64),
     /// A function over the samples of the window; scalar arguments are the node's inputs.
     Range(RangeFunction),
 }
@@ -266,12 +290,14 @@ pub enum AggregateOp {
 }
 
 /// Functions over the buckets of classic histograms.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Serialize, Deserialize)]
 pub enum HistogramFunction {
     /// `histogram_quantile`: inputs are the quantile and the buckets.
     Quantile,
     /// `histogram_fraction`: inputs are lower, upper and the buckets.
     Fraction,
+    /// `histogram_quantiles`: inputs are the quantiles and the buckets; a label tells the quantile.
+    Quantiles(String),
 }
 
 /// What a node does.
@@ -334,6 +360,13 @@ pub enum Op {
         function: HistogramFunction,
         /// What becomes of the metric's name.
         name: Name,
+    },
+    /// Adds the labels of info series. Inputs: the series, the times of the info series' samples.
+    Info {
+        /// Which info series; a matcher of a label that is not the name also says that it is to be added.
+        matchers: Vec<Matcher>,
+        /// Those of `matchers` that choose by the name.
+        names: Vec<Matcher>,
     },
     /// 1 with these labels where the input has nothing.
     Absent {
@@ -424,6 +457,7 @@ impl Op {
             Self::LabelReplace { .. } => "PromLabelReplace",
             Self::LabelJoin { .. } => "PromLabelJoin",
             Self::Histogram { .. } => "PromHistogram",
+            Self::Info { .. } => "PromInfo",
             Self::Absent { .. } => "PromAbsent",
             Self::Scalar => "PromScalar",
             Self::Sort { .. } | Self::SortByLabel { .. } => "PromSort",
@@ -473,6 +507,7 @@ impl Op {
             Self::Nothing
             | Self::Time
             | Self::Absent { .. }
+            | Self::Info { .. }
             | Self::Scalar
             | Self::Repeat
             | Self::Merge { .. }
@@ -492,6 +527,11 @@ fn explain_selector(selector: &Selector, f: &mut fmt::Formatter<'_>) -> fmt::Res
         write!(f, "{}{}{}{:?}", if i > 0 { ", " } else { "" }, m.name(), m.op().symbol(), m.value())?;
     }
     write!(f, "}}[{}ms]", selector.length_ms)?;
+    match selector.edges {
+        Some((Edges::Anchored, _)) => f.write_str(" anchored")?,
+        Some((Edges::Smoothed, _)) => f.write_str(" smoothed")?,
+        None => {}
+    }
     if selector.offset_ms != 0 {
         write!(f, " offset {}ms", selector.offset_ms)?;
     }
