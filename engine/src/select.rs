@@ -3,6 +3,8 @@
 //! Tag sets come from two places: rows in memory refer to active sets, which the registry knows, and rows in files to sets
 //! in the tag parts of their day. Both are asked only when the data in the time range can need them.
 
+mod pair;
+
 use std::collections::HashMap;
 use std::collections::HashSet;
 use std::hash::BuildHasherDefault;
@@ -74,6 +76,11 @@ impl SeriesSet {
     #[must_use]
     pub fn restrict(&self, keep: impl Fn(&Series) -> bool) -> Self {
         let kept: Vec<usize> = (0..self.series.len()).filter(|i| keep(&self.series[*i])).collect();
+        self.pick(&kept)
+    }
+
+    /// The series of some indexes.
+    fn pick(&self, kept: &[usize]) -> Self {
         Self {
             table: self.table.clone(),
             series: kept.iter().map(|i| self.series[*i].clone()).collect(),

@@ -1,16 +1,24 @@
 //! The form in which values travel between plan nodes: one row per series.
 //!
 //! A batch has the columns `labels` (`Binary`, canonical tag set), `values` (`FixedSizeList<Float64>` of one element
-//! per step of the evaluation grid, null where the series has no sample) and `drop_name` (`Boolean`: the metric's name
-//! goes from the result, but has not gone yet; only with delayed name removal). A scalar is one row without labels.
+//! per step of the evaluation grid, null where the series has no float sample), `drop_name` (`Boolean`: the metric's name
+//! goes from the result, but has not gone yet; only with delayed name removal) and `histograms` (`List<Binary>`: an
+//! encoded histogram per step, null where the series has none; an empty list when it has none at all, so that float
+//! series pay four bytes each). At a step a series has a float or a histogram, never both. A scalar is one row without
+//! labels.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, BinaryArray, BooleanArray, FixedSizeListArray, Float64Array, RecordBatch};
+use arrow::array::{
+    ArrayBuilder, ArrayRef, BinaryArray, BinaryBuilder, BooleanArray, FixedSizeListArray, Float64Array, ListArray,
+    RecordBatch,
+};
 use arrow::buffer::{BooleanBuffer, Buffer, NullBuffer, OffsetBuffer, ScalarBuffer};
 use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
 use datafusion::error::Result as DfResult;
 
+use crate::histogram::{self, FloatHistogram};
 use crate::labels;
 use crate::result::Block;
 
@@ -20,11 +28,23 @@ pub fn schema(steps: usize) -> SchemaRef {
         Field::new("labels", DataType::Binary, false),
         Field::new("values", DataType::FixedSizeList(item(), steps as i32), false),
         Field::new("drop_name", DataType::Boolean, false),
+        Field::new("histograms", DataType::List(histogram_item()), false),
     ]))
 }
 
 fn item() -> FieldRef {
     Arc::new(Field::new("item", DataType::Float64, true))
+}
+
+/// The element of lists of encoded histograms.
+pub(crate) fn histogram_item() -> FieldRef {
+    Arc::new(Field::new("item", DataType::Binary, true))
+}
+
+/// The column `histograms` of series that have none.
+fn no_histograms(rows: usize) -> DfResult<ArrayRef> {
+    let none = Arc::new(BinaryArray::new_null(0));
+    Ok(Arc::new(ListArray::try_new(histogram_item(), OffsetBuffer::new_zeroed(rows), none, None)?))
 }
 
 /// How many series a batch holds at best: values of a batch stay within a core's cache, unless there are so many steps
@@ -75,6 +95,8 @@ pub struct BlockBuilder {
     values: Vec<f64>,
     valid: Vec<bool>,
     drop_name: Vec<bool>,
+    /// Encoded histograms by row times steps plus step.
+    histograms: BTreeMap<usize, Vec<u8>>,
 }
 
 impl BlockBuilder {
@@ -92,6 +114,7 @@ impl BlockBuilder {
             values: Vec::new(),
             valid: Vec::new(),
             drop_name: Vec::new(),
+            histograms: BTreeMap::new(),
         }
     }
 
@@ -122,10 +145,48 @@ impl BlockBuilder {
         (&mut self.values[at..], &mut self.valid[at..])
     }
 
+    /// Appends a row with the samples of another and labels that `write` appends.
+    pub fn copy(&mut self, row: &Row<'_>, write: impl FnOnce(&mut Vec<u8>) -> bool) {
+        let (values, valid) = self.push(write);
+        values.copy_from_slice(row.values);
+        row.validity(valid);
+        self.copy_histograms(self.len() - 1, row);
+    }
+
+    /// Gives a row the histograms of another.
+    pub fn copy_histograms(&mut self, to: usize, row: &Row<'_>) {
+        let at = to * self.steps;
+        row.for_each_encoded(|step, bytes| drop(self.histograms.insert(at + step, bytes.to_vec())));
+    }
+
+    /// Puts a histogram into a row that waits, which has no sample at the step.
+    pub fn put_histogram(&mut self, row: usize, step: usize, h: &FloatHistogram) {
+        let mut bytes = Vec::new();
+        h.encode(&mut bytes);
+        self.put_encoded(row, step, bytes);
+    }
+
+    /// As [`BlockBuilder::put_histogram`] with one that is encoded already.
+    pub fn put_encoded(&mut self, row: usize, step: usize, bytes: Vec<u8>) {
+        self.histograms.insert(row * self.steps + step, bytes);
+    }
+
+    /// Whether any row that waits has a histogram.
+    pub fn has_histograms(&self) -> bool {
+        !self.histograms.is_empty()
+    }
+
+    /// Whether a row that waits has a sample at a step.
+    #[inline]
+    pub fn has_sample(&self, row: usize, step: usize) -> bool {
+        let cell = row * self.steps + step;
+        self.valid[cell] || (!self.histograms.is_empty() && self.histograms.contains_key(&cell))
+    }
+
     /// Takes the last row back when it has no value at all.
     pub fn pop_if_empty(&mut self) {
         let at = self.valid.len() - self.steps;
-        if !self.valid[at..].contains(&true) {
+        if !self.valid[at..].contains(&true) && self.histograms.last_key_value().is_none_or(|(cell, _)| *cell < at) {
             self.pop();
         }
     }
@@ -133,6 +194,9 @@ impl BlockBuilder {
     /// Takes the last row back.
     pub fn pop(&mut self) {
         let at = self.valid.len() - self.steps;
+        if !self.histograms.is_empty() {
+            drop(self.histograms.split_off(&at));
+        }
         self.values.truncate(at);
         self.valid.truncate(at);
         self.drop_name.pop();
@@ -179,12 +243,35 @@ impl BlockBuilder {
         )?;
         let drop_name = BooleanArray::from(std::mem::take(&mut self.drop_name));
         let list = FixedSizeListArray::try_new_with_length(item(), self.steps as i32, Arc::new(values), None, rows)?;
-        let columns: Vec<ArrayRef> = vec![Arc::new(labels), Arc::new(list), Arc::new(drop_name)];
+        let histograms = self.finish_histograms(rows)?;
+        let columns: Vec<ArrayRef> = vec![Arc::new(labels), Arc::new(list), Arc::new(drop_name), histograms];
         Ok(RecordBatch::try_new(self.schema.clone(), columns)?)
+    }
+
+    fn finish_histograms(&mut self, rows: usize) -> DfResult<ArrayRef> {
+        if self.histograms.is_empty() {
+            return no_histograms(rows);
+        }
+        let all = std::mem::take(&mut self.histograms);
+        let mut items = BinaryBuilder::with_capacity(all.len(), all.values().map(Vec::len).sum());
+        let mut offsets = Vec::with_capacity(rows + 1);
+        offsets.push(0i32);
+        let mut cells = all.into_iter().peekable();
+        for row in 0..rows {
+            let end = (row + 1) * self.steps;
+            if cells.peek().is_some_and(|(cell, _)| *cell < end) {
+                for cell in row * self.steps..end {
+                    items.append_option(cells.next_if(|(at, _)| *at == cell).map(|(_, bytes)| bytes));
+                }
+            }
+            offsets.push(items.len() as i32);
+        }
+        let offsets = OffsetBuffer::new(ScalarBuffer::from(offsets));
+        Ok(Arc::new(ListArray::try_new(histogram_item(), offsets, Arc::new(items.finish()), None)?))
     }
 }
 
-/// A batch with the series of a block and other values and validity.
+/// A batch with the series of a block and other floats and validity, without histograms.
 ///
 /// # Errors
 /// None that as many values as the block has can cause.
@@ -217,7 +304,7 @@ pub fn with_values(
     let values = Arc::new(Float64Array::new(ScalarBuffer::from(values), nulls));
     let steps = block.steps() as i32;
     let list = FixedSizeListArray::try_new_with_length(item(), steps, values, None, rows)?;
-    Ok(RecordBatch::try_new(schema.clone(), vec![labels, Arc::new(list), drop_name])?)
+    Ok(RecordBatch::try_new(schema.clone(), vec![labels, Arc::new(list), drop_name, no_histograms(rows)?])?)
 }
 
 /// A row of a block.
@@ -231,13 +318,17 @@ pub struct Row<'a> {
     pub values: &'a [f64],
     /// Validity; `None` when all are valid.
     nulls: Option<(&'a NullBuffer, usize)>,
+    /// Where its histograms are; `None` without any.
+    histograms: Option<(&'a Block, usize)>,
 }
 
 impl<'a> Row<'a> {
     /// A row of a block.
     pub fn of(block: &'a Block, row: usize) -> Self {
         let nulls = block.nulls().map(|n| (n, row * block.steps()));
-        Self { labels: block.labels(row), drop_name: block.drop_name(row), values: block.values(row), nulls }
+        let histograms = block.has_histograms(row).then_some((block, row));
+        let (labels, values) = (block.labels(row), block.values(row));
+        Self { labels, drop_name: block.drop_name(row), values, nulls, histograms }
     }
 
     /// All rows of blocks.
@@ -245,24 +336,76 @@ impl<'a> Row<'a> {
         blocks.iter().flat_map(|b| (0..b.len()).map(move |row| Row::of(b, row)))
     }
 
-    /// Whether there is a value at a step.
+    /// Whether any of its samples is a histogram.
+    #[inline]
+    pub fn has_histograms(&self) -> bool {
+        self.histograms.is_some()
+    }
+
+    /// The histogram at a step in its encoded form.
+    #[inline]
+    pub fn encoded(&self, step: usize) -> Option<&'a [u8]> {
+        let (block, row) = self.histograms?;
+        block.encoded_histogram(row, step)
+    }
+
+    /// The histogram at a step.
+    pub fn histogram(&self, step: usize) -> Option<FloatHistogram> {
+        // What is there was written by a builder.
+        self.encoded(step).and_then(histogram::decode)
+    }
+
+    /// Calls `f(step, encoded histogram)` for each histogram.
+    pub fn for_each_encoded(&self, mut f: impl FnMut(usize, &'a [u8])) {
+        if self.has_histograms() {
+            for step in 0..self.values.len() {
+                if let Some(bytes) = self.encoded(step) {
+                    f(step, bytes);
+                }
+            }
+        }
+    }
+
+    /// Calls `f(step, histogram)` for each histogram.
+    pub fn for_each_histogram(&self, mut f: impl FnMut(usize, FloatHistogram)) {
+        self.for_each_encoded(|step, bytes| {
+            if let Some(h) = histogram::decode(bytes) {
+                f(step, h);
+            }
+        });
+    }
+
+    /// Whether there is a sample at a step, float or histogram.
+    #[inline]
+    pub fn has_sample(&self, step: usize) -> bool {
+        self.is_valid(step) || self.encoded(step).is_some()
+    }
+
+    /// Calls `f(step)` for each step with a sample, float or histogram.
+    #[inline]
+    pub fn for_each_sample(&self, mut f: impl FnMut(usize)) {
+        self.for_each(|step, _| f(step));
+        self.for_each_encoded(|step, _| f(step));
+    }
+
+    /// Whether there is a float at a step.
     #[inline]
     pub fn is_valid(&self, step: usize) -> bool {
         self.nulls.is_none_or(|(n, at)| n.is_valid(at + step))
     }
 
-    /// The value at a step.
+    /// The float at a step.
     #[inline]
     pub fn get(&self, step: usize) -> Option<f64> {
         self.is_valid(step).then(|| self.values[step])
     }
 
-    /// True when every step has a value, as far as that is known at no cost.
+    /// True when every step has a float, as far as that is known at no cost.
     pub fn is_dense(&self) -> bool {
         self.nulls.is_none()
     }
 
-    /// Writes validity as one bool per step.
+    /// Writes validity of floats as one bool per step.
     pub fn validity(&self, out: &mut [bool]) {
         match self.nulls {
             None => out.fill(true),
@@ -274,7 +417,7 @@ impl<'a> Row<'a> {
         }
     }
 
-    /// Calls `f(step, value)` for each value.
+    /// Calls `f(step, value)` for each float.
     #[inline]
     pub fn for_each(&self, mut f: impl FnMut(usize, f64)) {
         match self.nulls {
@@ -285,5 +428,46 @@ impl<'a> Row<'a> {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn histograms_travel_beside_floats() {
+        let histogram = |count: f64| FloatHistogram { count, ..FloatHistogram::default() };
+        let mut builder = BlockBuilder::new(schema(3));
+        let (values, valid) = builder.push(|_| false);
+        (values[0], valid[0]) = (1.5, true);
+        builder.push(|_| false);
+        builder.put_histogram(1, 0, &histogram(1.0));
+        builder.put_histogram(1, 2, &histogram(2.0));
+        assert!(builder.has_sample(1, 2) && !builder.has_sample(1, 1) && builder.has_sample(0, 0));
+        builder.pop_if_empty();
+        builder.push(|_| false);
+        builder.pop_if_empty();
+        builder.push(|_| false);
+        builder.put_histogram(2, 1, &histogram(3.0));
+        builder.pop();
+        assert_eq!(builder.len(), 2);
+        let batch = builder.finish().expect("a batch");
+        let check = |batch: &RecordBatch, row: usize, expected: [Option<f64>; 3]| {
+            let block = Block::try_new(batch).expect("a block");
+            let row = Row::of(&block, row);
+            let counts = [0, 1, 2].map(|step| row.histogram(step).map(|h| h.count));
+            assert_eq!(counts, expected);
+            assert_eq!(row.has_histograms(), expected != [None; 3]);
+        };
+        check(&batch, 0, [None; 3]);
+        check(&batch, 1, [Some(1.0), None, Some(2.0)]);
+        check(&batch.slice(1, 1), 0, [Some(1.0), None, Some(2.0)]);
+        // The builder begins anew, and a copy is what was copied.
+        let block = Block::try_new(&batch).expect("a block");
+        builder.copy(&Row::of(&block, 1), |_| false);
+        let copy = builder.finish().expect("a batch");
+        check(&copy, 0, [Some(1.0), None, Some(2.0)]);
+        assert!(!Block::try_new(&batch.slice(0, 1)).expect("a block").has_histograms(0));
     }
 }

@@ -5,10 +5,12 @@
 //! partition. What a query has to say besides its result goes into the [`Notes`] that its session carries.
 
 mod aggregate;
+mod annotations;
 mod binary;
 mod histogram;
 mod info;
 mod map;
+mod native;
 mod notes;
 mod order;
 mod relabel;
@@ -47,17 +49,21 @@ use crate::options::Grid;
 use crate::plan::ops::{Op, Place};
 use crate::result::Block;
 
+use annotations::NotesAt;
 pub use notes::Notes;
 pub(crate) use run::out_of_memory;
 pub use run::{Planner, query};
 
-/// Schema of a range vector: `labels`, `times` (milliseconds), `values`, one row per series.
+/// Schema of a range vector: `labels`, `times` (milliseconds), `values`, and the same of histograms, which are encoded
+/// as in blocks; one row per series.
 pub fn runs_schema() -> SchemaRef {
     let list = |t: DataType| DataType::List(Arc::new(Field::new("item", t, false)));
     Arc::new(Schema::new(vec![
         Field::new("labels", DataType::Binary, false),
         Field::new("times", list(DataType::Int64), false),
         Field::new("values", list(DataType::Float64), false),
+        Field::new("histogram_times", list(DataType::Int64), false),
+        Field::new("histograms", list(DataType::Binary), false),
     ]))
 }
 
@@ -97,7 +103,8 @@ pub struct NodeExec {
 }
 
 impl NodeExec {
-    /// An operation over inputs. Those that read series have the scan of them as input 0.
+    /// An operation over inputs. Those that read series have the scan of their float samples as input 0, and one of
+    /// histograms over the same series as input 1 when any has some.
     pub fn new(
         op: Op,
         grid: Grid,
@@ -286,6 +293,16 @@ impl Work {
         self.grid.steps()
     }
 
+    /// The notes, about what the node works on.
+    fn notes_of_input(&self) -> NotesAt<'_> {
+        NotesAt { notes: &self.notes, at: self.place.input }
+    }
+
+    /// The notes, about the node's expression.
+    fn notes_of_whole(&self) -> NotesAt<'_> {
+        NotesAt { notes: &self.notes, at: self.place.whole }
+    }
+
     /// Reserves memory until the node has given all it has to give.
     fn hold(&self, bytes: usize) -> DfResult<()> {
         if bytes > 0 { self.memory.try_grow(bytes) } else { Ok(()) }
@@ -314,7 +331,8 @@ impl Work {
             Ok(())
         });
         let blocks: Vec<Block> = batches.await?.into_iter().flatten().collect();
-        self.notes.hold(blocks.iter().map(|b| b.len() * b.steps()).sum())?;
+        // A float sample with its time takes 16 bytes.
+        self.notes.hold(blocks.iter().map(|b| b.len() * b.steps() + b.histogram_bytes() / 16).sum())?;
         Ok(blocks)
     }
 
@@ -348,6 +366,13 @@ impl Work {
             states.push(task.await.map_err(|e| internal(&format!("a partition failed: {e}")))??);
         }
         Ok(states)
+    }
+
+    /// How many of the inputs are scans: none, that of floats, or those of floats and of histograms.
+    fn scans(&self) -> usize {
+        let is_scan =
+            |input: &&Arc<dyn ExecutionPlan>| input.schema().fields().first().is_some_and(|f| f.name() == "series");
+        self.inputs.iter().take_while(is_scan).count()
     }
 
     /// The values of a scalar input, one per step.

@@ -8,6 +8,7 @@ pub mod block;
 pub mod codec;
 pub mod error;
 pub mod exec;
+pub mod histogram;
 pub mod labels;
 pub mod options;
 pub mod parse;

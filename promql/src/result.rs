@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use arrow::array::AsArray;
 use arrow::array::{Array, BinaryArray, BooleanArray, FixedSizeListArray, Float64Array, RecordBatch};
-use arrow::buffer::NullBuffer;
+use arrow::buffer::{NullBuffer, OffsetBuffer};
 use arrow::datatypes::Float64Type;
 use engine::Reservation;
 
 use crate::error::{QueryError, Result};
+use crate::histogram::{self, FloatHistogram};
 use crate::options::Grid;
 
 /// Types of PromQL values.
@@ -30,6 +31,8 @@ pub struct Block {
     labels: BinaryArray,
     values: Float64Array,
     drop_name: BooleanArray,
+    /// The lists of encoded histograms; `None` when no series has any.
+    histograms: Option<(OffsetBuffer<i32>, BinaryArray)>,
     steps: usize,
 }
 
@@ -48,7 +51,13 @@ impl Block {
         let values = list.values().slice(list.offset() * steps, list.len() * steps);
         let values = values.as_primitive_opt::<Float64Type>().ok_or_else(wrong)?.clone();
         let drop_name = batch.columns().get(2).and_then(|c| c.as_boolean_opt()).ok_or_else(wrong)?;
-        Ok(Self { labels: labels.clone(), values, drop_name: drop_name.clone(), steps })
+        let lists = batch.columns().get(3).and_then(|c| c.as_list_opt::<i32>()).ok_or_else(wrong)?;
+        let histograms = if lists.values().is_empty() {
+            None
+        } else {
+            Some((lists.offsets().clone(), lists.values().as_binary_opt::<i32>().ok_or_else(wrong)?.clone()))
+        };
+        Ok(Self { labels: labels.clone(), values, drop_name: drop_name.clone(), histograms, steps })
     }
 
     /// Bytes of memory that it takes, about.
@@ -56,7 +65,7 @@ impl Block {
         let offsets = self.labels.value_offsets();
         let labels = offsets.last().zip(offsets.first()).map_or(0, |(last, first)| (last - first) as usize);
         let nulls = self.values.nulls().map_or(0, |_| self.values.len() / 8);
-        labels + size_of_val(offsets) + self.values.len() * size_of::<f64>() + nulls
+        labels + size_of_val(offsets) + self.values.len() * size_of::<f64>() + nulls + self.histogram_bytes()
     }
 
     /// How many series.
@@ -109,13 +118,41 @@ impl Block {
         self.values.nulls()
     }
 
-    /// Whether a series has a value at a step.
+    /// Whether a series has any histogram.
+    #[inline]
+    pub fn has_histograms(&self, row: usize) -> bool {
+        self.histograms.as_ref().is_some_and(|(offsets, _)| offsets[row] < offsets[row + 1])
+    }
+
+    /// Whether any series has a histogram.
+    pub fn any_histograms(&self) -> bool {
+        self.histograms.is_some()
+    }
+
+    /// Bytes of the encoded histograms.
+    pub fn histogram_bytes(&self) -> usize {
+        self.histograms.as_ref().map_or(0, |(_, all)| all.value_data().len())
+    }
+
+    /// The histogram of a series at a step in its encoded form.
+    #[inline]
+    pub fn encoded_histogram(&self, row: usize, step: usize) -> Option<&[u8]> {
+        let (offsets, all) = self.histograms.as_ref()?;
+        let (start, end) = (offsets[row] as usize, offsets[row + 1] as usize);
+        (start + step < end && all.is_valid(start + step)).then(|| all.value(start + step))
+    }
+
+    /// Whether a series has a float at a step.
     pub fn is_valid(&self, row: usize, step: usize) -> bool {
         self.values.nulls().is_none_or(|n| n.is_valid(row * self.steps + step))
     }
 
-    /// Whether a series has any value.
-    pub fn any_valid(&self, row: usize) -> bool {
+    /// Whether a series has any sample.
+    pub fn any_sample(&self, row: usize) -> bool {
+        self.has_histograms(row) || self.any_float(row)
+    }
+
+    fn any_float(&self, row: usize) -> bool {
         self.steps > 0
             && self.values.nulls().is_none_or(|n| n.slice(row * self.steps, self.steps).null_count() < self.steps)
     }
@@ -130,6 +167,8 @@ pub struct Run {
     pub times: Vec<i64>,
     /// As many values.
     pub values: Vec<f64>,
+    /// The histograms with their times.
+    pub histograms: Vec<(i64, FloatHistogram)>,
 }
 
 /// Where the values of a result are.
@@ -184,6 +223,13 @@ pub struct SeriesView<'a> {
     values: &'a [f64],
     times: Times<'a>,
     nulls: Option<(&'a NullBuffer, usize)>,
+    histograms: Histograms<'a>,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Histograms<'a> {
+    Encoded(&'a Block, usize),
+    Own(&'a [(i64, FloatHistogram)]),
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -193,18 +239,33 @@ enum Times<'a> {
 }
 
 impl<'a> SeriesView<'a> {
-    /// The samples, times ascending: (milliseconds since the epoch, value).
+    /// The histograms, times ascending: (milliseconds since the epoch, histogram).
+    pub fn histograms(self) -> impl Iterator<Item = (i64, FloatHistogram)> + 'a {
+        let (encoded, own) = match self.histograms {
+            Histograms::Encoded(block, row) => (block.has_histograms(row).then_some((block, row)), &[][..]),
+            Histograms::Own(own) => (None, own),
+        };
+        let encoded = encoded.into_iter().flat_map(move |(block, row)| {
+            (0..block.steps()).filter_map(move |step| {
+                let h = histogram::decode(block.encoded_histogram(row, step)?)?;
+                Some((self.time(step), h))
+            })
+        });
+        encoded.chain(own.iter().cloned())
+    }
+
+    fn time(&self, i: usize) -> i64 {
+        match self.times {
+            Times::Grid(grid) => grid.time(i),
+            Times::Own(times) => times[i],
+        }
+    }
+
+    /// The float samples, times ascending: (milliseconds since the epoch, value).
     pub fn points(self) -> impl Iterator<Item = (i64, f64)> + 'a {
-        let Self { values, times, nulls, .. } = self;
-        values.iter().enumerate().filter(move |(i, _)| nulls.is_none_or(|(n, at)| n.is_valid(at + i))).map(
-            move |(i, v)| {
-                let t = match times {
-                    Times::Grid(grid) => grid.time(i),
-                    Times::Own(times) => times[i],
-                };
-                (t, *v)
-            },
-        )
+        let Self { values, nulls, .. } = self;
+        let valid = move |(i, _): &(usize, &f64)| nulls.is_none_or(|(n, at)| n.is_valid(at + i));
+        values.iter().enumerate().filter(valid).map(move |(i, v)| (self.time(i), *v))
     }
 }
 
@@ -235,13 +296,26 @@ impl QueryResult {
                     values: block.values(row),
                     times: Times::Grid(self.grid),
                     nulls: block.nulls().map(|n| (n, row * block.steps())),
+                    histograms: Histograms::Encoded(block, row),
                 }
             }
             Data::Runs(runs) => {
                 let run = &runs[index];
-                SeriesView { labels: &run.labels, values: &run.values, times: Times::Own(&run.times), nulls: None }
+                SeriesView {
+                    labels: &run.labels,
+                    values: &run.values,
+                    times: Times::Own(&run.times),
+                    nulls: None,
+                    histograms: Histograms::Own(&run.histograms),
+                }
             }
-            Data::Text(_) => SeriesView { labels: &[], values: &[], times: Times::Own(&[]), nulls: None },
+            Data::Text(_) => SeriesView {
+                labels: &[],
+                values: &[],
+                times: Times::Own(&[]),
+                nulls: None,
+                histograms: Histograms::Own(&[]),
+            },
         }
     }
 

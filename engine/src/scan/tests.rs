@@ -680,3 +680,41 @@ fn a_kill_between_object_and_commit_loses_and_leaves_nothing() {
         assert!(left_behind > 0);
     });
 }
+
+#[tokio::test]
+async fn sets_of_two_tables_are_read_together() {
+    let fixture = Fixture::new().await;
+    let row = |series: usize| (series, NOON + series as i64, 1.0f64.to_bits());
+    fixture.write(&[row(1), row(2)]).await;
+    // A metric of samples only.
+    let mut encoder = fixture.engine.registry().encoder();
+    let tags = encoder.tags(&mut [("__name__", "only"), ("n", "9")], None).unwrap();
+    let columns: Vec<ArrayRef> = vec![
+        Arc::new(UInt32Array::from(vec![tags])),
+        Arc::new(TimestampMillisecondArray::from(vec![NOON]).with_data_type(time_type())),
+        Arc::new(Float64Array::from(vec![2.0])),
+    ];
+    let rows = RecordBatch::try_new(SAMPLES.arrow().clone(), columns).unwrap();
+    let batches = vec![Batch { table: SAMPLES.clone(), rows }];
+    fixture.engine.write(Write { tags: encoder.finish(), batches, metadata: vec![] }).await.unwrap();
+    let numbers = |set: &SeriesSet| -> Vec<String> {
+        set.series.iter().map(|s| s.tags.get("n").unwrap_or_default().to_owned()).collect()
+    };
+    let named = |op, value: &str| vec![Matcher::new("n", op, value).unwrap()];
+    for flushed in [false, true] {
+        if flushed {
+            fixture.engine.flush().await.unwrap();
+        }
+        let samples = fixture.select(&SAMPLES, named(MatchOp::Re, "[19]"), NOON, NOON + HOUR).await;
+        let exemplars = fixture.select(&EXEMPLARS, named(MatchOp::Eq, "2"), NOON, NOON + HOUR).await.with_rows();
+        assert_eq!(numbers(&exemplars), ["2"]);
+        let (samples, exemplars) = SeriesSet::aligned(samples, Arc::new(exemplars));
+        assert_eq!(numbers(&samples), numbers(&exemplars));
+        assert_eq!(scan(&fixture.engine, samples).await.len(), 3);
+        assert_eq!(scan(&fixture.engine, exemplars).await.len(), 2);
+        let none = fixture.select(&EXEMPLARS, named(MatchOp::Eq, "9"), NOON, NOON + HOUR).await.with_rows();
+        assert!(none.series.is_empty() || flushed, "only a file's range of metrics may let a series pass");
+        assert!(scan(&fixture.engine, Arc::new(none)).await.is_empty());
+    }
+    fixture.engine.shutdown(Duration::ZERO).await.unwrap();
+}

@@ -4,6 +4,7 @@
 //! exponent from 1e-6 up to 1e21 and with one of at least two digits outside of that; times as seconds with at most
 //! three decimals.
 
+use crate::histogram::FloatHistogram;
 use crate::labels::Pairs;
 
 /// A sample's value between quotes.
@@ -141,6 +142,32 @@ pub(super) fn labels(out: &mut Vec<u8>, canonical: &[u8]) {
     out.push(b'}');
 }
 
+/// A native histogram: `{"count":"..","sum":"..","buckets":[[0,"lower","upper","count"]]}`. A bucket's first number says
+/// which bounds belong to it: 0 the upper, 1 the lower, 2 none, 3 both.
+pub(super) fn histogram(out: &mut Vec<u8>, h: &FloatHistogram) {
+    out.extend_from_slice(br#"{"count":"#);
+    value(out, h.count);
+    out.extend_from_slice(br#","sum":"#);
+    value(out, h.sum);
+    let mut buckets = h.buckets().filter(|b| b.count != 0.0).peekable();
+    if buckets.peek().is_some() {
+        out.extend_from_slice(br#","buckets":"#);
+        list(out, buckets, |out, b| {
+            out.extend_from_slice(match (b.lower_inclusive, b.upper_inclusive) {
+                (false, true) => b"[0,",
+                (true, false) => b"[1,",
+                (false, false) => b"[2,",
+                (true, true) => b"[3,",
+            });
+            for (v, end) in [(b.lower, b','), (b.upper, b','), (b.count, b']')] {
+                value(out, v);
+                out.push(end);
+            }
+        });
+    }
+    out.push(b'}');
+}
+
 /// A list; `item` writes one element.
 pub(super) fn list<T>(out: &mut Vec<u8>, items: impl IntoIterator<Item = T>, mut item: impl FnMut(&mut Vec<u8>, T)) {
     out.push(b'[');
@@ -240,6 +267,38 @@ mod tests {
         let tags = catalog::tag::tag_set(&[("__name__", "up"), ("path", "C:\\\"x\"")]).expect("valid labels");
         assert_eq!(written(|o| labels(o, tags.as_bytes())), r#"{"__name__":"up","path":"C:\\\"x\""}"#);
         assert_eq!(written(|o| labels(o, &[])), "{}");
+    }
+
+    #[test]
+    fn histograms() {
+        use crate::histogram::{Bucket, CUSTOM};
+        let of = |schema: i32, custom: &[f64]| FloatHistogram {
+            schema,
+            count: 6.0,
+            sum: 3.5,
+            positive: vec![
+                Bucket { index: 0, count: 1.0 },
+                Bucket { index: 1, count: 0.0 },
+                Bucket { index: 2, count: 2.0 },
+            ],
+            custom: custom.into(),
+            ..FloatHistogram::default()
+        };
+        let sides = FloatHistogram {
+            zero_threshold: 0.001,
+            zero_count: 2.0,
+            negative: vec![Bucket { index: 1, count: 1.0 }],
+            ..of(0, &[])
+        };
+        assert_eq!(
+            written(|o| histogram(o, &sides)),
+            r#"{"count":"6","sum":"3.5","buckets":[[1,"-2","-1","1"],[3,"-0.001","0.001","2"],[0,"0.5","1","1"],[0,"2","4","2"]]}"#
+        );
+        assert_eq!(
+            written(|o| histogram(o, &of(CUSTOM, &[1.0, 5.0]))),
+            r#"{"count":"6","sum":"3.5","buckets":[[3,"-Inf","1","1"],[0,"5","+Inf","2"]]}"#
+        );
+        assert_eq!(written(|o| histogram(o, &FloatHistogram::default())), r#"{"count":"0","sum":"0"}"#);
     }
 
     proptest! {

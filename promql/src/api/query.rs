@@ -11,6 +11,7 @@ use super::reply::{Reply, TRUNCATED};
 use super::{Api, json};
 use crate::error::{QueryError, QueryErrorKind, Result};
 use crate::exec::out_of_memory;
+use crate::histogram::FloatHistogram;
 use crate::options::EvalOptions;
 use crate::parse::print::pretty;
 use crate::plan;
@@ -165,13 +166,29 @@ fn write_string(out: &mut Vec<u8>, result: &QueryResult, _pace: &mut Pace) {
 const POINT_COST: usize = 50;
 
 fn write_vector(out: &mut Vec<u8>, result: &QueryResult, pace: &mut Pace) {
+    enum Sample {
+        Float(f64),
+        Histogram(FloatHistogram),
+    }
     let series = (0..result.len()).take_while(|_| pace.step(10 * POINT_COST).is_ok()).map(|i| result.series(i));
-    let samples = series.filter_map(|s| s.points().next().map(|point| (s.labels, point)));
-    json::list(out, samples, |out, (labels, (t, v))| {
+    let samples = series.filter_map(|s| {
+        let sample = s.points().next().map(|(t, v)| (t, Sample::Float(v)));
+        let sample = sample.or_else(|| s.histograms().next().map(|(t, h)| (t, Sample::Histogram(h))));
+        Some((s.labels, sample?))
+    });
+    json::list(out, samples, |out, (labels, (t, sample))| {
         out.extend_from_slice(br#"{"metric":"#);
         json::labels(out, labels);
-        out.extend_from_slice(br#","value":"#);
-        write_point(out, t, v);
+        match sample {
+            Sample::Float(v) => {
+                out.extend_from_slice(br#","value":"#);
+                write_point(out, t, v);
+            }
+            Sample::Histogram(h) => {
+                out.extend_from_slice(br#","histogram":"#);
+                write_histogram(out, t, &h);
+            }
+        }
         out.push(b'}');
     });
 }
@@ -186,6 +203,13 @@ fn write_matrix(out: &mut Vec<u8>, result: &QueryResult, pace: &mut Pace) {
     json::list(out, series, |out, series| {
         out.extend_from_slice(br#"{"metric":"#);
         json::labels(out, series.labels);
+        let mut histograms = series.histograms().peekable();
+        // A series has either list, or both when its kind changed; floats are the rule.
+        if histograms.peek().is_some() && series.points().next().is_none() {
+            write_histograms(out, histograms);
+            out.push(b'}');
+            return;
+        }
         out.extend_from_slice(br#","values":["#);
         let mut step = 0;
         let mut last: Option<(u64, usize, usize)> = None;
@@ -207,8 +231,25 @@ fn write_matrix(out: &mut Vec<u8>, result: &QueryResult, pace: &mut Pace) {
             }
             out.push(b']');
         }
-        out.extend_from_slice(b"]}");
+        out.push(b']');
+        if histograms.peek().is_some() {
+            write_histograms(out, histograms);
+        }
+        out.push(b'}');
     });
+}
+
+fn write_histograms(out: &mut Vec<u8>, histograms: impl Iterator<Item = (i64, FloatHistogram)>) {
+    out.extend_from_slice(br#","histograms":"#);
+    json::list(out, histograms, |out, (t, h)| write_histogram(out, t, &h));
+}
+
+fn write_histogram(out: &mut Vec<u8>, t: i64, h: &FloatHistogram) {
+    out.push(b'[');
+    json::time(out, t);
+    out.push(b',');
+    json::histogram(out, h);
+    out.push(b']');
 }
 
 fn write_point(out: &mut Vec<u8>, t: i64, v: f64) {

@@ -5,10 +5,13 @@ use arrow::array::RecordBatch;
 use datafusion::error::Result as DfResult;
 use engine::kernels::kahan_add;
 use hashbrown::HashMap;
+use hashbrown::hash_map::Entry;
 
+use super::annotations::{Annotation, Combining, NotesAt};
 use super::{Pace, Work, cost, internal, topk};
 use crate::block::{BlockBuilder, Row, rows_per_batch};
-use crate::labels::Grouping;
+use crate::histogram::{Added, FloatHistogram, Hint, Incompatible, Mean, Sum};
+use crate::labels::{self, Grouping};
 use crate::plan::ops::{AggregateOp, Op};
 
 pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
@@ -21,18 +24,23 @@ pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
         }
         _ => {}
     }
-    let (steps, notes, memory) = (work.steps(), work.notes.clone(), work.memory.clone());
+    let (steps, notes, at, memory) = (work.steps(), work.notes.clone(), work.place.input, work.memory.clone());
     let mut partials = work
         .fold(0, move |partial: &mut Option<Partial>, block| {
             let partial = partial.get_or_insert_with(|| Partial::new(op, by.clone(), steps));
-            let before = partial.n.len();
+            let (before, native_before) = (partial.n.len(), partial.native.len());
             for row in 0..block.len() {
-                partial.add(&Row::of(&block, row));
+                let row = Row::of(&block, row);
+                let group = partial.add(&row);
+                if row.has_histograms() {
+                    partial.add_histograms(group, &row, NotesAt { notes: &notes, at });
+                }
             }
             notes.hold(partial.n.len() - before)?;
             // Counts, sums and compensations, and labels.
             let groups = (partial.n.len() - before) / steps.max(1);
             memory.try_grow((partial.n.len() - before) * 3 * size_of::<f64>() + groups * GROUP_BYTES)?;
+            memory.try_grow((partial.native.len() - native_before) * NATIVE_BYTES)?;
             Ok(())
         })
         .await?
@@ -41,13 +49,16 @@ pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
     let Some(mut all) = partials.next() else { return Ok(vec![]) };
     let mut pace = work.stop.pace();
     for partial in partials {
-        all.merge(&partial, &mut pace)?;
+        all.merge(partial, work.notes_of_input(), &mut pace)?;
     }
     all.finish(work)
 }
 
 /// What the labels of a group take, about.
 const GROUP_BYTES: usize = 256;
+
+/// What the sum of histograms takes, about.
+const NATIVE_BYTES: usize = 4 << 10;
 
 /// Numbers groups by their labels in order of appearance.
 #[derive(Debug)]
@@ -107,11 +118,93 @@ struct Partial {
     b: Vec<f64>,
     /// Means, with compensation, of cells whose sum overflows.
     means: HashMap<usize, (f64, f64)>,
+    /// Sums and means of histograms.
+    native: HashMap<usize, Native>,
+}
+
+/// The histograms of a cell.
+#[derive(Debug)]
+struct Native {
+    /// `None` since something could not be added.
+    total: Option<Total>,
+    /// A counter that began again was seen, and one that did not.
+    resets: [bool; 2],
+    /// Name of the first one's metric.
+    metric: Box<str>,
+}
+
+#[derive(Debug)]
+enum Total {
+    Sum(Sum),
+    Mean(Mean),
+}
+
+impl Native {
+    fn new(op: AggregateOp, h: &FloatHistogram, metric: &str) -> Self {
+        let total = if op == AggregateOp::Avg { Total::Mean(Mean::of(h)) } else { Total::Sum(Sum::of(h)) };
+        let mut native = Self { total: Some(total), resets: [false; 2], metric: metric.into() };
+        native.note_hint(h.hint);
+        native
+    }
+
+    fn note_hint(&mut self, hint: Hint) {
+        self.resets[0] |= hint == Hint::Reset;
+        self.resets[1] |= hint == Hint::NotReset;
+    }
+
+    fn added(&mut self, added: Result<Added, Incompatible>, metric: &str, notes: NotesAt<'_>) {
+        match added {
+            Ok(added) if added.bounds_reconciled => {
+                notes.annotate(Annotation::BoundsReconciled(Combining::Aggregation));
+            }
+            Ok(_) => {}
+            Err(Incompatible) => {
+                self.total = None;
+                notes.annotate(Annotation::MixedSchemas(metric));
+            }
+        }
+    }
+
+    fn add(&mut self, h: &FloatHistogram, metric: &str, notes: NotesAt<'_>) {
+        let added = match &mut self.total {
+            None => return,
+            Some(Total::Sum(sum)) => sum.add(h),
+            Some(Total::Mean(mean)) => mean.add(h),
+        };
+        self.note_hint(h.hint);
+        self.added(added, metric, notes);
+    }
+
+    fn merge(&mut self, other: Self, notes: NotesAt<'_>) {
+        let added = match (&mut self.total, other.total) {
+            (Some(Total::Sum(sum)), Some(Total::Sum(more))) => sum.add_sum(&more),
+            (Some(Total::Mean(mean)), Some(Total::Mean(more))) => mean.merge(more),
+            _ => {
+                self.total = None;
+                Ok(Added::default())
+            }
+        };
+        self.resets = [self.resets[0] | other.resets[0], self.resets[1] | other.resets[1]];
+        self.added(added, &other.metric, notes);
+    }
+
+    fn finish(self, notes: NotesAt<'_>) -> Option<FloatHistogram> {
+        let mut h = match self.total? {
+            Total::Sum(sum) => sum.total(),
+            Total::Mean(mean) => mean.value(),
+        };
+        if self.resets == [true; 2] {
+            notes.annotate(Annotation::ResetsCollide(Combining::Aggregation));
+        }
+        h.compact();
+        Some(h)
+    }
 }
 
 impl Partial {
     fn new(op: AggregateOp, by: Grouping, steps: usize) -> Self {
-        Self { op, groups: Groups::new(by), steps, n: Vec::new(), a: Vec::new(), b: Vec::new(), means: HashMap::new() }
+        let (n, a, b) = (Vec::new(), Vec::new(), Vec::new());
+        Self { op, groups: Groups::new(by), steps, n, a, b, means: HashMap::new(), native: HashMap::new() }
     }
 
     /// Makes room for a group; says where its cells are.
@@ -132,7 +225,32 @@ impl Partial {
         range
     }
 
-    fn add(&mut self, row: &Row<'_>) {
+    /// Adds the histograms of a row whose floats were added to a group.
+    fn add_histograms(&mut self, group: u32, row: &Row<'_>, notes: NotesAt<'_>) {
+        let start = group as usize * self.steps;
+        let name = match self.op {
+            AggregateOp::Count | AggregateOp::Group => {
+                return row.for_each_encoded(|step, _| self.n[start + step] += 1.0);
+            }
+            AggregateOp::Sum | AggregateOp::Avg => {
+                let metric = labels::get(row.labels, "__name__");
+                return row.for_each_histogram(|step, h| match self.native.entry(start + step) {
+                    Entry::Vacant(e) => {
+                        e.insert(Native::new(self.op, &h, metric));
+                    }
+                    Entry::Occupied(mut e) => e.get_mut().add(&h, metric, notes),
+                });
+            }
+            AggregateOp::Min => "min",
+            AggregateOp::Max => "max",
+            AggregateOp::Stddev => "stddev",
+            _ => "stdvar",
+        };
+        notes.annotate(Annotation::IgnoredInAggregation(name));
+    }
+
+    /// Adds the floats of a row; says which group it belongs to.
+    fn add(&mut self, row: &Row<'_>) -> u32 {
         let group = self.groups.of(row.labels, row.drop_name);
         let cells = self.cells(group);
         let n = &mut self.n[cells.clone()];
@@ -207,10 +325,13 @@ impl Partial {
                 }
             }
         }
+        group
     }
 
     /// Adds a partial over later series.
-    fn merge(&mut self, other: &Self, pace: &mut Pace) -> DfResult<()> {
+    fn merge(&mut self, mut other: Self, notes: NotesAt<'_>, pace: &mut Pace) -> DfResult<()> {
+        let mut native = std::mem::take(&mut other.native);
+        let other = &other;
         for (i, (labels, drop_name)) in other.groups.labels.iter().enumerate() {
             pace.walk(cost(self.steps))?;
             self.groups.key.clear();
@@ -222,6 +343,16 @@ impl Partial {
                 let (to, from) = (cells.start + step, from + step);
                 if other.n[from] > 0.0 {
                     self.merge_cell(to, other, from);
+                }
+                if !native.is_empty()
+                    && let Some(more) = native.remove(&from)
+                {
+                    match self.native.entry(to) {
+                        Entry::Vacant(e) => {
+                            e.insert(more);
+                        }
+                        Entry::Occupied(mut e) => e.get_mut().merge(more, notes),
+                    }
                 }
             }
         }
@@ -293,7 +424,8 @@ impl Partial {
         }
     }
 
-    fn finish(self, work: &Work) -> DfResult<Vec<RecordBatch>> {
+    fn finish(mut self, work: &Work) -> DfResult<Vec<RecordBatch>> {
+        let mut native = std::mem::take(&mut self.native);
         let mut batches = Vec::new();
         let (mut builder, mut pace) = (BlockBuilder::new(work.schema.clone()), work.stop.pace());
         for (group, (labels, drop_name)) in self.groups.labels.iter().enumerate() {
@@ -306,6 +438,18 @@ impl Partial {
             for step in 0..self.steps {
                 values[step] = self.value(start + step);
                 valid[step] = self.n[start + step] > 0.0;
+            }
+            if !native.is_empty() {
+                for step in 0..self.steps {
+                    let Some(cell) = native.remove(&(start + step)) else { continue };
+                    let row = builder.len() - 1;
+                    if builder.has_sample(row, step) {
+                        work.notes_of_input().annotate(Annotation::MixedInAggregation);
+                        builder.row_mut(row).1[step] = false;
+                    } else if let Some(h) = cell.finish(work.notes_of_input()) {
+                        builder.put_histogram(row, step, &h);
+                    }
+                }
             }
             builder.pop_if_empty();
             if builder.len() >= rows_per_batch(self.steps) {

@@ -9,12 +9,15 @@ use arrow::buffer::{BooleanBuffer, NullBuffer};
 use datafusion::error::Result as DfResult;
 use hashbrown::HashMap;
 
+use super::annotations::{Annotation, Combining, NotesAt};
 use super::relabel::Merger;
 use super::{Batches, Pace, Work, cost, internal, same_labels};
 use crate::QueryError;
-use crate::block::{self, Name, Row};
+use crate::block::{self, BlockBuilder, Name, Row};
+use crate::histogram::{FloatHistogram, Hint};
 use crate::labels::{self, Grouping};
 use crate::plan::ops::{BinaryOp, Cardinality, Float, Matching, Op};
+use crate::result::Block;
 
 /// The value of an operator, and whether a filter keeps it: a comparison's value is its left side.
 #[inline(always)]
@@ -33,6 +36,90 @@ fn apply(op: BinaryOp, l: f64, r: f64) -> (f64, bool) {
         BinaryOp::Le => (l, l <= r),
         BinaryOp::Gt => (l, l > r),
         BinaryOp::Ge => (l, l >= r),
+        // Only histograms have something to cut off; callers see to that before.
+        BinaryOp::TrimUpper | BinaryOp::TrimLower => (l, false),
+    }
+}
+
+/// A sample of either kind.
+enum Value {
+    Float(f64),
+    Histogram(FloatHistogram),
+}
+
+impl Value {
+    /// The sample of a row at a step.
+    fn of(row: &Row<'_>, step: usize) -> Option<Self> {
+        match row.get(step) {
+            Some(v) => Some(Self::Float(v)),
+            None => row.histogram(step).map(Self::Histogram),
+        }
+    }
+
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Float(_) => "float",
+            Self::Histogram(_) => "histogram",
+        }
+    }
+}
+
+/// [`apply`] for samples of any kind; without a value where the operator does not know the kinds, which is noted.
+fn apply_any(op: BinaryOp, left: Value, right: Value, notes: NotesAt<'_>) -> Option<(Value, bool)> {
+    use Value::{Float, Histogram};
+    let kinds = (left.kind(), right.kind());
+    let kept = |mut h: FloatHistogram| {
+        h.compact();
+        Some((Histogram(h), true))
+    };
+    match (op, left, right) {
+        (op, Float(l), Float(r)) if !op.is_trim() => {
+            let (v, keep) = apply(op, l, r);
+            Some((Float(v), keep))
+        }
+        (BinaryOp::Mul, Float(v), Histogram(mut h)) | (BinaryOp::Mul, Histogram(mut h), Float(v)) => {
+            h.mul(v);
+            kept(h)
+        }
+        (BinaryOp::Div, Histogram(mut h), Float(v)) => {
+            h.div(v);
+            kept(h)
+        }
+        (BinaryOp::TrimUpper | BinaryOp::TrimLower, Histogram(mut h), Float(v)) => {
+            h.trim(v, op == BinaryOp::TrimUpper);
+            Some((Histogram(h), true))
+        }
+        (BinaryOp::Eq, Histogram(l), Histogram(r)) => {
+            let keep = l == r;
+            Some((Histogram(l), keep))
+        }
+        (BinaryOp::Ne, Histogram(l), Histogram(r)) => {
+            let keep = l != r;
+            Some((Histogram(l), keep))
+        }
+        (BinaryOp::Add | BinaryOp::Sub, Histogram(mut l), Histogram(r)) => {
+            let add = op == BinaryOp::Add;
+            let combining = if add { Combining::Addition } else { Combining::Subtraction };
+            let Ok(added) = (if add { l.add(&r) } else { l.sub(&r) }) else {
+                notes.annotate(Annotation::IncompatibleBuckets(op.symbol()));
+                return None;
+            };
+            if added.resets_collide {
+                notes.annotate(Annotation::ResetsCollide(combining));
+                return None;
+            }
+            if added.bounds_reconciled {
+                notes.annotate(Annotation::BoundsReconciled(combining));
+            }
+            if !add {
+                l.hint = Hint::Gauge;
+            }
+            kept(l)
+        }
+        _ => {
+            notes.annotate(Annotation::IncompatibleTypes(kinds.0, op.symbol(), kinds.1));
+            None
+        }
     }
 }
 
@@ -53,6 +140,8 @@ macro_rules! with_operator {
             BinaryOp::Le => with_operator!(@one Le, $known, $body),
             BinaryOp::Gt => with_operator!(@one Gt, $known, $body),
             BinaryOp::Ge => with_operator!(@one Ge, $known, $body),
+            BinaryOp::TrimUpper => with_operator!(@one TrimUpper, $known, $body),
+            BinaryOp::TrimLower => with_operator!(@one TrimLower, $known, $body),
         }
     };
     (@one $op:ident, $known:ident, $body:expr) => {{
@@ -79,6 +168,9 @@ pub(super) fn vector_scalar(work: Work, partition: usize) -> DfResult<Batches> {
     };
     work.map_blocks(partition, move |work, scalars, block, _| {
         let scalar = scalars[0].as_slice();
+        if block.any_histograms() || op.is_trim() {
+            return any_scalar(work, &block, scalar);
+        }
         let all = block.all_values();
         let mut values = Vec::with_capacity(all.len());
         let mut nulls = block.nulls().cloned();
@@ -101,6 +193,41 @@ pub(super) fn vector_scalar(work: Work, partition: usize) -> DfResult<Batches> {
         }
         block::with_values(&work.schema, &block, values, nulls, name)
     })
+}
+
+/// [`vector_scalar`] of samples of any kind.
+fn any_scalar(work: &Work, block: &Block, scalar: &[f64]) -> DfResult<RecordBatch> {
+    let Op::VectorScalar { op, swapped, bool, name } = work.op else {
+        return Err(internal("not an operator between a vector and a scalar"));
+    };
+    let mut builder = BlockBuilder::new(work.schema.clone());
+    for row in 0..block.len() {
+        let row = Row::of(block, row);
+        builder.push(|out| name.apply(row.labels, row.drop_name, out));
+        let at = builder.len() - 1;
+        for (step, s) in scalar.iter().enumerate() {
+            let Some(v) = Value::of(&row, step) else { continue };
+            // A comparison keeps the vector's side, whichever that is.
+            let own = if let Value::Float(v) = v { v } else { f64::NAN };
+            let (left, right) = if swapped { (Value::Float(*s), v) } else { (v, Value::Float(*s)) };
+            let Some((value, keep)) = apply_any(op, left, right, work.notes_of_whole()) else { continue };
+            let value = match value {
+                _ if bool => Value::Float(f64::from(u8::from(keep))),
+                _ if !keep => continue,
+                Value::Float(_) if op.is_comparison() => Value::Float(own),
+                value => value,
+            };
+            match value {
+                Value::Float(v) => {
+                    let (values, valid) = builder.row_mut(at);
+                    (values[step], valid[step]) = (v, true);
+                }
+                Value::Histogram(h) => builder.put_histogram(at, step, &h),
+            }
+        }
+        builder.pop_if_empty();
+    }
+    builder.finish()
 }
 
 /// Series of one side with the same matching labels.
@@ -148,7 +275,8 @@ pub(super) async fn vectors(work: &Work) -> DfResult<Vec<RecordBatch>> {
     let filled = fill_many.is_some() || fill_one.is_some();
     check_one_side(&groups, matching, swapped, filled, work.steps(), &mut pace)?;
 
-    let pairing = Pairing { op: *op, bool: *bool, swapped, name: *name, matching, steps: work.steps() };
+    let (steps, notes) = (work.steps(), work.notes_of_whole());
+    let pairing = Pairing { op: *op, bool: *bool, swapped, name: *name, matching, steps, notes };
     let mut merger = Merger::new(work);
     let mut owner: Vec<usize> = Vec::new();
     for (number, group) in groups.iter().enumerate() {
@@ -160,8 +288,12 @@ pub(super) async fn vectors(work: &Work) -> DfResult<Vec<RecordBatch>> {
                 pace.walk(cost(work.steps()))?;
                 let (row, known) = merger.row(|out| pairing.labels(many.labels, one.labels, out))?;
                 let clash = pairing.clash(&mut owner, row, known, number);
-                let (values, valid) = merger.values(row);
-                pairing.pair(many, one, values, valid).map_err(|()| clash)?;
+                if op.is_trim() || many.has_histograms() || one.has_histograms() || merger.has_histograms() {
+                    pairing.pair_any(many, one, &mut merger, row).map_err(|_| clash)?;
+                } else {
+                    let (values, valid) = merger.values(row);
+                    pairing.pair(many, one, values, valid).map_err(|()| clash)?;
+                }
             }
         }
         if let Some(v) = fill_one {
@@ -191,6 +323,7 @@ struct Pairing<'a> {
     name: Name,
     matching: &'a Matching,
     steps: usize,
+    notes: NotesAt<'a>,
 }
 
 impl Pairing<'_> {
@@ -231,6 +364,33 @@ impl Pairing<'_> {
         same_labels()
     }
 
+    /// [`Pairing::pair`] of samples of any kind.
+    fn pair_any(&self, many: &Row<'_>, one: &Row<'_>, merger: &mut Merger, row: usize) -> Result<(), QueryError> {
+        for step in 0..self.steps {
+            if let (Some(m), Some(o)) = (Value::of(many, step), Value::of(one, step)) {
+                self.put_any((m, o), merger, row, step)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Computes the value of a pair of samples and puts it where it belongs, unless there is none.
+    fn put_any(
+        &self,
+        (many, one): (Value, Value),
+        merger: &mut Merger,
+        row: usize,
+        step: usize,
+    ) -> Result<(), QueryError> {
+        let (left, right) = if self.swapped { (one, many) } else { (many, one) };
+        match apply_any(self.op, left, right, self.notes) {
+            Some((_, keep)) if self.bool => merger.put_float(row, step, f64::from(u8::from(keep))),
+            Some((Value::Float(v), true)) => merger.put_float(row, step, v),
+            Some((Value::Histogram(h), true)) => merger.put_histogram(row, step, &h),
+            _ => Ok(()),
+        }
+    }
+
     fn pair(&self, many: &Row<'_>, one: &Row<'_>, values: &mut [f64], valid: &mut [bool]) -> Result<(), ()> {
         let (op, swapped) = (self.op, self.swapped);
         let filters = op.is_comparison() && !self.bool;
@@ -262,8 +422,8 @@ impl Pairing<'_> {
     fn check_many_side(&self, group: &Group<'_>, filled: bool, pace: &mut Pace) -> Result<(), QueryError> {
         for step in 0..self.steps {
             pace.step(group.one.len() + group.many.len())?;
-            let partner = filled || group.one.iter().any(|r| r.is_valid(step));
-            if partner && group.many.iter().filter(|r| r.is_valid(step)).count() > 1 {
+            let partner = filled || group.one.iter().any(|r| r.has_sample(step));
+            if partner && group.many.iter().filter(|r| r.has_sample(step)).count() > 1 {
                 return Err(QueryError::execution(
                     "multiple matches for labels: many-to-one matching must be explicit (group_left/group_right)",
                 ));
@@ -290,15 +450,10 @@ impl Pairing<'_> {
             let (many, one) = if present_is_many { (row.labels, &key[..]) } else { (&key[..], row.labels) };
             let mut target = None;
             for step in 0..self.steps {
-                if !row.is_valid(step) || absent.iter().any(|r| r.is_valid(step)) {
+                if absent.iter().any(|r| r.has_sample(step)) {
                     continue;
                 }
-                let (m, o) = if present_is_many { (row.values[step], v) } else { (v, row.values[step]) };
-                let (value, keep) = if self.swapped { apply(self.op, o, m) } else { apply(self.op, m, o) };
-                let (value, keep) = if self.bool { (f64::from(u8::from(keep)), true) } else { (value, keep) };
-                if !keep {
-                    continue;
-                }
+                let Some(own) = Value::of(row, step) else { continue };
                 let at = match target {
                     Some(at) => at,
                     None => {
@@ -309,8 +464,9 @@ impl Pairing<'_> {
                         *target.insert(at)
                     }
                 };
-                let (values, valid) = merger.values(at);
-                Merger::put(values, valid, step, value)?;
+                let own_and_fill = (own, Value::Float(v));
+                let (m, o) = if present_is_many { own_and_fill } else { (own_and_fill.1, own_and_fill.0) };
+                self.put_any((m, o), merger, at, step)?;
             }
         }
         Ok(())
@@ -332,13 +488,13 @@ fn check_one_side(
         let other = other_present.get_or_insert_with(|| {
             let mut present = vec![filled; steps];
             for row in groups.iter().flat_map(|g| &g.many) {
-                row.for_each(|step, _| present[step] = true);
+                row.for_each_sample(|step| present[step] = true);
             }
             present
         });
         for step in (0..steps).filter(|s| other[*s]) {
             pace.step(group.one.len())?;
-            let mut rows = group.one.iter().filter(|r| r.is_valid(step));
+            let mut rows = group.one.iter().filter(|r| r.has_sample(step));
             if let (Some(a), Some(b)) = (rows.next(), rows.next()) {
                 return Err(duplicates(&matching.labels, a, b, swapped));
             }

@@ -47,7 +47,7 @@ pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
     }
     let mut present = vec![false; work.steps()];
     for row in Row::all(&base) {
-        row.for_each(|step, _| present[step] = true);
+        row.for_each_sample(|step| present[step] = true);
     }
     for group in groups.values().flatten().filter(|g| g.rows.len() > 1) {
         for step in (0..work.steps()).filter(|step| present[*step]) {
@@ -64,7 +64,9 @@ pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
         // The row of the last step goes on as long as the same info series are the newest.
         let mut target: Option<(Vec<*const u8>, usize)> = None;
         for step in 0..work.steps() {
-            let Some(v) = row.get(step) else { continue };
+            if !row.has_sample(step) {
+                continue;
+            }
             chosen.clear();
             if !ignored {
                 chosen.extend(about.iter().filter_map(|group| group.newest(step)));
@@ -85,8 +87,7 @@ pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
                     at
                 }
             };
-            let (values, valid) = merger.values(at);
-            Merger::put(values, valid, step, v)?;
+            merger.put_sample(at, &row, step)?;
         }
     }
     merger.finish()

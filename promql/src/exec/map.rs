@@ -7,6 +7,7 @@ use datafusion::error::Result as DfResult;
 
 use super::{Batches, Work, internal};
 use crate::block::{self, BlockBuilder, Name, Row};
+use crate::histogram::FloatHistogram;
 use crate::plan::ops::{MapFunction, Op};
 use crate::result::Block;
 
@@ -21,18 +22,70 @@ pub(super) fn repeat(work: Work, partition: usize) -> DfResult<Batches> {
         let mut builder = BlockBuilder::new(work.schema.clone());
         for row in 0..block.len() {
             let row = Row::of(&block, row);
+            let labels = |out: &mut Vec<u8>| Name::Keep.apply(row.labels, row.drop_name, out);
             if let Some(v) = row.get(0) {
-                let (values, valid) = builder.push(|out| Name::Keep.apply(row.labels, row.drop_name, out));
+                let (values, valid) = builder.push(labels);
                 values.fill(v);
                 valid.fill(true);
+            } else if let Some(histogram) = row.encoded(0) {
+                builder.push(labels);
+                for step in 0..work.steps() {
+                    builder.put_encoded(builder.len() - 1, step, histogram.to_vec());
+                }
             }
         }
         builder.finish()
     })
 }
 
+/// What a function of native histograms gives; `None` for the others.
+fn part(function: MapFunction) -> Option<fn(&FloatHistogram) -> f64> {
+    Some(match function {
+        MapFunction::HistogramAvg => FloatHistogram::avg,
+        MapFunction::HistogramCount => |h| h.count,
+        MapFunction::HistogramSum => |h| h.sum,
+        MapFunction::HistogramStddev => |h| h.variance().sqrt(),
+        MapFunction::HistogramStdvar => FloatHistogram::variance,
+        _ => return None,
+    })
+}
+
+/// The functions that have a value for histograms; the others ignore them.
+fn with_histograms(work: &Work, function: MapFunction, name: Name, block: &Block) -> DfResult<RecordBatch> {
+    if let Some(part) = part(function) {
+        let mut builder = BlockBuilder::new(work.schema.clone());
+        for row in (0..block.len()).map(|row| Row::of(block, row)).filter(Row::has_histograms) {
+            let (values, valid) = builder.push(|out| name.apply(row.labels, row.drop_name, out));
+            row.for_each_histogram(|step, h| (values[step], valid[step]) = (part(&h), true));
+        }
+        return builder.finish();
+    }
+    let negate = function == MapFunction::Negate;
+    let seconds = |step: usize| work.grid.time(step) as f64 / 1000.0;
+    let mut builder = BlockBuilder::new(work.schema.clone());
+    for row in 0..block.len() {
+        let row = Row::of(block, row);
+        let (values, valid) = builder.push(|out| name.apply(row.labels, row.drop_name, out));
+        row.validity(valid);
+        row.for_each(|step, v| values[step] = if negate { -v } else { seconds(step) });
+        if negate {
+            let at = builder.len() - 1;
+            row.for_each_histogram(|step, mut h| {
+                h.mul(-1.0);
+                builder.put_histogram(at, step, &h);
+            });
+        } else {
+            row.for_each_encoded(|step, _| (values[step], valid[step]) = (seconds(step), true));
+        }
+    }
+    builder.finish()
+}
+
 fn apply(work: &Work, function: MapFunction, name: Name, scalars: &[Vec<f64>], block: &Block) -> DfResult<RecordBatch> {
     use MapFunction as F;
+    if block.any_histograms() && (matches!(function, F::Negate | F::Timestamp) || part(function).is_some()) {
+        return with_histograms(work, function, name, block);
+    }
     let steps = work.steps();
     let scalar = |i: usize| scalars.get(i).map_or(&[][..], Vec::as_slice);
     let mut nulls = None;
@@ -109,6 +162,10 @@ fn apply(work: &Work, function: MapFunction, name: Name, scalars: &[Vec<f64>], b
         }
         F::ClampMin => with(&|v, step| max(scalar(0)[step], v)),
         F::ClampMax => with(&|v, step| min(scalar(0)[step], v)),
+        // Floats have no such parts.
+        F::HistogramAvg | F::HistogramCount | F::HistogramSum | F::HistogramStddev | F::HistogramStdvar => {
+            return BlockBuilder::new(work.schema.clone()).finish();
+        }
     };
     let nulls = NullBuffer::union(block.nulls(), nulls.as_ref());
     block::with_values(&work.schema, block, values, nulls, name)

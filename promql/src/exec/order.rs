@@ -17,15 +17,21 @@ pub(super) async fn presence(work: &Work) -> DfResult<Vec<RecordBatch>> {
         value: Vec<f64>,
     }
     let steps = work.steps();
+    // A histogram has no value as a scalar.
+    let histograms = !matches!(work.op, Op::Scalar);
     let states = work
         .fold(0, move |seen: &mut Seen, block| {
             seen.count.resize(steps, 0);
             seen.value.resize(steps, 0.0);
             for row in 0..block.len() {
-                Row::of(&block, row).for_each(|step, v| {
+                let row = Row::of(&block, row);
+                row.for_each(|step, v| {
                     seen.count[step] = seen.count[step].saturating_add(1);
                     seen.value[step] = v;
                 });
+                if histograms {
+                    row.for_each_encoded(|step, _| seen.count[step] = seen.count[step].saturating_add(1));
+                }
             }
             Ok(())
         })
@@ -68,14 +74,18 @@ pub(super) async fn presence(work: &Work) -> DfResult<Vec<RecordBatch>> {
 pub(super) async fn sort(work: &Work) -> DfResult<Vec<RecordBatch>> {
     let blocks = work.blocks(0).await?;
     let mut rows: Vec<Row<'_>> = Row::all(&blocks).collect();
+    let by_value = matches!(work.op, Op::Sort { .. });
     if work.steps() == 1 {
         match &work.op {
             // NaN comes last in both directions.
-            Op::Sort { descending } => rows.sort_by_key(|row| {
-                let v = row.values[0];
-                let key = order_key(v);
-                (v.is_nan(), if *descending { !key } else { key })
-            }),
+            Op::Sort { descending } => {
+                rows.retain(|row| !row.has_histograms());
+                rows.sort_by_key(|row| {
+                    let v = row.values[0];
+                    let key = order_key(v);
+                    (v.is_nan(), if *descending { !key } else { key })
+                });
+            }
             Op::SortByLabel { labels: names, descending } => rows.sort_by(|a, b| {
                 let by_names = names.iter().map(|n| natural(labels::get(a.labels, n), labels::get(b.labels, n)));
                 let order = by_names.fold(std::cmp::Ordering::Equal, std::cmp::Ordering::then);
@@ -89,9 +99,16 @@ pub(super) async fn sort(work: &Work) -> DfResult<Vec<RecordBatch>> {
     for row in rows {
         pace.walk(cost(work.steps()))?;
         work.hold(work.row_bytes() + row.labels.len())?;
-        let (values, valid) = builder.push(|out| Name::Keep.apply(row.labels, row.drop_name, out));
-        values.copy_from_slice(row.values);
-        row.validity(valid);
+        let labels = |out: &mut Vec<u8>| Name::Keep.apply(row.labels, row.drop_name, out);
+        if by_value && row.has_histograms() {
+            // Histograms have no order, and fall out also where nothing is ordered.
+            let (values, valid) = builder.push(labels);
+            values.copy_from_slice(row.values);
+            row.validity(valid);
+            builder.pop_if_empty();
+        } else {
+            builder.copy(&row, labels);
+        }
     }
     Ok(vec![builder.finish()?])
 }

@@ -13,6 +13,7 @@ use regex::Regex;
 use super::{Batches, VALUE_BYTES, Work, cost, internal, same_labels};
 use crate::QueryError;
 use crate::block::{BlockBuilder, Name, Row, rows_per_batch};
+use crate::histogram::FloatHistogram;
 use crate::labels;
 use crate::plan::ops::Op;
 
@@ -60,15 +61,13 @@ pub(super) fn execute(work: Work, partition: usize) -> DfResult<Batches> {
                 }
                 other => return Err(internal(&format!("{} does not set labels", other.name()))),
             };
-            let (values, valid) = builder.push(|out| match to {
+            builder.copy(&row, |out| match to {
                 None => Name::Keep.apply(row.labels, row.drop_name, out),
                 Some(to) => {
                     labels::set(row.labels, to, &value, out);
                     row.drop_name && to != "__name__"
                 }
             });
-            values.copy_from_slice(row.values);
-            row.validity(valid);
         }
         builder.finish()
     })
@@ -154,12 +153,64 @@ impl Merger {
         }
     }
 
-    /// The values of a row.
+    /// Whether any row has a histogram, so that floats alone don't tell where samples are.
+    pub(super) fn has_histograms(&self) -> bool {
+        self.builder.has_histograms()
+    }
+
+    /// Writes the sample that another row has at a step, if any; an error when there is one already.
+    #[inline]
+    pub(super) fn put_sample(&mut self, to: usize, row: &Row<'_>, step: usize) -> Result<(), QueryError> {
+        if let Some(v) = row.get(step) {
+            self.put_float(to, step, v)
+        } else if let Some(bytes) = row.encoded(step) {
+            self.put_encoded(to, step, bytes.to_vec())
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Writes a float into a row that may have histograms.
+    #[inline]
+    pub(super) fn put_float(&mut self, row: usize, step: usize, v: f64) -> Result<(), QueryError> {
+        if self.builder.has_sample(row, step) {
+            return Err(same_labels());
+        }
+        let (values, valid) = self.builder.row_mut(row);
+        (values[step], valid[step]) = (v, true);
+        Ok(())
+    }
+
+    /// Writes a histogram into a row; an error when there is a sample.
+    pub(super) fn put_histogram(&mut self, row: usize, step: usize, h: &FloatHistogram) -> Result<(), QueryError> {
+        let mut bytes = Vec::new();
+        h.encode(&mut bytes);
+        self.put_encoded(row, step, bytes)
+    }
+
+    fn put_encoded(&mut self, row: usize, step: usize, bytes: Vec<u8>) -> Result<(), QueryError> {
+        if self.builder.has_sample(row, step) {
+            return Err(same_labels());
+        }
+        self.memory.try_grow(bytes.len())?;
+        self.builder.put_encoded(row, step, bytes);
+        Ok(())
+    }
+
+    /// Gives a row that has no sample those of another.
+    fn copy(&mut self, to: usize, row: &Row<'_>) {
+        let (values, valid) = self.builder.row_mut(to);
+        values.copy_from_slice(row.values);
+        row.validity(valid);
+        self.builder.copy_histograms(to, row);
+    }
+
+    /// The floats of a row.
     pub(super) fn values(&mut self, row: usize) -> (&mut [f64], &mut [bool]) {
         self.builder.row_mut(row)
     }
 
-    /// Writes a value into a row; an error when there is one.
+    /// Writes a float into a row without histograms; an error when there is one.
     #[inline]
     pub(super) fn put(values: &mut [f64], valid: &mut [bool], step: usize, v: f64) -> Result<(), QueryError> {
         if valid[step] {
@@ -190,8 +241,10 @@ pub(super) async fn merge(work: &Work) -> DfResult<Vec<RecordBatch>> {
         if known && strict {
             return Err(same_labels().into());
         }
-        let (values, valid) = merger.values(at);
-        if known {
+        if known && (row.has_histograms() || merger.has_histograms()) {
+            (0..work.steps()).try_for_each(|step| merger.put_sample(at, &row, step))?;
+        } else if known {
+            let (values, valid) = merger.values(at);
             let mut clash = Ok(());
             row.for_each(|step, v| {
                 if let Err(e) = Merger::put(values, valid, step, v) {
@@ -200,8 +253,7 @@ pub(super) async fn merge(work: &Work) -> DfResult<Vec<RecordBatch>> {
             });
             clash?;
         } else {
-            values.copy_from_slice(row.values);
-            row.validity(valid);
+            merger.copy(at, &row);
         }
     }
     merger.finish()

@@ -6,7 +6,8 @@ use std::sync::atomic::Ordering;
 use arrow::array::{AsArray, RecordBatch};
 use arrow::datatypes::{Float64Type, Int64Type};
 use async_trait::async_trait;
-use catalog::tables::SAMPLES;
+use catalog::TableSchema;
+use catalog::tables::{HISTOGRAMS, SAMPLES};
 use datafusion::catalog::Session;
 use datafusion::error::{DataFusionError, Result as DfResult};
 use datafusion::execution::context::QueryPlanner;
@@ -16,16 +17,16 @@ use datafusion::logical_expr::{LogicalPlan, UserDefinedLogicalNode};
 use datafusion::physical_plan::ExecutionPlan;
 use datafusion::physical_planner::{ExtensionPlanner, PhysicalPlanner};
 use engine::memory::Kind;
-use engine::{Engine, Query, Selection, SeriesScanExec, Stop};
+use engine::{Engine, Query, Selection, SeriesScanExec, SeriesSet, Stop};
 use futures::future::BoxFuture;
 use futures::{FutureExt, TryStreamExt};
 
-use super::{NodeExec, Notes, bytes_of, deep, internal};
+use super::{NodeExec, Notes, bytes_of, deep, internal, native};
 use crate::options::Grid;
 use crate::plan::ops::{Op, Selector};
 use crate::plan::{Node, Planned};
 use crate::result::{Block, Data, Run, Stats, ValueType};
-use crate::{EvalOptions, QueryError, QueryErrorKind, QueryResult, Result, labels};
+use crate::{EvalOptions, QueryError, QueryErrorKind, QueryResult, Result, histogram, labels};
 
 /// Plans the nodes of this language. The session it plans for carries the [`Engine`] as a config extension.
 #[derive(Debug, Default)]
@@ -85,27 +86,47 @@ async fn physical(
     if let Op::Select { selector, .. } | Op::Samples(selector) = &node.op {
         let engine = session.config().get_extension::<Engine>();
         let engine = engine.ok_or_else(|| internal("the session carries no engine"))?;
-        let scan = scan(&engine, selector, &node.grid, &Stop::of(session.config_options())).await?;
+        let stop = Stop::of(session.config_options());
+        let (samples, histograms) = series(&engine, selector, &node.grid, &stop).await?;
         if let Some(notes) = session.config().get_extension::<Notes>() {
-            notes.series.fetch_add(scan.set().series.len() as u64, Ordering::Relaxed);
+            notes.series.fetch_add(samples.series.len() as u64, Ordering::Relaxed);
         }
-        if scan.set().series.is_empty() && !matches!(node.op, Op::Samples(_)) {
+        if samples.series.is_empty() && !matches!(node.op, Op::Samples(_)) {
             return Ok(Arc::new(NodeExec::new(Op::Nothing, node.grid, node.place, vec![], None)));
         }
-        inputs.insert(0, Arc::new(scan));
+        inputs.insert(0, Arc::new(scan(samples, &["ts", "value"])?));
+        if let Some(histograms) = histograms {
+            inputs.insert(1, Arc::new(scan(histograms, &native::COLUMNS)?));
+        }
     }
     Ok(Arc::new(NodeExec::new(node.op.clone(), node.grid, node.place, inputs, None)))
 }
 
-async fn scan(engine: &Engine, selector: &Selector, grid: &Grid, stop: &Stop) -> DfResult<SeriesScanExec> {
+/// The series of a selector as sets of both tables; no set of histograms when none has any.
+async fn series(
+    engine: &Engine,
+    selector: &Selector,
+    grid: &Grid,
+    stop: &Stop,
+) -> DfResult<(Arc<SeriesSet>, Option<Arc<SeriesSet>>)> {
     let external = |e: engine::Error| DataFusionError::External(Box::new(e));
     let matchers = selector.matchers.clone();
     let (start_ms, end_ms) = selector.reach(grid);
-    let table = SAMPLES.clone();
-    let column = |name: &str| table.column(name).map(|c| c.0).ok_or_else(|| internal("samples lack a column"));
-    let columns = vec![column("ts")?, column("value")?];
-    let selection = Selection { table: table.clone(), matchers, start_ms, end_ms };
-    let set = engine.select(&selection, stop).await.map_err(external)?;
+    let mut selection = Selection { table: SAMPLES.clone(), matchers, start_ms, end_ms };
+    let samples = engine.select(&selection, stop).await.map_err(external)?;
+    selection.table = HISTOGRAMS.clone();
+    let histograms = engine.select(&selection, stop).await.map_err(external)?.with_rows();
+    if histograms.series.is_empty() {
+        return Ok((samples, None));
+    }
+    let (samples, histograms) = SeriesSet::aligned(samples, Arc::new(histograms));
+    Ok((samples, Some(histograms)))
+}
+
+fn scan(set: Arc<SeriesSet>, columns: &[&str]) -> DfResult<SeriesScanExec> {
+    let column = |table: &TableSchema, name: &str| table.column(name).map(|c| c.0);
+    let columns: Option<Vec<usize>> = columns.iter().map(|name| column(&set.table, name)).collect();
+    let columns = columns.ok_or_else(|| internal("a table lacks a column"))?;
     Ok(SeriesScanExec::new(set, columns))
 }
 
@@ -185,7 +206,7 @@ fn worded(e: QueryError) -> QueryError {
 }
 
 fn data(planned: &Planned, options: &EvalOptions, batches: &[RecordBatch]) -> Result<Data> {
-    if batches.iter().any(|b| b.num_columns() == 3 && b.schema_ref().field(1).name() == "times") {
+    if batches.iter().any(|b| b.schema_ref().field(1).name() == "times") {
         let mut runs = batches.iter().map(runs).collect::<Result<Vec<_>>>()?.concat();
         runs.sort_by(|a, b| labels::compare(&a.labels, &b.labels));
         return Ok(Data::Runs(runs));
@@ -196,7 +217,7 @@ fn data(planned: &Planned, options: &EvalOptions, batches: &[RecordBatch]) -> Re
     let blocks = batches.iter().filter(|b| b.num_rows() > 0).map(Block::try_new).collect::<Result<Vec<_>>>()?;
     let mut order: Vec<(u32, u32)> = Vec::with_capacity(blocks.iter().map(Block::len).sum());
     for (i, block) in blocks.iter().enumerate() {
-        order.extend((0..block.len()).filter(|row| block.any_valid(*row)).map(|row| (i as u32, row as u32)));
+        order.extend((0..block.len()).filter(|row| block.any_sample(*row)).map(|row| (i as u32, row as u32)));
     }
     if !options.instant || planned.value_type == ValueType::Matrix {
         let of = |(block, row): (u32, u32)| blocks[block as usize].labels(row as usize);
@@ -209,14 +230,19 @@ fn runs(batch: &RecordBatch) -> Result<Vec<Run>> {
     let wrong = || QueryError::internal("batch is not a range vector");
     let list = |i: usize| batch.column(i).as_list_opt::<i32>().ok_or_else(wrong);
     let all = batch.column(0).as_binary_opt::<i32>().ok_or_else(wrong)?;
-    let (times, values) = (list(1)?, list(2)?);
+    let (times, values, histogram_times, histograms) = (list(1)?, list(2)?, list(3)?, list(4)?);
     (0..batch.num_rows())
         .map(|row| {
             let (times, values) = (times.value(row), values.value(row));
+            let (histogram_times, histograms) = (histogram_times.value(row), histograms.value(row));
+            let histogram_times = histogram_times.as_primitive_opt::<Int64Type>().ok_or_else(wrong)?.values();
+            let histograms = histograms.as_binary_opt::<i32>().ok_or_else(wrong)?.iter().flatten();
+            let histograms = histograms.map(|bytes| histogram::decode(bytes).ok_or_else(wrong));
             Ok(Run {
                 labels: all.value(row).to_vec(),
                 times: times.as_primitive_opt::<Int64Type>().ok_or_else(wrong)?.values().to_vec(),
                 values: values.as_primitive_opt::<Float64Type>().ok_or_else(wrong)?.values().to_vec(),
+                histograms: histogram_times.iter().copied().zip(histograms.collect::<Result<Vec<_>>>()?).collect(),
             })
         })
         .collect()

@@ -9,39 +9,26 @@ use datafusion::error::{DataFusionError, Result as DfResult};
 use engine::kernels::{self, Arguments, RangeFunction, Reach, Scratch, Windows};
 use futures::{StreamExt, TryStreamExt, stream};
 
+use super::annotations::NotesAt;
+use super::native::{self, Ranges, SeriesRuns};
 use super::{Batches, Notes, Pace, SeriesLabels, Work, internal};
 use crate::QueryError;
 use crate::block::{BlockBuilder, Name, Row};
+use crate::histogram::{FloatHistogram, Hint};
 use crate::labels;
 use crate::options::Grid;
 use crate::parse::{Position, go};
 use crate::plan::ops::{Op, Reading, Selector};
 
 pub(super) fn execute(work: Work, partition: usize, labels: SeriesLabels) -> DfResult<Batches> {
+    if work.scans() > 1 {
+        return with_histograms(work, partition, labels);
+    }
     let input = work.stream(0, partition)?;
     let batches = async move {
-        let arguments = work.scalar_inputs(1).await?;
         let notes = work.notes.clone();
-        let sink = match &work.op {
-            Op::Select { selector, reading, name } => {
-                let mut kernel = Kernel::new(&work, selector.windows(&work.grid), arguments, *reading)?;
-                kernel.reach = selector.edges.map(|(edges, reach)| Reach { edges, reach });
-                let counters = match reading {
-                    Reading::Range(RangeFunction::Rate | RangeFunction::Increase) => Some(Counters {
-                        notes: notes.clone(),
-                        at: work.place.input,
-                        by_type: selector.by_type,
-                        last: Vec::new(),
-                    }),
-                    _ => None,
-                };
-                Sink::Blocks { kernel, builder: BlockBuilder::new(work.schema.clone()), name: *name, counters }
-            }
-            Op::Samples(selector) => Sink::Runs(Runs::new(work.schema.clone(), selector, selector.windows(&work.grid))),
-            other => return Err(internal(&format!("{} does not read series", other.name()))),
-        };
-        let (pace, memory) = (work.stop.pace(), work.memory.clone());
-        let reader = Reader { labels, sink, pending: None, ts: Vec::new(), values: Vec::new(), pace };
+        let memory = work.memory.clone();
+        let reader = Reader::new(&work, labels).await?;
         let output = stream::try_unfold((input, Some(reader)), move |(mut input, reader)| {
             let (notes, memory) = (notes.clone(), memory.clone());
             async move {
@@ -64,7 +51,44 @@ pub(super) fn execute(work: Work, partition: usize, labels: SeriesLabels) -> DfR
                 }
             }
         });
-        Ok(output.map_ok(|ready| stream::iter(ready.into_iter().map(Ok))).try_flatten())
+        let batches = output.map_ok(|ready| stream::iter(ready.into_iter().map(Ok))).try_flatten();
+        Ok::<_, DataFusionError>(batches)
+    };
+    Ok(stream::once(batches).try_flatten().boxed())
+}
+
+/// Reads series from both tables, one after another.
+fn with_histograms(work: Work, partition: usize, labels: SeriesLabels) -> DfResult<Batches> {
+    let floats = SeriesRuns::new(work.stream(0, partition)?, native::floats);
+    let histograms = SeriesRuns::new(work.stream(1, partition)?, native::histograms);
+    let batches = async move {
+        let (notes, memory) = (work.notes.clone(), work.memory.clone());
+        let reader = Reader::new(&work, labels).await?;
+        let output =
+            stream::try_unfold((floats, histograms, Some(reader)), move |(mut floats, mut histograms, reader)| {
+                let (notes, memory) = (notes.clone(), memory.clone());
+                async move {
+                    let Some(mut reader) = reader else { return Ok::<_, DataFusionError>(None) };
+                    let mut ready = Vec::new();
+                    while ready.is_empty() {
+                        let next = [floats.peek().await?, histograms.peek().await?];
+                        let Some(index) = next.into_iter().flatten().min() else {
+                            return Ok(Some((reader.finish()?, (floats, histograms, None))));
+                        };
+                        let ((ts, values), (histogram_ts, all)) = (floats.take(index), histograms.take(index));
+                        if matches!(reader.sink, Sink::Runs(_)) {
+                            // Times and values, kept to the end.
+                            let weight = all.iter().map(FloatHistogram::weight).sum::<usize>();
+                            memory.try_grow((ts.len() + weight) * 2 * size_of::<f64>())?;
+                        }
+                        notes.samples.fetch_add((ts.len() + histogram_ts.len()) as u64, Ordering::Relaxed);
+                        reader.series_of_both(index, (&ts, &values), (&histogram_ts, &all), &mut ready)?;
+                    }
+                    Ok(Some((ready, (floats, histograms, Some(reader)))))
+                }
+            });
+        let batches = output.map_ok(|ready| stream::iter(ready.into_iter().map(Ok))).try_flatten();
+        Ok::<_, DataFusionError>(batches)
     };
     Ok(stream::once(batches).try_flatten().boxed())
 }
@@ -89,8 +113,19 @@ pub(super) fn subquery(work: Work, partition: usize) -> DfResult<Batches> {
                 ts.push(subquery.inner.time(step));
                 values.push(v);
             });
+            let (mut histogram_ts, mut histograms) = (Vec::new(), Vec::new());
+            row.for_each_histogram(|step, mut h| {
+                // Samples between the steps, which may have begun again too, are not seen; and one sample may be seen twice.
+                if h.hint != Hint::Gauge {
+                    h.hint = Hint::Unknown;
+                }
+                histogram_ts.push(subquery.inner.time(step));
+                histograms.push(h);
+            });
             let (out, valid) = builder.push(|out| name.apply(row.labels, row.drop_name, out));
-            kernel.run(&ts, &values, out, valid, pace)?;
+            let native =
+                kernel.run_all(row.labels, (&ts, &values), (&histogram_ts, &histograms), (out, valid), pace)?;
+            put_all(&mut builder, native);
             builder.pop_if_empty();
         }
         builder.finish()
@@ -100,6 +135,14 @@ pub(super) fn subquery(work: Work, partition: usize) -> DfResult<Batches> {
 /// Samples that kernels look at before the query's stop is looked at.
 const LOOKS_AT_A_TIME: usize = 64 << 20;
 
+/// Puts histograms into the row that was pushed last.
+fn put_all(builder: &mut BlockBuilder, native: Vec<(usize, FloatHistogram)>) {
+    let row = builder.len() - 1;
+    for (step, h) in native {
+        builder.put_histogram(row, step, &h);
+    }
+}
+
 /// A reading with all that it needs, applied to one series after another.
 struct Kernel {
     windows: Windows,
@@ -108,6 +151,9 @@ struct Kernel {
     reading: Reading,
     /// Values at the edges of windows take part.
     reach: Option<Reach>,
+    notes: Arc<Notes>,
+    /// Where what is read stands in the text.
+    at: Position,
     scratch: Scratch,
     ts: Vec<i64>,
     values: Vec<f64>,
@@ -135,10 +181,46 @@ impl Kernel {
             arguments,
             reading,
             reach: None,
+            notes: work.notes.clone(),
+            // As in Prometheus, the notes of this one are about its first argument, the quantile.
+            at: if reading == Reading::Range(RangeFunction::Quantile) { work.place.param } else { work.place.input },
             scratch: Scratch::default(),
             ts: Vec::new(),
             values: Vec::new(),
         })
+    }
+
+    /// As [`Kernel::run`] for a series that may have histograms; those of the result are returned.
+    fn run_all(
+        &mut self,
+        labels: &[u8],
+        (ts, values): (&[i64], &[f64]),
+        (histogram_ts, histograms): (&[i64], &[FloatHistogram]),
+        (out, valid): (&mut [f64], &mut [bool]),
+        pace: &mut Pace,
+    ) -> DfResult<Vec<(usize, FloatHistogram)>> {
+        if histograms.is_empty() {
+            self.run(ts, values, out, valid, pace)?;
+            return Ok(Vec::new());
+        }
+        if self.reach.is_some() || matches!(self.reading, Reading::Smoothed(_)) {
+            let message = "anchored and smoothed selectors of native histograms are not supported";
+            return Err(QueryError::execution(message).into());
+        }
+        let Reading::Range(function) = self.reading else {
+            self.run(ts, values, out, valid, pace)?;
+            let timestamp = self.reading == Reading::Timestamp;
+            return Ok(native::instant(&self.windows, ts, (histogram_ts, histograms), timestamp, out, valid));
+        };
+        let stale = |v: f64| kernels::is_stale(v);
+        let floats: (Vec<i64>, Vec<f64>) = ts.iter().zip(values).filter(|(_, v)| !stale(**v)).unzip();
+        let live = histogram_ts.iter().zip(histograms).filter(|(_, h)| !stale(h.sum));
+        let histograms: (Vec<i64>, Vec<&FloatHistogram>) = live.unzip();
+        self.run(&floats.0, &floats.1, out, valid, pace)?;
+        let metric = labels::get(labels, "__name__");
+        let notes = NotesAt { notes: &self.notes, at: self.at };
+        let ranges = Ranges { function, windows: self.windows, metric, notes };
+        ranges.run((&floats.0, &floats.1), (&histograms.0, &histograms.1), (out, valid), pace)
     }
 
     #[inline]
@@ -202,8 +284,8 @@ struct Reader {
 }
 
 enum Sink {
-    Blocks { kernel: Kernel, builder: BlockBuilder, name: Name, counters: Option<Counters> },
-    Runs(Runs),
+    Blocks { kernel: Box<Kernel>, builder: BlockBuilder, name: Name, counters: Option<Counters> },
+    Runs(Box<Runs>),
 }
 
 /// Looks for metrics that are used as counters and are not named so.
@@ -249,6 +331,37 @@ impl Counters {
 }
 
 impl Reader {
+    async fn new(work: &Work, labels: SeriesLabels) -> DfResult<Self> {
+        let arguments = work.scalar_inputs(work.scans()).await?;
+        let sink = match &work.op {
+            Op::Select { selector, reading, name } => {
+                let mut kernel = Kernel::new(work, selector.windows(&work.grid), arguments, *reading)?;
+                kernel.reach = selector.edges.map(|(edges, reach)| Reach { edges, reach });
+                let counters = match reading {
+                    Reading::Range(RangeFunction::Rate | RangeFunction::Increase) => Some(Counters {
+                        notes: work.notes.clone(),
+                        at: work.place.input,
+                        by_type: selector.by_type,
+                        last: Vec::new(),
+                    }),
+                    _ => None,
+                };
+                Sink::Blocks {
+                    kernel: Box::new(kernel),
+                    builder: BlockBuilder::new(work.schema.clone()),
+                    name: *name,
+                    counters,
+                }
+            }
+            Op::Samples(selector) => {
+                Sink::Runs(Box::new(Runs::new(work.schema.clone(), selector, selector.windows(&work.grid))))
+            }
+            other => return Err(internal(&format!("{} does not read series", other.name()))),
+        };
+        let pace = work.stop.pace();
+        Ok(Self { labels, sink, pending: None, ts: Vec::new(), values: Vec::new(), pace })
+    }
+
     fn add(&mut self, batch: &RecordBatch) -> DfResult<Vec<RecordBatch>> {
         let mut ready = Vec::new();
         let wrong = || internal("a scan's batch is not (series, ts, value)");
@@ -307,7 +420,36 @@ impl Reader {
                     ready.push(builder.finish()?);
                 }
             }
-            Sink::Runs(runs) => runs.add(labels, ts, values),
+            Sink::Runs(runs) => runs.add(labels, (ts, values), (&[], &[])),
+        }
+        Ok(())
+    }
+
+    /// A series with samples of both kinds.
+    fn series_of_both(
+        &mut self,
+        index: u32,
+        floats: (&[i64], &[f64]),
+        histograms: (&[i64], &[FloatHistogram]),
+        ready: &mut Vec<RecordBatch>,
+    ) -> DfResult<()> {
+        let labels = self.labels.get(index).ok_or_else(|| internal("a scan's series is not in its set"))?;
+        match &mut self.sink {
+            Sink::Blocks { kernel, builder, name, counters } => {
+                let (out, valid) = builder.push(|out| name.apply(labels, false, out));
+                let native = kernel.run_all(labels, floats, histograms, (&mut *out, &mut *valid), &mut self.pace)?;
+                if let Some(counters) = counters
+                    && valid.contains(&true)
+                {
+                    counters.check(labels);
+                }
+                put_all(builder, native);
+                builder.pop_if_empty();
+                if builder.is_full() {
+                    ready.push(builder.finish()?);
+                }
+            }
+            Sink::Runs(runs) => runs.add(labels, floats, histograms),
         }
         Ok(())
     }
@@ -328,7 +470,7 @@ impl Reader {
 }
 
 /// How many elements from the first on are `index`.
-fn run_length(series: &[u32], index: u32) -> usize {
+pub(super) fn run_length(series: &[u32], index: u32) -> usize {
     // Runs are of a few hundred rows: gallop, then search.
     let mut bound = 16;
     while bound < series.len() && series[bound] == index {
@@ -349,6 +491,8 @@ struct Runs {
     labels: BinaryBuilder,
     times: ListBuilder<Int64Builder>,
     values: ListBuilder<Float64Builder>,
+    histogram_times: ListBuilder<Int64Builder>,
+    histograms: ListBuilder<BinaryBuilder>,
 }
 
 impl Runs {
@@ -361,10 +505,17 @@ impl Runs {
             labels: BinaryBuilder::new(),
             times: ListBuilder::new(Int64Builder::new()).with_field(item(DataType::Int64)),
             values: ListBuilder::new(Float64Builder::new()).with_field(item(DataType::Float64)),
+            histogram_times: ListBuilder::new(Int64Builder::new()).with_field(item(DataType::Int64)),
+            histograms: ListBuilder::new(BinaryBuilder::new()).with_field(item(DataType::Binary)),
         }
     }
 
-    fn add(&mut self, labels: &[u8], ts: &[i64], values: &[f64]) {
+    fn add(
+        &mut self,
+        labels: &[u8],
+        (ts, values): (&[i64], &[f64]),
+        (histogram_ts, histograms): (&[i64], &[FloatHistogram]),
+    ) {
         let (start, end) = (self.windows.first_end.saturating_sub(self.windows.length), self.windows.first_end);
         let (mut wider_ts, mut wider) = (Vec::new(), Vec::new());
         let (mut start, mut ts, mut values) = (start, ts, values);
@@ -375,9 +526,20 @@ impl Runs {
             // The one at the start is one of them.
             (start, ts, values) = (start - 1, wider_ts.as_slice(), wider.as_slice());
         }
+        let inside = |t: i64| t > start && t <= end;
         let mut any = false;
+        let mut bytes = Vec::new();
+        for (t, h) in histogram_ts.iter().zip(histograms) {
+            if inside(*t) && !kernels::is_stale(h.sum) {
+                bytes.clear();
+                h.encode(&mut bytes);
+                self.histogram_times.values().append_value(*t);
+                self.histograms.values().append_value(&bytes);
+                any = true;
+            }
+        }
         for (t, v) in ts.iter().zip(values) {
-            if *t > start && *t <= end && !kernels::is_stale(*v) {
+            if inside(*t) && !kernels::is_stale(*v) {
                 self.times.values().append_value(*t);
                 self.values.values().append_value(*v);
                 any = true;
@@ -386,13 +548,20 @@ impl Runs {
         if any {
             self.times.append(true);
             self.values.append(true);
+            self.histogram_times.append(true);
+            self.histograms.append(true);
             self.labels.append_value(labels);
         }
     }
 
     fn finish(mut self) -> DfResult<RecordBatch> {
-        let columns: Vec<Arc<dyn Array>> =
-            vec![Arc::new(self.labels.finish()), Arc::new(self.times.finish()), Arc::new(self.values.finish())];
+        let columns: Vec<Arc<dyn Array>> = vec![
+            Arc::new(self.labels.finish()),
+            Arc::new(self.times.finish()),
+            Arc::new(self.values.finish()),
+            Arc::new(self.histogram_times.finish()),
+            Arc::new(self.histograms.finish()),
+        ];
         Ok(RecordBatch::try_new(self.schema, columns)?)
     }
 }

@@ -20,7 +20,7 @@ fn presence(blocks: &[Block], by: &Grouping, steps: usize, pace: &mut Pace) -> D
         key.clear();
         by.key(row.labels, &mut key);
         let present = all.entry_ref(key.as_slice()).or_insert_with(|| vec![false; steps]);
-        row.for_each(|step, _| present[step] = true);
+        row.for_each_sample(|step| present[step] = true);
     }
     Ok(all)
 }
@@ -42,11 +42,14 @@ pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
                 continue;
             }
             let (index, _) = merger.row(|out| Name::Keep.apply(row.labels, row.drop_name, out))?;
+            let mut kept = (0..steps).filter(|s| present.is_some_and(|p| p[*s]) == if_present);
+            if row.has_histograms() || merger.has_histograms() {
+                kept.try_for_each(|step| merger.put_sample(index, &row, step))?;
+                continue;
+            }
             let (values, valid) = merger.values(index);
-            for step in 0..steps {
-                if let Some(v) = row.get(step)
-                    && present.is_some_and(|p| p[step]) == if_present
-                {
+            for step in kept {
+                if let Some(v) = row.get(step) {
                     Merger::put(values, valid, step, v)?;
                 }
             }

@@ -114,7 +114,7 @@ fn eval(text: &str, options: &EvalOptions, all: &[TestSeries]) -> Result<Answer,
         let mut answer = Answer::new();
         for batch in &batches {
             let block = Block::try_new(batch)?;
-            for row in (0..block.len()).filter(|r| block.any_valid(*r)) {
+            for row in (0..block.len()).filter(|r| block.any_sample(*r)) {
                 let values = (0..block.steps()).map(|s| block.is_valid(row, s).then(|| block.values(row)[s])).collect();
                 answer.push((labels::display(block.labels(row)), values));
             }

@@ -7,10 +7,12 @@ use hashbrown::HashMap;
 use hashbrown::hash_map::Entry;
 
 use super::aggregate::Groups;
+use super::annotations::Annotation;
 use super::relabel::Merger;
 use super::{Pace, Work, cost, internal};
 use crate::QueryError;
 use crate::block::{BlockBuilder, Name, Row};
+use crate::histogram;
 use crate::labels::{self, Grouping};
 use crate::parse::go;
 use crate::plan::ops::{AggregateOp, Op};
@@ -50,6 +52,9 @@ pub(super) async fn quantiles(work: &Work, by: &Grouping) -> DfResult<Vec<Record
             out.extend_from_slice(labels);
             *drop_name
         });
+        if rows.iter().any(Row::has_histograms) {
+            work.notes_of_input().annotate(Annotation::IgnoredInAggregation("quantile"));
+        }
         for step in 0..work.steps() {
             pace.walk(SORT_COST * rows.len())?;
             values[step] = kernels::quantile(q[step], rows.iter().filter_map(|r| r.get(step)), &mut keys);
@@ -69,17 +74,26 @@ pub(super) async fn select(work: &Work, op: AggregateOp, by: &Grouping) -> DfRes
     let (_, members) = grouped(&blocks, by, &mut pace)?;
     let mut builder = BlockBuilder::new(work.schema.clone());
     let mut chosen: Vec<(f64, usize)> = Vec::new();
+    let any_kind = matches!(op, AggregateOp::Limitk | AggregateOp::LimitRatio);
     for rows in &members {
         // Which rows are chosen at which steps; for one step also in which order.
         let mut at: HashMap<usize, usize> = HashMap::new();
         for (step, param) in params.iter().enumerate() {
             pace.walk(SORT_COST * rows.len())?;
             chosen.clear();
-            let present = rows.iter().enumerate().filter_map(|(i, r)| Some((r.get(step)?, i)));
+            // Which is the best is a question of floats only; the other two take any sample.
+            let present = rows.iter().enumerate().filter_map(|(i, r)| match r.get(step) {
+                None if any_kind && r.encoded(step).is_some() => Some((f64::NAN, i)),
+                v => Some((v?, i)),
+            });
             if op == AggregateOp::LimitRatio {
                 chosen.extend(present.filter(|(_, i)| in_ratio(*param, rows[*i].labels)));
             } else {
                 let k = if *param >= 1.0 { (*param as usize).min(rows.len()) } else { 0 };
+                if k > 0 && !any_kind && rows.iter().any(|r| r.encoded(step).is_some()) {
+                    let name = if op == AggregateOp::Topk { "topk" } else { "bottomk" };
+                    work.notes_of_whole().annotate(Annotation::IgnoredInAggregation(name));
+                }
                 choose(op, k, present, &mut chosen);
             }
             for (v, row) in &chosen {
@@ -92,6 +106,11 @@ pub(super) async fn select(work: &Work, op: AggregateOp, by: &Grouping) -> DfRes
                         *e.insert(builder.len() - 1)
                     }
                 };
+                if let Some(bytes) = rows[*row].encoded(step) {
+                    work.hold(bytes.len())?;
+                    builder.put_encoded(index, step, bytes.to_vec());
+                    continue;
+                }
                 let (values, valid) = builder.row_mut(index);
                 values[step] = *v;
                 valid[step] = true;
@@ -193,23 +212,39 @@ pub(super) async fn count_values(work: &Work) -> DfResult<Vec<RecordBatch>> {
     for ((labels, drop_name), rows) in groups.labels.iter().zip(&members) {
         // NaNs of all bits are one value, as they print the same.
         let mut of_value: HashMap<u64, usize> = HashMap::new();
+        let mut of_text: HashMap<String, usize> = HashMap::new();
+        let row_of = |merger: &mut Merger, text: &str| {
+            let row = merger.row(|out| {
+                labels::set(labels, label, text, out);
+                *drop_name && label != "__name__"
+            });
+            row.map(|(row, _)| row)
+        };
         for row in rows {
             pace.walk(cost(SORT_COST * work.steps()))?;
             let mut failed = Ok(());
+            row.for_each_encoded(|step, bytes| {
+                let text = histogram::decode(bytes).unwrap_or_default().to_string();
+                let index = match of_text.entry(text) {
+                    Entry::Occupied(e) => *e.get(),
+                    Entry::Vacant(e) if failed.is_ok() => match row_of(&mut merger, e.key()) {
+                        Ok(row) => *e.insert(row),
+                        Err(e) => return failed = Err(e),
+                    },
+                    Entry::Vacant(_) => return,
+                };
+                let (values, valid) = merger.values(index);
+                values[step] += 1.0;
+                valid[step] = true;
+            });
             row.for_each(|step, v| {
                 let bits = if v.is_nan() { f64::NAN.to_bits() } else { v.to_bits() };
                 let index = match of_value.entry(bits) {
                     Entry::Occupied(e) => *e.get(),
-                    Entry::Vacant(e) if failed.is_ok() => {
-                        let row = merger.row(|out| {
-                            labels::set(labels, label, &go::plain_float(v), out);
-                            *drop_name && label != "__name__"
-                        });
-                        match row {
-                            Ok((row, _)) => *e.insert(row),
-                            Err(e) => return failed = Err(e),
-                        }
-                    }
+                    Entry::Vacant(e) if failed.is_ok() => match row_of(&mut merger, &go::plain_float(v)) {
+                        Ok(row) => *e.insert(row),
+                        Err(e) => return failed = Err(e),
+                    },
                     Entry::Vacant(_) => return,
                 };
                 let (values, valid) = merger.values(index);

@@ -279,29 +279,30 @@ impl Builder<'_> {
                 return Ok(Built { plan, distinct: left.distinct && op != SetOp::Or });
             }
             Operator::Value(op) => op,
-            Operator::Trim => {
-                return Err(QueryError::execution(format!("operator {} needs native histograms", b.op.symbol())));
-            }
         };
         let bool = b.returns_bool;
         let filters = op.is_comparison() && !bool;
-        let name = if filters { Name::Keep } else { self.dropping() };
+        let keeps = filters || op.is_trim();
+        let name = if keeps { Name::Keep } else { self.dropping() };
         match (b.left.value_type, b.right.value_type) {
+            (ValueType::Scalar, ValueType::Scalar) if op.is_trim() => {
+                Err(QueryError::execution(format!("operator {:?} not allowed for Scalar operations", op.symbol())))
+            }
             (ValueType::Scalar, ValueType::Scalar) => {
                 let plan = self.node(Op::ScalarBinary(op), grid, vec![left.plan, right.plan])?;
                 Ok(Built { plan, distinct: true })
             }
             (_, ValueType::Scalar) => {
                 let op = Op::VectorScalar { op, swapped: false, bool, name };
-                self.vector_scalar(op, grid, left, right, filters)
+                self.vector_scalar(op, grid, left, right, keeps)
             }
             (ValueType::Scalar, _) => {
                 let op = Op::VectorScalar { op, swapped: true, bool, name };
-                self.vector_scalar(op, grid, right, left, filters)
+                self.vector_scalar(op, grid, right, left, keeps)
             }
             _ => {
                 // Between vectors, arithmetic removes the name at once also when removal is delayed otherwise.
-                let name = if op.is_comparison() { name } else { Name::Drop };
+                let name = if op.is_comparison() || keeps { name } else { Name::Drop };
                 let matching = b.matching.as_ref().ok_or_else(|| unchecked(&b.left))?;
                 let cardinality = match matching.cardinality {
                     ast::Cardinality::ManyToOne => Cardinality::ManyToOne,
@@ -317,7 +318,7 @@ impl Builder<'_> {
                 };
                 let plan =
                     self.node(Op::VectorBinary { op, bool, matching, name }, grid, vec![left.plan, right.plan])?;
-                Ok(Built { plan, distinct: !filters && name == Name::Drop })
+                Ok(Built { plan, distinct: !keeps && name == Name::Drop })
             }
         }
     }
@@ -492,9 +493,8 @@ impl Builder<'_> {
                 self.renaming(op, grid, inputs, false, false)
             }
             "info" => self.info(first()?, args.get(1).copied(), grid),
-            // These look at native histograms only; float samples have no answer. Start timestamps are not stored.
-            "start_timestamp" | "histogram_avg" | "histogram_count" | "histogram_sum" | "histogram_stddev"
-            | "histogram_stdvar" => {
+            // Start timestamps are not stored.
+            "start_timestamp" => {
                 self.expr(first()?, grid)?;
                 self.leaf(Op::Nothing, grid)
             }
@@ -688,7 +688,6 @@ fn absent_labels(expr: &Expr) -> Vec<u8> {
 enum Operator {
     Value(BinaryOp),
     Set(SetOp),
-    Trim,
 }
 
 fn operator(op: ast::Operator) -> Operator {
@@ -707,10 +706,11 @@ fn operator(op: ast::Operator) -> Operator {
         O::Le => BinaryOp::Le,
         O::Gt => BinaryOp::Gt,
         O::Ge => BinaryOp::Ge,
+        O::TrimUpper => BinaryOp::TrimUpper,
+        O::TrimLower => BinaryOp::TrimLower,
         O::And => return Operator::Set(SetOp::And),
         O::Or => return Operator::Set(SetOp::Or),
         O::Unless => return Operator::Set(SetOp::Unless),
-        O::TrimUpper | O::TrimLower => return Operator::Trim,
     })
 }
 
@@ -770,6 +770,11 @@ fn map_function(name: &str) -> Option<MapFunction> {
         "deg" => F::Deg,
         "exp" => F::Exp,
         "floor" => F::Floor,
+        "histogram_avg" => F::HistogramAvg,
+        "histogram_count" => F::HistogramCount,
+        "histogram_stddev" => F::HistogramStddev,
+        "histogram_stdvar" => F::HistogramStdvar,
+        "histogram_sum" => F::HistogramSum,
         "hour" => F::Hour,
         "ln" => F::Ln,
         "log10" => F::Log10,

@@ -189,6 +189,16 @@ pub enum MapFunction {
     MinOf,
     /// The greater of two scalars.
     MaxOf,
+    /// Of a native histogram.
+    HistogramAvg,
+    /// Of a native histogram.
+    HistogramCount,
+    /// Of a native histogram.
+    HistogramSum,
+    /// Of a native histogram.
+    HistogramStddev,
+    /// Of a native histogram.
+    HistogramStdvar,
 }
 
 /// Operators between two values.
@@ -208,16 +218,28 @@ pub enum BinaryOp {
     Le,
     Gt,
     Ge,
+    /// `</`: what a histogram has below a value.
+    TrimUpper,
+    /// `>/`: what a histogram has above a value.
+    TrimLower,
 }
 
 impl BinaryOp {
+    /// Whether it cuts off a part of a histogram.
+    pub fn is_trim(self) -> bool {
+        matches!(self, Self::TrimUpper | Self::TrimLower)
+    }
+
     /// Whether it compares.
     pub fn is_comparison(self) -> bool {
         matches!(self, Self::Eq | Self::Ne | Self::Lt | Self::Le | Self::Gt | Self::Ge)
     }
 
-    fn symbol(self) -> &'static str {
+    /// As it is written.
+    pub fn symbol(self) -> &'static str {
         match self {
+            Self::TrimUpper => "</",
+            Self::TrimLower => ">/",
             Self::Add => "+",
             Self::Sub => "-",
             Self::Mul => "*",
@@ -289,10 +311,10 @@ pub enum AggregateOp {
     LimitRatio,
 }
 
-/// Functions over the buckets of classic histograms.
+/// Functions over histograms, classic and native.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Serialize, Deserialize)]
 pub enum HistogramFunction {
-    /// `histogram_quantile`: inputs are the quantile and the buckets.
+    /// `histogram_quantile` and `histogram_quantiles`: inputs are the quantiles and the buckets.
     Quantile,
     /// `histogram_fraction`: inputs are lower, upper and the buckets.
     Fraction,

@@ -1,13 +1,9 @@
 //! Tests of how results are written.
 
-use std::sync::Arc;
-
-use arrow::array::{ArrayRef, BinaryArray, BooleanArray, FixedSizeListArray, Float64Array};
-use arrow::datatypes::{DataType, Field, Schema};
-use arrow::record_batch::RecordBatch;
 use catalog::tag::tag_set;
 
 use super::*;
+use crate::block::BlockBuilder;
 use crate::options::Grid;
 use crate::result::{Block, Run, Stats};
 
@@ -17,16 +13,17 @@ fn labels(pairs: &[(&str, &str)]) -> Vec<u8> {
 
 /// A block of series; `None` is a step without a value.
 fn block(series: &[(Vec<u8>, Vec<Option<f64>>)]) -> Block {
-    let steps = series[0].1.len() as i32;
-    let values: Float64Array = series.iter().flat_map(|s| s.1.iter().copied()).collect();
-    let item = Arc::new(Field::new("item", DataType::Float64, true));
-    let columns: Vec<ArrayRef> = vec![
-        Arc::new(BinaryArray::from_iter_values(series.iter().map(|s| s.0.as_slice()))),
-        Arc::new(FixedSizeListArray::new(item, steps, Arc::new(values), None)),
-        Arc::new(BooleanArray::from(vec![false; series.len()])),
-    ];
-    let fields: Vec<Field> = columns.iter().map(|c| Field::new("x", c.data_type().clone(), false)).collect();
-    let batch = RecordBatch::try_new(Arc::new(Schema::new(fields)), columns).expect("a valid batch");
+    let mut builder = BlockBuilder::new(crate::block::schema(series[0].1.len()));
+    for (labels, points) in series {
+        let (values, valid) = builder.push(|out| {
+            out.extend_from_slice(labels);
+            false
+        });
+        for (step, v) in points.iter().enumerate() {
+            (values[step], valid[step]) = (v.unwrap_or_default(), v.is_some());
+        }
+    }
+    let batch = builder.finish().expect("a valid batch");
     Block::try_new(&batch).expect("a block")
 }
 
@@ -72,7 +69,8 @@ fn results_are_written_by_type() {
         &result(ValueType::Matrix, grid, &series),
         r#"{"resultType":"matrix","result":[{"metric":{"__name__":"up","job":"a\"b"},"values":[[-0.500,"1.5"],[0,"1.5"],[1,"-0"],[1.500,"+Inf"]]},{"metric":{},"values":[[1.500,"2"]]}]}"#,
     );
-    let runs = Data::Runs(vec![Run { labels: up, times: vec![17, 1_001], values: vec![1.0, 1e-7] }]);
+    let runs =
+        Data::Runs(vec![Run { labels: up, times: vec![17, 1_001], values: vec![1.0, 1e-7], histograms: vec![] }]);
     check(
         &QueryResult { data: runs, ..result(ValueType::Matrix, at, &[]) },
         r#"{"resultType":"matrix","result":[{"metric":{"__name__":"up","job":"a\"b"},"values":[[0.017,"1"],[1.001,"1e-07"]]}]}"#,
