@@ -149,7 +149,7 @@ pub(super) fn histogram(out: &mut Vec<u8>, h: &FloatHistogram) {
     value(out, h.count);
     out.extend_from_slice(br#","sum":"#);
     value(out, h.sum);
-    let mut buckets = h.buckets().filter(|b| b.count != 0.0).peekable();
+    let mut buckets = h.populated().peekable();
     if buckets.peek().is_some() {
         out.extend_from_slice(br#","buckets":"#);
         list(out, buckets, |out, b| {
@@ -299,6 +299,11 @@ mod tests {
             r#"{"count":"6","sum":"3.5","buckets":[[3,"-Inf","1","1"],[0,"5","+Inf","2"]]}"#
         );
         assert_eq!(written(|o| histogram(o, &FloatHistogram::default())), r#"{"count":"0","sum":"0"}"#);
+        let negative = FloatHistogram { zero_threshold: 0.5, zero_count: -1.0, ..FloatHistogram::default() };
+        assert_eq!(
+            written(|o| histogram(o, &negative)),
+            r#"{"count":"0","sum":"0","buckets":[[3,"-0.5","0.5","-1"]]}"#
+        );
     }
 
     proptest! {

@@ -107,9 +107,18 @@ impl FloatHistogram {
         }
     }
 
-    /// All buckets in ascending order, the zero bucket if it is populated. A bucket that reaches into the zero bucket
-    /// ends there.
+    /// All buckets in ascending order, the zero bucket if it holds more than nothing. A bucket that reaches into the zero
+    /// bucket ends there.
     pub fn buckets(&self) -> impl DoubleEndedIterator<Item = BucketView> + '_ {
+        self.all(self.zero_count > 0.0)
+    }
+
+    /// The buckets with a count, which can be negative in a difference, in ascending order.
+    pub fn populated(&self) -> impl Iterator<Item = BucketView> + '_ {
+        self.all(self.zero_count != 0.0).filter(|b| b.count != 0.0)
+    }
+
+    fn all(&self, with_zero: bool) -> impl DoubleEndedIterator<Item = BucketView> + '_ {
         let threshold = self.zero_threshold;
         let negative = self.negative.iter().rev().map(|b| self.negative_view(b));
         let positive = self.positive.iter().map(|b| self.positive_view(b));
@@ -121,7 +130,7 @@ impl FloatHistogram {
             }
             b
         };
-        let zero = (self.zero_count > 0.0).then(|| self.zero_view());
+        let zero = with_zero.then(|| self.zero_view());
         negative.map(clipped).chain(zero).chain(positive.map(clipped))
     }
 }
