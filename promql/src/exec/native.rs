@@ -1,6 +1,8 @@
 //! Series that have native histograms: cutting them out of a scan, and range functions over windows with floats and
 //! histograms.
 
+mod edges;
+
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -17,6 +19,8 @@ use super::annotations::{Annotation, Combining, NotesAt};
 use super::select::run_length;
 use super::{Pace, internal};
 use crate::histogram::{Added, Bucket, FloatHistogram, Hint, Mean, Sum};
+
+pub(super) use edges::smoothed;
 
 /// About how many buckets a histogram has.
 const BUCKETS: usize = 64;
@@ -363,16 +367,8 @@ impl Ranges<'_> {
             F::Irate | F::Idelta => self.last_two(w),
             F::Sum => histogram(self.sum(histograms)),
             F::Avg => histogram(self.avg(histograms)),
-            F::Changes => float(w.steps(|a, b| match (a, b) {
-                (Sample::Float(a), Sample::Float(b)) => a != b && !(a.is_nan() && b.is_nan()),
-                (Sample::Histogram(a), Sample::Histogram(b)) => a != b,
-                _ => true,
-            })),
-            F::Resets => float(w.steps(|a, b| match (a, b) {
-                (Sample::Float(a), Sample::Float(b)) => b < a,
-                (Sample::Histogram(a), Sample::Histogram(b)) => b.is_reset_after(a),
-                _ => true,
-            })),
+            F::Changes => float(w.steps(differ)),
+            F::Resets => float(w.steps(fell)),
             F::Count => float((ts.len() + histograms.len()) as f64),
             F::Present => float(1.0),
             F::Last if ts.last().is_some_and(|t| *t > last) => Answer::OfFloats,
@@ -550,6 +546,24 @@ impl Ranges<'_> {
         result.hint = Hint::Gauge;
         result.compact();
         Some(result)
+    }
+}
+
+/// Whether a sample is another than the one before.
+fn differ(before: Sample<'_>, after: Sample<'_>) -> bool {
+    match (before, after) {
+        (Sample::Float(a), Sample::Float(b)) => a != b && !(a.is_nan() && b.is_nan()),
+        (Sample::Histogram(a), Sample::Histogram(b)) => a != b,
+        _ => true,
+    }
+}
+
+/// Whether a counter began again between two samples.
+fn fell(before: Sample<'_>, after: Sample<'_>) -> bool {
+    match (before, after) {
+        (Sample::Float(a), Sample::Float(b)) => b < a,
+        (Sample::Histogram(a), Sample::Histogram(b)) => b.is_reset_after(a),
+        _ => true,
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use arrow::array::{Array, AsArray, BinaryBuilder, Float64Builder, Int64Builder, ListBuilder, RecordBatch};
 use arrow::datatypes::{DataType, Field, Float64Type, SchemaRef, TimestampMillisecondType, UInt32Type};
 use datafusion::error::{DataFusionError, Result as DfResult};
-use engine::kernels::{self, Arguments, RangeFunction, Reach, Scratch, Windows};
+use engine::kernels::{self, Arguments, Edges, RangeFunction, Reach, Scratch, Windows};
 use futures::{StreamExt, TryStreamExt, stream};
 
 use super::annotations::NotesAt;
@@ -203,12 +203,14 @@ impl Kernel {
             self.run(ts, values, out, valid, pace)?;
             return Ok(Vec::new());
         }
-        if self.reach.is_some() || matches!(self.reading, Reading::Smoothed(_)) {
-            let message = "anchored and smoothed selectors of native histograms are not supported";
-            return Err(QueryError::execution(message).into());
-        }
+        let metric = labels::get(labels, "__name__");
         let Reading::Range(function) = self.reading else {
             self.run(ts, values, out, valid, pace)?;
+            if let Reading::Smoothed(reach) = self.reading {
+                let notes = NotesAt { notes: &self.notes, at: self.at };
+                let windows = (&self.windows, reach);
+                return Ok(native::smoothed(windows, ts, (histogram_ts, histograms), (notes, metric), valid));
+            }
             let timestamp = self.reading == Reading::Timestamp;
             return Ok(native::instant(&self.windows, ts, (histogram_ts, histograms), timestamp, out, valid));
         };
@@ -217,9 +219,12 @@ impl Kernel {
         let live = histogram_ts.iter().zip(histograms).filter(|(_, h)| !stale(h.sum));
         let histograms: (Vec<i64>, Vec<&FloatHistogram>) = live.unzip();
         self.run(&floats.0, &floats.1, out, valid, pace)?;
-        let metric = labels::get(labels, "__name__");
         let notes = NotesAt { notes: &self.notes, at: self.at };
         let ranges = Ranges { function, windows: self.windows, metric, notes };
+        if let Some(reach) = self.reach {
+            let (floats, histograms) = ((&floats.0[..], &floats.1[..]), (&histograms.0[..], &histograms.1[..]));
+            return ranges.run_with_edges(reach, floats, histograms, (out, valid), pace);
+        }
         ranges.run((&floats.0, &floats.1), (&histograms.0, &histograms.1), (out, valid), pace)
     }
 
@@ -420,7 +425,7 @@ impl Reader {
                     ready.push(builder.finish()?);
                 }
             }
-            Sink::Runs(runs) => runs.add(labels, (ts, values), (&[], &[])),
+            Sink::Runs(runs) => runs.add(labels, (ts, values), (&[], &[]))?,
         }
         Ok(())
     }
@@ -449,7 +454,7 @@ impl Reader {
                     ready.push(builder.finish()?);
                 }
             }
-            Sink::Runs(runs) => runs.add(labels, floats, histograms),
+            Sink::Runs(runs) => runs.add(labels, floats, histograms)?,
         }
         Ok(())
     }
@@ -515,7 +520,13 @@ impl Runs {
         labels: &[u8],
         (ts, values): (&[i64], &[f64]),
         (histogram_ts, histograms): (&[i64], &[FloatHistogram]),
-    ) {
+    ) -> Result<(), QueryError> {
+        if let Some(reach) = self.reach
+            && !histograms.is_empty()
+        {
+            let edges = if reach.edges == Edges::Smoothed { "smoothed" } else { "anchored" };
+            return Err(QueryError::execution(format!("{edges} modifier is not supported with histograms")));
+        }
         let (start, end) = (self.windows.first_end.saturating_sub(self.windows.length), self.windows.first_end);
         let (mut wider_ts, mut wider) = (Vec::new(), Vec::new());
         let (mut start, mut ts, mut values) = (start, ts, values);
@@ -552,6 +563,7 @@ impl Runs {
             self.histograms.append(true);
             self.labels.append_value(labels);
         }
+        Ok(())
     }
 
     fn finish(mut self) -> DfResult<RecordBatch> {
