@@ -97,7 +97,7 @@ fn open_metrics(start: i64) -> String {
 }
 
 /// Two series of native histograms at a time, of whole and of fractional counts.
-fn histograms(ts: i64, i: u64) -> Vec<u8> {
+pub fn histograms(ts: i64, i: u64) -> Vec<u8> {
     let mut out = Vec::new();
     for (name, whole) in [("test_whole", true), ("test_fractional", false)] {
         let mut body = Vec::new();
@@ -263,6 +263,14 @@ fn everything_of_a_prometheus_is_imported() {
     assert!(out.status.success(), "{}", text(&out));
     check_samples("remote read", &expected, &server, source.times);
     check_histograms(&server);
+
+    // From this server to another, in chunks of our own.
+    let other = Server::start();
+    let url = format!("http://{}", server.http);
+    let out = import(&source, "other", &other, &url, &["--start", &start]);
+    assert!(out.status.success(), "{}", text(&out));
+    check_samples("from another", &expected, &other, source.times);
+    check_histograms(&other);
 
     damage(&source, &snapshot, count);
 }

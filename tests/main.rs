@@ -27,8 +27,12 @@ mod operations;
 mod packaging;
 /// Prometheus scrapes, writes to us, and we answer as it does.
 mod prometheus;
+/// The Prometheus API as Grafana and scrapers use it.
+mod prometheus_api;
 /// Runs the scripts of `tests/promql`, which are in Prometheus's own test language.
 mod promql_scripts;
+/// A real Prometheus reads from us by remote read and answers as we do.
+mod remote_read;
 /// Remote write as clients and attackers send it: statuses, headers, bodies that must be refused.
 mod remote_write;
 /// A pair of identical Prometheus servers: one is stored, the other when the first is gone.

@@ -127,7 +127,8 @@ fn normalised(answer: &Value) -> Vec<(String, Vec<(String, f64)>)> {
     series
 }
 
-fn same(query: &str, theirs: &Value, ours: &Value) {
+/// Fails unless both answers have the same series, times and values.
+pub fn same(query: &str, theirs: &Value, ours: &Value) {
     let (theirs, ours) = (normalised(theirs), normalised(ours));
     assert_eq!(theirs.len(), ours.len(), "{query}: number of series");
     for ((labels, their_points), (our_labels, our_points)) in theirs.iter().zip(&ours) {
@@ -182,6 +183,24 @@ fn clients_agree(peers: &Peers, until: i64) {
             lines
         };
         assert_eq!(ask(peers.prometheus), ask(peers.server.http), "promtool, {query}");
+    }
+    let start = format!("{:.3}", (until - 6_000) as f64 / 1000.0);
+    let (from, to) = (format!("--start={start}"), format!("--end={end}"));
+    for (what, before, after) in [
+        ("range", vec![from.as_str(), to.as_str(), "--step=2s"], vec!["go_goroutines"]),
+        ("series", vec![from.as_str(), to.as_str(), "--match=up", "--match=go_goroutines"], vec![]),
+        ("labels", vec![], vec!["job"]),
+    ] {
+        let ask = |address: std::net::SocketAddr| {
+            let url = format!("http://{address}");
+            let arguments = ["query", what].into_iter().chain(before.iter().copied()).chain([url.as_str()]);
+            let out = run(&promtool, arguments.chain(after.iter().copied()));
+            let mut lines: Vec<String> = out.lines().map(str::to_owned).collect();
+            lines.sort();
+            lines
+        };
+        let theirs = ask(peers.prometheus);
+        assert!(!theirs.is_empty() && theirs == ask(peers.server.http), "promtool query {what}");
     }
     // Raw samples, bit for bit.
     let metric = "node_memory_MemAvailable_bytes";

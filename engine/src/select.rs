@@ -79,8 +79,12 @@ impl SeriesSet {
         self.pick(&kept)
     }
 
-    /// The series of some indexes.
-    fn pick(&self, kept: &[usize]) -> Self {
+    /// The series at these places, which ascend, against the same version of the data.
+    ///
+    /// # Panics
+    /// When there is no such place.
+    #[must_use]
+    pub fn pick(&self, kept: &[usize]) -> Self {
         Self {
             table: self.table.clone(),
             series: kept.iter().map(|i| self.series[*i].clone()).collect(),

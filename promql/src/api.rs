@@ -8,10 +8,14 @@
 //! A request that its client abandons is dropped by the server together with the query that it waits for.
 
 mod admin;
+mod empty;
 mod exemplars;
+mod federate;
 mod json;
 mod params;
 mod query;
+mod raw;
+mod read;
 mod reply;
 mod series;
 mod status;
@@ -85,16 +89,23 @@ pub fn routes(engine: Engine, options: ApiOptions) -> Routes {
             asks("query_exemplars", |api, form, query| async move { exemplars::query(&api, &form, query).await }),
         ),
         ("format_query", both("format_query", |api, form| async move { query::format(&api, &form).await })),
+        ("parse_query", both("parse_query", |api, form| async move { query::parse(&api, &form).await })),
         ("series", asks("series", |api, form, query| async move { series::series(&api, &form, query).await })),
         ("labels", asks("labels", |api, form, query| async move { series::label_names(&api, &form, query).await })),
         ("label/{name}/values", get(values)),
         ("metadata", only_get("metadata", |api, form| async move { status::metadata(&api, &form).await })),
-        ("rules", only_get("rules", |_, _| status::rules())),
-        ("alerts", only_get("alerts", |_, _| status::alerts())),
-        ("targets", only_get("targets", |_, _| status::targets())),
+        ("rules", only_get("rules", |_, form| async move { empty::rules(&form) })),
+        ("alerts", only_get("alerts", |_, _| async { empty::alerts() })),
+        ("alertmanagers", only_get("alertmanagers", |_, _| async { empty::alertmanagers() })),
+        ("targets", only_get("targets", |_, _| async { empty::targets() })),
+        ("targets/metadata", only_get("targets_metadata", |_, form| async move { empty::targets_metadata(&form) })),
+        ("scrape_pools", only_get("scrape_pools", |_, _| async { empty::scrape_pools() })),
+        ("notifications", only_get("notifications", |_, _| async { empty::notifications() })),
+        ("features", only_get("features", |api, _| async move { status::features(&api).await })),
         ("status/buildinfo", only_get("buildinfo", |_, _| status::build_info())),
         ("status/runtimeinfo", only_get("runtimeinfo", |api, _| async move { status::runtime_info(&api).await })),
         ("status/flags", only_get("flags", |api, _| async move { status::flags(&api).await })),
+        ("status/walreplay", only_get("walreplay", |_, _| async { status::wal_replay() })),
         ("status/tsdb", only_get("tsdb", |api, form| async move { status::tsdb(&api, &form).await })),
     ];
     let deleting = [
@@ -107,16 +118,18 @@ pub fn routes(engine: Engine, options: ApiOptions) -> Routes {
     let asking = asking.into_iter().fold(Routes::new(), |routes, (path, endpoint)| {
         routes.route(Scope::Read, &format!("/api/v1/{path}"), endpoint)
     });
-    let asking = asking
-        .with_state(api.clone())
-        .layer(
-            CompressionLayer::new()
-                .gzip(true)
-                .quality(CompressionLevel::Fastest)
-                .compress_when(SizeAbove::new(COMPRESSED_BYTES_MIN)),
-        )
-        .layer(cors());
-    asking.merge(deleting.with_state(api))
+    let asking = asking.with_state(api.clone()).layer(compression()).layer(cors());
+    // Not compressed once more: what is sent is.
+    let reading = Routes::new().route(Scope::Read, "/api/v1/read", post(read::read)).with_state(api.clone());
+    let scraped = Routes::new().route(Scope::Read, "/federate", get(federate::federate)).with_state(api.clone());
+    asking.merge(reading).merge(scraped.layer(compression())).merge(deleting.with_state(api))
+}
+
+fn compression() -> CompressionLayer<SizeAbove> {
+    CompressionLayer::new()
+        .gzip(true)
+        .quality(CompressionLevel::Fastest)
+        .compress_when(SizeAbove::new(COMPRESSED_BYTES_MIN))
 }
 
 /// Any page may ask, as with Prometheus's default: the answers depend on no cookie.

@@ -5,6 +5,7 @@
 
 pub mod api;
 pub mod block;
+pub mod chunk;
 pub mod codec;
 pub mod error;
 pub mod exec;

@@ -1,115 +1,12 @@
-//! The chunks of Prometheus: samples of one series as a stream of bits.
-//!
-//! Three encodings hold floats (1), histograms with whole counts (2) and histograms with fractional counts (3), as
-//! `tsdb/docs/format/chunks.md` of Prometheus describes them. Times, counts and buckets are differences of differences,
-//! doubles are XORed with the one before.
+//! Reading the chunks of Prometheus; [`promql::chunk`] says what they are and writes them.
+
+use promql::chunk::CUSTOM;
+pub use promql::chunk::{Counts, Histogram, Points, STALE, Span};
 
 use super::bytes::{Bits, Damage, Reader, Result};
 
 /// Most buckets, spans or bounds of a histogram: chunks are small, and a damaged one must not ask for more.
 const LIST_MAX: u64 = 100_000;
-/// The schema of histograms with bounds of their own.
-const CUSTOM: i32 = -53;
-/// The bits of the value by which Prometheus says that a series has ended.
-pub const STALE: u64 = 0x7ff0_0000_0000_0002;
-
-/// What a series holds.
-#[derive(Debug, Default, Clone, PartialEq)]
-pub struct Points {
-    /// Times in milliseconds and values.
-    pub floats: Vec<(i64, f64)>,
-    /// Native histograms.
-    pub histograms: Vec<Histogram>,
-}
-
-impl Points {
-    /// Samples of both kinds.
-    pub fn len(&self) -> usize {
-        self.floats.len() + self.histograms.len()
-    }
-
-    /// Samples and histograms, to come back to with [`Points::truncate`].
-    pub fn mark(&self) -> (usize, usize) {
-        (self.floats.len(), self.histograms.len())
-    }
-
-    /// Drops what was appended since.
-    pub fn truncate(&mut self, mark: (usize, usize)) {
-        self.floats.truncate(mark.0);
-        self.histograms.truncate(mark.1);
-    }
-
-    /// Keeps samples whose time satisfies `keep`.
-    pub fn retain(&mut self, keep: impl Fn(i64) -> bool) {
-        self.floats.retain(|(ts, _)| keep(*ts));
-        self.histograms.retain(|h| keep(h.ts));
-    }
-}
-
-/// A run of buckets: the gap to the run before, or the index of the first, and how many.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Span {
-    /// Buckets that are left out before it.
-    pub offset: i32,
-    /// Buckets in it.
-    pub length: u32,
-}
-
-/// A native histogram.
-#[derive(Debug, Default, Clone, PartialEq)]
-pub struct Histogram {
-    /// Milliseconds since the epoch.
-    pub ts: i64,
-    /// The resolution, or -53 for bounds of its own.
-    pub schema: i32,
-    /// The width of the zero bucket.
-    pub zero_threshold: f64,
-    /// Sum of all observations.
-    pub sum: f64,
-    /// Counts.
-    pub counts: Counts,
-    /// Where the positive buckets are.
-    pub positive: Vec<Span>,
-    /// Where the negative buckets are.
-    pub negative: Vec<Span>,
-    /// Upper bounds of schema -53.
-    pub custom_values: Vec<f64>,
-    /// 0 unknown, 1 reset, 2 no reset, 3 gauge.
-    pub reset_hint: u8,
-}
-
-/// The counts of a histogram.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Counts {
-    /// Whole counts; each bucket as the difference to the one before.
-    Whole {
-        /// All observations.
-        count: u64,
-        /// Those in the zero bucket.
-        zero: u64,
-        /// Positive buckets.
-        positive: Vec<i64>,
-        /// Negative buckets.
-        negative: Vec<i64>,
-    },
-    /// Fractional counts; each bucket as it is.
-    Fractional {
-        /// All observations.
-        count: f64,
-        /// Those in the zero bucket.
-        zero: f64,
-        /// Positive buckets.
-        positive: Vec<f64>,
-        /// Negative buckets.
-        negative: Vec<f64>,
-    },
-}
-
-impl Default for Counts {
-    fn default() -> Self {
-        Self::Whole { count: 0, zero: 0, positive: Vec::new(), negative: Vec::new() }
-    }
-}
 
 /// Appends the samples of a chunk to `points`.
 ///

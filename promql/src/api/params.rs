@@ -161,7 +161,7 @@ pub(super) fn invalid(parameter: &str, why: impl std::fmt::Display) -> QueryErro
 }
 
 /// A time in seconds since the epoch or RFC 3339, in milliseconds since the epoch.
-pub(super) fn parse_time(text: &str) -> Result<i64, String> {
+pub(crate) fn parse_time(text: &str) -> Result<i64, String> {
     let fail = || format!("cannot parse {text:?} to a valid timestamp");
     if let Ok(seconds) = text.parse::<f64>() {
         // Whole seconds and milliseconds apart: their product would lose digits.
@@ -182,7 +182,7 @@ pub(super) fn parse_time(text: &str) -> Result<i64, String> {
 }
 
 /// A duration in seconds or in Prometheus's form (`1h30m`), in nanoseconds; may be negative.
-pub(super) fn parse_duration(text: &str) -> Result<i64, String> {
+pub(crate) fn parse_duration(text: &str) -> Result<i64, String> {
     let fail = || format!("cannot parse {text:?} to a valid duration");
     if let Ok(seconds) = text.parse::<f64>() {
         let ns = seconds * 1e9;

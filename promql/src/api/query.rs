@@ -13,6 +13,7 @@ use crate::error::{QueryError, QueryErrorKind, Result};
 use crate::exec::out_of_memory;
 use crate::histogram::FloatHistogram;
 use crate::options::EvalOptions;
+use crate::parse::json::tree;
 use crate::parse::print::pretty;
 use crate::plan;
 use crate::result::{Data, QueryResult, ValueType};
@@ -35,13 +36,19 @@ pub(super) async fn range(api: &Api, form: &Form, query: Query) -> Result<Reply>
         return Err(invalid("end", "end timestamp must not be before start time"));
     }
     let step_ns = form.step_ns()?;
+    check_resolution(start_ms, end_ms, step_ns)?;
+    evaluate(api, form, limit, query, EvalOptions::range(start_ms, end_ms, step_ns / 1_000_000)).await
+}
+
+/// Refuses more points of a series than anybody can look at.
+pub(crate) fn check_resolution(start_ms: i64, end_ms: i64, step_ns: i64) -> Result<()> {
     let span_ns = (i128::from(end_ms) - i128::from(start_ms)) * 1_000_000;
     if span_ns / i128::from(step_ns) > POINTS_MAX {
         return Err(QueryError::bad_data(
             "exceeded maximum resolution of 11,000 points per timeseries. Try decreasing the query resolution (?step=XX)",
         ));
     }
-    evaluate(api, form, limit, query, EvalOptions::range(start_ms, end_ms, step_ns / 1_000_000)).await
+    Ok(())
 }
 
 async fn evaluate(
@@ -329,6 +336,12 @@ fn write_stats(out: &mut Vec<u8>, timings: &Timings, result: &QueryResult) {
 pub(super) async fn format(api: &Api, form: &Form) -> Result<Reply> {
     let expr = plan::parse(form.get("query"), &api.options.features).map_err(|e| invalid("query", e))?;
     Ok(Reply::data(|out| json::text(out, &pretty(&expr))))
+}
+
+/// `parse_query`: the expression as a tree.
+pub(super) async fn parse(api: &Api, form: &Form) -> Result<Reply> {
+    let expr = plan::parse(form.get("query"), &api.options.features).map_err(|e| invalid("query", e))?;
+    Ok(Reply::data(|out| out.extend_from_slice(tree(&expr).to_string().as_bytes())))
 }
 
 #[cfg(test)]

@@ -1,5 +1,4 @@
-//! What the server says of itself and of its metrics: `metadata`, `status/*`, and the empty lists of a server that has no
-//! rules, alerts or targets of its own.
+//! What the server says of itself and of its metrics: `metadata`, `features` and `status/*`.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -62,11 +61,16 @@ pub(super) async fn build_info() -> Result<Reply> {
 
 /// `status/runtimeinfo`: what of it has a meaning here.
 pub(super) async fn runtime_info(api: &Api) -> Result<Reply> {
-    let started = chrono::DateTime::from_timestamp_millis(api.started_ms).unwrap_or_default();
+    let [started, now] =
+        [api.started_ms, api.engine.now_ms()].map(|ms| chrono::DateTime::from_timestamp_millis(ms).unwrap_or_default());
     Ok(Reply::data(|out| {
         out.extend_from_slice(br#"{"startTime":"#);
         json::text(out, &started.to_rfc3339_opts(chrono::SecondsFormat::Millis, true));
-        out.extend_from_slice(br#","reloadConfigSuccess":true,"corruptionCount":0,"timeSeriesCount":"#);
+        out.extend_from_slice(br#","serverTime":"#);
+        json::text(out, &now.to_rfc3339_opts(chrono::SecondsFormat::Millis, true));
+        out.extend_from_slice(br#","reloadConfigSuccess":true,"lastConfigTime":"#);
+        json::text(out, &started.to_rfc3339_opts(chrono::SecondsFormat::Millis, true));
+        out.extend_from_slice(br#","corruptionCount":0,"timeSeriesCount":"#);
         json::integer(out, api.engine.registry().len() as u64);
         out.push(b'}');
     }))
@@ -85,20 +89,54 @@ pub(super) async fn flags(api: &Api) -> Result<Reply> {
     Ok(Reply::data(|out| object(out, fields, |out, v| json::text(out, &v))))
 }
 
-/// `rules`: none.
-pub(super) async fn rules() -> Result<Reply> {
-    Ok(Reply::data(|out| out.extend_from_slice(br#"{"groups":[]}"#)))
+/// `status/walreplay`: whoever gets this answer asks a server that has replayed its log.
+pub(super) fn wal_replay() -> Result<Reply> {
+    Ok(Reply::data(|out| out.extend_from_slice(br#"{"min":0,"max":0,"current":0}"#)))
 }
 
-/// `alerts`: none.
-pub(super) async fn alerts() -> Result<Reply> {
-    Ok(Reply::data(|out| out.extend_from_slice(br#"{"alerts":[]}"#)))
-}
-
-/// `targets`: none.
-pub(super) async fn targets() -> Result<Reply> {
+/// `features`: what clients may use, by the names that Prometheus has for it.
+pub(super) async fn features(api: &Api) -> Result<Reply> {
+    let on = api.options.features;
+    let groups: [(&str, &[(&str, bool)]); 2] = [
+        (
+            "api",
+            &[
+                ("admin", true),
+                ("exclude_alerts", true),
+                ("label_values_match", true),
+                ("query_stats", true),
+                ("query_warnings", true),
+                ("remote_write_receiver", true),
+                ("time_range_labels", true),
+                ("time_range_series", true),
+            ],
+        ),
+        (
+            "promql",
+            &[
+                ("anchored", on.extended_range_selectors),
+                ("at_modifier", true),
+                ("bool", true),
+                ("by", true),
+                ("delayed_name_removal", on.delayed_name_removal),
+                ("experimental_functions", on.experimental_functions),
+                ("fill", on.binop_fill_modifiers),
+                ("group_left", true),
+                ("group_right", true),
+                ("ignoring", true),
+                ("negative_offset", true),
+                ("offset", true),
+                ("on", true),
+                ("per_query_lookback_delta", true),
+                ("subqueries", true),
+                ("without", true),
+            ],
+        ),
+    ];
     Ok(Reply::data(|out| {
-        out.extend_from_slice(br#"{"activeTargets":[],"droppedTargets":[],"droppedTargetCounts":{}}"#)
+        object(out, groups, |out, group| {
+            object(out, group.iter().copied(), |out, on| out.extend_from_slice(if on { b"true" } else { b"false" }));
+        });
     }))
 }
 

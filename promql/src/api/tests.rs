@@ -20,11 +20,11 @@ use tower::ServiceExt;
 use super::*;
 
 /// The clock of all tests, milliseconds since the epoch: 2026-01-02T03:04:05Z.
-const NOW: i64 = 1_767_323_045_000;
+pub(super) const NOW: i64 = 1_767_323_045_000;
 
-struct Server {
+pub(super) struct Server {
     router: Router,
-    engine: Engine,
+    pub(super) engine: Engine,
     _folder: TempDir,
 }
 
@@ -32,8 +32,8 @@ fn disk() -> Arc<dyn catalog::FileSystem> {
     Arc::new(catalog::fs::Disk)
 }
 
-/// A server whose database holds `up` and `requests` of two instances, once a minute for an hour until [`NOW`].
-async fn serve() -> Server {
+/// An empty database; all have the same seed.
+async fn open() -> (Engine, TempDir) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let url = url::Url::from_directory_path(folder.path().join("store")).expect("an absolute path").to_string();
     let settings = Settings {
@@ -50,7 +50,12 @@ async fn serve() -> Server {
         entropy: Arc::new(catalog::SeededEntropy::new(1)),
         telemetry: Arc::new(Telemetry::default()),
     };
-    let engine = Engine::open(settings, components, crate::extensions()).await.expect("a database");
+    (Engine::open(settings, components, crate::extensions()).await.expect("a database"), folder)
+}
+
+/// A server whose database holds `up` and `requests` of two instances, once a minute for an hour until [`NOW`].
+pub(super) async fn serve() -> Server {
+    let (engine, folder) = open().await;
     fill(&engine).await;
     let router = routes(engine.clone(), ApiOptions::default()).behind(Access::open());
     Server { router, engine, _folder: folder }
@@ -102,13 +107,13 @@ async fn fill(engine: &Engine) {
     engine.write(Write { tags, batches: vec![samples, exemplars], metadata }).await.expect("stored");
 }
 
-fn batch(table: &Arc<TableSchema>, columns: Vec<ArrayRef>) -> Batch {
+pub(super) fn batch(table: &Arc<TableSchema>, columns: Vec<ArrayRef>) -> Batch {
     let rows = RecordBatch::try_new(table.arrow().clone(), columns).expect("rows of the table");
     Batch { table: table.clone(), rows }
 }
 
 impl Server {
-    async fn send(&self, request: Request<Body>) -> Response {
+    pub(super) async fn send(&self, request: Request<Body>) -> Response {
         self.router.clone().oneshot(request).await.expect("routers do not fail")
     }
 
@@ -201,7 +206,15 @@ async fn what_is_not_a_query() {
     check("metadata?metric=up", json!({})).await;
     check("metadata?limit=0", json!({})).await;
     check("rules", json!({"groups": []})).await;
+    check("rules?type=alert&exclude_alerts=true&match[]=up&group_limit=5", json!({"groups": []})).await;
     check("alerts", json!({"alerts": []})).await;
+    check("alertmanagers", json!({"activeAlertmanagers": [], "droppedAlertmanagers": []})).await;
+    check("targets?state=active", json!({"activeTargets": [], "droppedTargets": [], "droppedTargetCounts": {}})).await;
+    check("targets/metadata?match_target={job=\"x\"}&metric=up&limit=2", json!([])).await;
+    check("scrape_pools", json!({"scrapePools": []})).await;
+    check("notifications", json!([])).await;
+    check("status/walreplay", json!({"min": 0, "max": 0, "current": 0})).await;
+    assert_eq!(server.data("features").await["promql"]["at_modifier"], true);
     let found = json!([
         {"labels": {}, "value": "0.5", "timestamp": 1767322979.5},
         {"labels": {"trace_id": "abc"}, "value": "0.25", "timestamp": 1767323039.5},
@@ -235,6 +248,7 @@ async fn what_is_not_a_query() {
     assert_eq!(server.data("status/runtimeinfo").await["timeSeriesCount"], 4);
     assert_eq!(server.data("status/flags").await["query.lookback-delta"], "300s");
     check("format_query?query=up%2Bup", json!("up + up")).await;
+    assert_eq!(server.data("parse_query?query=up%2Bup").await["type"], "binaryExpr");
 }
 
 #[tokio::test]
@@ -282,6 +296,19 @@ async fn wrong_requests() {
     check("label/U__/values", "invalid label name: \"\"").await;
     check("query_exemplars?query=up&start=2&end=1", "end timestamp must not be before start timestamp").await;
     check("metadata?limit=x", "limit must be a number").await;
+    check("rules?type=x", "invalid parameter \"type\": not supported value \"x\"").await;
+    check("rules?group_limit=0", "invalid parameter \"group_limit\": group_limit needs to be greater than 0").await;
+    check(
+        "rules?group_next_token=x",
+        "invalid parameter \"group_next_token\": group_limit needs to be present in order to paginate over the groups",
+    )
+    .await;
+    check(
+        "rules?exclude_alerts=x",
+        "invalid parameter \"exclude_alerts\": error converting exclude_alerts: strconv.ParseBool: parsing \"x\": invalid syntax",
+    )
+    .await;
+    check("targets/metadata?limit=x", "limit must be a number").await;
     check("status/tsdb?limit=0", "limit must be a positive number").await;
     check("status/tsdb?limit=10001", "limit must not exceed 10000").await;
 
@@ -292,6 +319,43 @@ async fn wrong_requests() {
     let huge = "x".repeat((10 << 20) + 1);
     let (status, _) = server.post("query", "application/x-www-form-urlencoded", &huge).await;
     assert_eq!(status, StatusCode::BAD_REQUEST);
+}
+
+#[tokio::test]
+async fn federation() {
+    let server = serve().await;
+    let get = async |path: &str, accept: &str| {
+        let request = Request::get(path).header(header::ACCEPT, accept).body(Body::empty()).expect("a request");
+        let response = server.send(request).await;
+        let kind = response.headers()[header::CONTENT_TYPE].to_str().expect("a text").to_owned();
+        let status = response.status();
+        let body = to_bytes(response.into_body(), usize::MAX).await.expect("a body");
+        (status, kind, String::from_utf8(body.to_vec()).expect("UTF-8"))
+    };
+    // A series that both select comes once.
+    let path = "/federate?match[]=up&match[]=%7Binstance%3D%22a%3A1%22%7D";
+    let (status, kind, text) =
+        get(path, "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5").await;
+    assert_eq!(
+        (status, kind.as_str()),
+        (StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8; escaping=underscores")
+    );
+    assert_eq!(
+        text,
+        format!(
+            "# TYPE requests untyped\nrequests{{http_route=\"/x\",instance=\"a:1\",job=\"api\\\"1\\\"\"}} 3600 {NOW}\n\
+             # TYPE up untyped\nup{{instance=\"a:1\",job=\"node\"}} 1 {NOW}\nup{{instance=\"b:1\",job=\"node\"}} 1 {NOW}\n"
+        )
+    );
+    let (_, kind, text) = get(path, "text/plain;version=1.0.0;escaping=allow-utf-8;q=0.6").await;
+    assert_eq!(kind, "text/plain; version=1.0.0; charset=utf-8; escaping=allow-utf-8");
+    assert!(text.contains("requests{\"http.route\"=\"/x\","), "{text}");
+    assert_eq!(get("/federate", "*/*").await.2, "");
+    let (status, _, text) = get("/federate?match[]=up%7B", "*/*").await;
+    assert!(
+        status == StatusCode::BAD_REQUEST && text.starts_with("invalid parameter \"match[]\": "),
+        "{status} {text}"
+    );
 }
 
 #[tokio::test]

@@ -313,6 +313,40 @@ proptest! {
         }
     }
 
+    /// What the server streams.
+    #[test]
+    fn our_chunks_come_back(
+        steps in prop::collection::vec((1i64..1 << 30, value()), 0..300),
+        histograms in prop::collection::vec(chunk_of_histograms(), 0..4),
+    ) {
+        let mut ts = -1_700_000_000_000i64;
+        let mut later = |step: i64| { ts += step; ts };
+        let floats: Vec<(i64, f64)> = steps.into_iter().map(|(step, v)| (later(step), v)).collect();
+        let mut ts = -1_700_000_000_000i64;
+        let mut histograms = histograms.concat();
+        for h in &mut histograms {
+            ts += 1 + (h.ts & 0xffff_ffff);
+            h.ts = ts;
+        }
+        let points = Points { floats, histograms };
+        let mut got = Points::default();
+        for chunk in promql::chunk::encode(&points) {
+            let from = got.mark();
+            decode(chunk.encoding, &chunk.data, &mut got).unwrap();
+            let times = got.floats[from.0..].iter().map(|f| f.0).chain(got.histograms[from.1..].iter().map(|h| h.ts));
+            let times: Vec<i64> = times.collect();
+            prop_assert_eq!((times.first(), times.last()), (Some(&chunk.first_ms), Some(&chunk.last_ms)));
+            prop_assert!(times.is_sorted() && times.len() <= 120);
+        }
+        prop_assert!(same_floats(&got.floats, &points.floats));
+        prop_assert_eq!(got.histograms.len(), points.histograms.len());
+        for (got, mut want) in got.histograms.into_iter().zip(points.histograms) {
+            // What is not known of resets comes back as what is known then.
+            want.reset_hint = got.reset_hint;
+            prop_assert_eq!(format!("{got:?}"), format!("{want:?}"));
+        }
+    }
+
     /// Whatever the bytes are: no panic, and not more samples than the bytes can hold.
     #[test]
     fn nothing_panics(encoding in 0u8..5, bytes in prop::collection::vec(any::<u8>(), 0..200)) {
