@@ -121,6 +121,20 @@ fn psql_asks_everything_that_people_ask() {
             &["180"],
         );
         check("SELECT 1 + 1", &["2"]);
+        check(
+            "SELECT p.tags['job'], o.team, p.value \
+             FROM promql('sum by (job) (max_over_time(requests_total[2h]))') p JOIN prometheus.owner o ON o.job = p.tags['job'] \
+             ORDER BY 1",
+            &["api|red|218", "web|blue|1059"],
+        );
+        check(
+            "SELECT metric, labels, count(*), max(value) FROM promql('requests_total[2h]') GROUP BY 1, 2 ORDER BY 2",
+            &[
+                "requests_total|{instance=\"a\", job=\"api\"}|60|59",
+                "requests_total|{instance=\"b\", job=\"api\"}|60|159",
+                "requests_total|{instance=\"c\", job=\"web\"}|60|1059",
+            ],
+        );
     };
     all();
     psql.server.flush();
@@ -168,6 +182,10 @@ fn psql_gets_the_codes_of_postgresql() {
     check("INSERT INTO samples (value) VALUES (1)", "ERROR");
     let late = psql.refused(&["SET statement_timeout = '50ms'", ENDLESS]);
     assert!(late.contains("57014"), "{late}");
+    let endless = ENDLESS.replace("samples", "promql('requests_total[2h]')");
+    let late = psql.refused(&["SET statement_timeout = '50ms'", &endless]);
+    assert!(late.contains("57014"), "{late}");
+    check("SELECT * FROM promql('rate(')", "parse error");
 }
 
 #[test]

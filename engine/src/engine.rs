@@ -346,6 +346,8 @@ impl Engine {
         let mut state = self.inner().session.clone();
         // Tables are registered in a list that clones share.
         state.register_catalog_list(session::catalogs(state.config()));
+        // In the template it would keep itself alive.
+        state.config_mut().set_extension(Arc::new(self.clone()));
         SessionContext::new_with_state(state)
     }
 

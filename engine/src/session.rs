@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use catalog::{Error, ErrorKind};
 use datafusion::catalog::{
     CatalogProvider, CatalogProviderList, MemoryCatalogProvider, MemoryCatalogProviderList, MemorySchemaProvider,
-    Session,
+    Session, TableFunctionImpl,
 };
 use datafusion::error::{DataFusionError, Result as DfResult};
 use datafusion::execution::context::QueryPlanner;
@@ -44,6 +44,8 @@ pub struct Extensions {
     pub planners: Vec<Arc<dyn ExtensionPlanner + Send + Sync>>,
     /// Scalar functions.
     pub functions: Vec<Arc<datafusion::logical_expr::ScalarUDF>>,
+    /// Table functions by name. The sessions of an engine carry an `Arc<Engine>` as a config extension.
+    pub table_functions: Vec<(&'static str, Arc<dyn TableFunctionImpl>)>,
     /// Optimizer rules, run after DataFusion's own.
     pub optimizer_rules: Vec<Arc<dyn datafusion::optimizer::OptimizerRule + Send + Sync>>,
 }
@@ -60,6 +62,7 @@ impl Extensions {
     pub fn and(mut self, other: Self) -> Self {
         self.planners.extend(other.planners);
         self.functions.extend(other.functions);
+        self.table_functions.extend(other.table_functions);
         self.optimizer_rules.extend(other.optimizer_rules);
         self
     }
@@ -111,6 +114,9 @@ pub(crate) fn state(settings: &Settings, memory: Memory, extensions: Extensions)
     for function in extensions.functions {
         use datafusion::execution::FunctionRegistry;
         state.register_udf(function)?;
+    }
+    for (name, function) in extensions.table_functions {
+        state.register_udtf(name, function);
     }
     let mut builder = SessionStateBuilder::new_from_existing(state);
     for rule in extensions.optimizer_rules {

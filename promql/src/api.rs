@@ -37,6 +37,8 @@ use tower_http::cors::{Any, CorsLayer};
 
 use self::params::Form;
 pub use self::params::selector;
+pub(crate) use self::params::{parse_duration, parse_time};
+pub(crate) use self::query::check_resolution;
 use self::reply::{Failure, Reply, error_type};
 use self::telemetry::Metrics;
 use crate::error::{QueryError, QueryErrorKind, Result};

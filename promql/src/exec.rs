@@ -51,8 +51,8 @@ use crate::result::Block;
 
 use annotations::NotesAt;
 pub use notes::Notes;
-pub(crate) use run::out_of_memory;
 pub use run::{Planner, query};
+pub(crate) use run::{out_of_memory, session};
 
 /// Schema of a range vector: `labels`, `times` (milliseconds), `values`, and the same of histograms, which are encoded
 /// as in blocks; one row per series.

@@ -15,6 +15,7 @@ pub mod options;
 pub mod parse;
 pub mod plan;
 pub mod result;
+mod table_function;
 
 use std::sync::Arc;
 
@@ -26,8 +27,12 @@ pub use options::{EvalOptions, Features, Grid};
 pub use plan::plan;
 pub use result::{Block, Data, QueryResult, Run, SeriesView, Stats, ValueType};
 
-/// The planner of the nodes that plans of this language hold. Sessions that plan them carry an `Arc<Engine>` as a
-/// config extension.
+/// The planner of the nodes that plans of this language hold, and `promql()` for SQL. Sessions that plan them carry an
+/// `Arc<Engine>` as a config extension.
 pub fn extensions() -> Extensions {
-    Extensions { planners: vec![Arc::new(exec::Planner)], ..Extensions::default() }
+    Extensions {
+        planners: vec![Arc::new(exec::Planner)],
+        table_functions: vec![("promql", Arc::new(table_function::Promql))],
+        ..Extensions::default()
+    }
 }

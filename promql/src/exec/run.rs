@@ -132,7 +132,7 @@ fn scan(set: Arc<SeriesSet>, columns: &[&str]) -> DfResult<SeriesScanExec> {
 
 /// A session of nothing but our planner: a plan of ours gains nothing from rules made for relational plans, and running
 /// them costs more than a small query.
-fn session(engine: &Engine, notes: Arc<Notes>) -> SessionState {
+pub(crate) fn session(engine: &Engine, notes: Arc<Notes>) -> SessionState {
     let base = engine.session();
     let base = base.state_ref();
     let base = base.read();
