@@ -15,6 +15,8 @@ mod crash;
 mod damaged;
 /// Deleting by API and by age, seen through PromQL and SQL, over kills and restarts.
 mod deletes;
+/// Random queries, answered by a real Prometheus and by us.
+mod differential;
 /// DuckDB attaches the file catalog while the server runs and sees what our SQL sees.
 mod duckdb;
 /// Folders of earlier versions open and answer as they did; newer ones are refused by name.

@@ -19,6 +19,8 @@ use tower::ServiceExt;
 
 use super::*;
 
+mod layouts;
+
 /// The clock of all tests, milliseconds since the epoch: 2026-01-02T03:04:05Z.
 pub(super) const NOW: i64 = 1_767_323_045_000;
 
