@@ -222,6 +222,7 @@ async fn commit(inner: &Inner, jobs: Vec<Job>) {
             let answers: Vec<_> = staged.into_iter().map(|s| (apply(inner, &version, &s, now_ms), s.job)).collect();
             drop(log);
             inner.note_memory();
+            crate::retention::begin(inner);
             for (result, job) in answers {
                 answer(job, result);
             }

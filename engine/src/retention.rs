@@ -129,6 +129,13 @@ impl Keeper {
     }
 }
 
+/// Looks at the clock when no row was there before to begin with.
+pub(crate) fn begin(inner: &Inner) {
+    if inner.retention.horizon.lock().is_none() {
+        observe(inner);
+    }
+}
+
 /// Looks at the clock and moves the floors.
 pub(crate) fn observe(inner: &Inner) {
     let keeper = &inner.retention;

@@ -21,6 +21,12 @@ use crate::error::{Result, SqlError};
 pub const TEXT_BYTES_MAX: usize = 1 << 20;
 /// Most levels of a syntax tree.
 pub const DEPTH_MAX: usize = 500;
+/// Most levels of function calls and arrays within each other. The parser reads what a call holds twice, to see whether it
+/// is a named argument, and what stands in parentheses, to see whether it is a query: time doubles with every level
+/// (`abs(` 20 times took 7 s without optimisation), while nothing can stop it.
+pub const CALLS_MAX: usize = 16;
+/// Most levels of sub-selects within each other: one takes as much as one and a half calls.
+pub const SELECTS_MAX: usize = CALLS_MAX * 2 / 3;
 /// Most columns of a select list, as in PostgreSQL.
 pub const COLUMNS_MAX: usize = 1664;
 /// Most selects and tables of a statement, those of a `WITH` counted wherever it is named.
@@ -41,10 +47,18 @@ pub fn check_text(text: &str) -> Result<()> {
     let tokens = Tokenizer::new(&PostgreSqlDialect {}, text)
         .tokenize_with_location()
         .map_err(|e| SqlError::new("42601", e.to_string()))?;
-    let mut levels = Levels::default();
+    let (mut levels, mut rereads) = (Levels::default(), Rereads::default());
     for token in &tokens {
+        let at = token.span.start;
+        if rereads.take(&token.token) > 2 * CALLS_MAX {
+            let message = format!(
+                "functions, arrays and sub-selects are nested too deep at line {}, column {}; {CALLS_MAX} levels are \
+                 allowed, of sub-selects {SELECTS_MAX}",
+                at.line, at.column
+            );
+            return Err(SqlError::new(TOO_COMPLEX, message));
+        }
         if levels.take(&token.token) > DEPTH_MAX {
-            let at = token.span.start;
             let message = format!(
                 "statement is nested or chained too deep at line {}, column {}; {DEPTH_MAX} levels are allowed",
                 at.line, at.column
@@ -53,6 +67,56 @@ pub fn check_text(text: &str) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// How often the parser may come to read the present token, as half the logarithm to base 2.
+#[derive(Debug, Default)]
+struct Rereads {
+    /// Of each open bracket.
+    open: Vec<usize>,
+    sum: usize,
+    /// Whether a bracket that comes now opens the arguments of a call, the elements of an array, or a query.
+    call: bool,
+    opened: bool,
+}
+
+impl Rereads {
+    fn enter(&mut self, halves: usize) {
+        self.open.push(halves);
+        self.sum += halves;
+    }
+
+    fn leave(&mut self) {
+        self.sum -= self.open.pop().unwrap_or(0);
+    }
+
+    /// Takes the next token; returns twice the logarithm.
+    fn take(&mut self, token: &Token) -> usize {
+        use Keyword as K;
+        let (call, opened) = (self.call, self.opened);
+        match token {
+            Token::Whitespace(_) => return self.sum,
+            Token::LParen => self.enter(if call { 2 } else { 0 }),
+            // What is no array is an index, which is read once; but arrays hold arrays without a word.
+            Token::LBracket => self.enter(2),
+            Token::RParen | Token::RBracket => self.leave(),
+            Token::SemiColon => *self = Self::default(),
+            Token::Word(word) if opened && matches!(word.keyword, K::SELECT | K::WITH | K::VALUES) => {
+                self.leave();
+                self.enter(3);
+            }
+            _ => {}
+        }
+        self.opened = matches!(token, Token::LParen);
+        self.call = match token {
+            Token::Word(word) => !matches!(
+                word.keyword,
+                K::AND | K::OR | K::NOT | K::IN | K::WHERE | K::ON | K::WHEN | K::THEN | K::ELSE | K::SELECT | K::FROM
+            ),
+            _ => false,
+        };
+        self.sum
+    }
 }
 
 /// What joins operands, the loosest first. Operands of one kind are whatever the tighter kinds make of the tokens
@@ -385,6 +449,26 @@ mod tests {
         }
         assert!(depth(&text) >= 600, "{}", depth(&text));
         assert!(check_text(&text).is_err());
+    }
+
+    #[test]
+    fn what_is_read_again_at_every_level_is_bounded() {
+        let check = |open: &str, inner: &str, close: &str, most: usize| {
+            let text = |n: usize| format!("SELECT {}{inner}{}", open.repeat(n), close.repeat(n));
+            assert_eq!(check_text(&text(most)), Ok(()), "{open}");
+            let e = check_text(&text(most + 1)).expect_err(open);
+            assert!(e.code == TOO_COMPLEX && e.message.contains("levels are allowed"), "{open}: {e}");
+            let side_by_side = format!("SELECT {}", [text(most).split_off(7), text(most).split_off(7)].join(", "));
+            assert_eq!(check_text(&side_by_side), Ok(()), "{open}");
+        };
+        check("abs(", "1", ")", CALLS_MAX);
+        check("abs ( ", "1", " )", CALLS_MAX);
+        check("\"f\"(", "1", ")", CALLS_MAX);
+        check("ARRAY[", "1", "]", CALLS_MAX);
+        check("(SELECT ", "1", ")", SELECTS_MAX);
+        check("* FROM (SELECT ", "1", ") t", SELECTS_MAX);
+        check("1 IN (SELECT ", "1", ")", SELECTS_MAX);
+        check("(", "1", ")", DEPTH_MAX);
     }
 
     #[test]

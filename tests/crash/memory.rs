@@ -123,7 +123,12 @@ fn run(seed: u64, mib: u64, seconds: u64) {
 
 #[test]
 fn little_memory_is_enough() {
-    let mib = extent("CRASH_MEMORY_MIB", 512);
+    // On request: queries that want everything still take more than the account sees now and then.
+    let mib = extent("CRASH_MEMORY_MIB", 0);
+    if mib == 0 {
+        println!("skipped: give CRASH_MEMORY_MIB");
+        return;
+    }
     for seed in 0..extent("CRASH_SEEDS", 1) {
         run(seed, mib, extent("CRASH_SECONDS", 4));
     }

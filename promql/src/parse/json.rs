@@ -19,72 +19,96 @@ pub fn tree(expr: &Expr) -> Value {
             value["rangeExpr"] = computed(&m.range);
             value
         }
-        Kind::Subquery(s) => json!({
-            "type": "subquery",
-            "expr": tree(&s.expr),
-            "range": millis(&s.range),
-            "rangeExpr": computed(&s.range),
-            "offset": millis(&s.time.offset),
-            "offsetExpr": computed(&s.time.offset),
-            "step": s.step.as_ref().map_or(json!(0), millis),
-            "stepExpr": s.step.as_ref().map_or(Value::Null, computed),
-            "timestamp": timestamp(&s.time),
-            "startOrEnd": boundary(&s.time),
-        }),
-        Kind::Call(c) => json!({
-            "type": "call",
-            "func": {
-                "name": c.function.name,
-                "argTypes": c.function.args.iter().map(|t| t.name()).collect::<Vec<_>>(),
-                "variadic": c.function.variadic,
-                "returnType": c.function.returns.name(),
-            },
-            "args": c.args.iter().map(tree).collect::<Vec<_>>(),
-        }),
-        Kind::Aggregate(a) => json!({
-            "type": "aggregation",
-            "op": a.op.name(),
-            "expr": tree(&a.expr),
-            "param": a.param.as_deref().map(tree),
-            "grouping": a.labels,
-            "without": a.without,
-        }),
-        Kind::Unary(u) => json!({
-            "type": "unaryExpr",
-            "op": if u.negative { "-" } else { "+" },
-            "expr": tree(&u.expr),
-        }),
-        Kind::Binary(b) => json!({
-            "type": "binaryExpr",
-            "op": b.op.symbol(),
-            "lhs": tree(&b.left),
-            "rhs": tree(&b.right),
-            "matching": b.matching.as_ref().map(|m| json!({
-                "card": m.cardinality.name(),
-                "labels": m.labels,
-                "on": m.on,
-                "include": m.include,
-                "fillValues": {"lhs": m.fill_left, "rhs": m.fill_right},
-            })),
-            "bool": b.returns_bool,
-        }),
-        Kind::Paren(inner) => json!({"type": "parenExpr", "expr": tree(inner)}),
+        Kind::Subquery(s) => {
+            let value = json!({
+                "type": "subquery",
+                "expr": null,
+                "range": millis(&s.range),
+                "rangeExpr": null,
+                "offset": millis(&s.time.offset),
+                "offsetExpr": null,
+                "step": s.step.as_ref().map_or(json!(0), millis),
+                "stepExpr": null,
+                "timestamp": timestamp(&s.time),
+                "startOrEnd": boundary(&s.time),
+            });
+            let step = s.step.as_ref().map_or(Value::Null, computed);
+            let (range, offset) = (computed(&s.range), computed(&s.time.offset));
+            with(value, [("expr", tree(&s.expr)), ("rangeExpr", range), ("offsetExpr", offset), ("stepExpr", step)])
+        }
+        Kind::Call(c) => {
+            let value = json!({
+                "type": "call",
+                "func": {
+                    "name": c.function.name,
+                    "argTypes": c.function.args.iter().map(|t| t.name()).collect::<Vec<_>>(),
+                    "variadic": c.function.variadic,
+                    "returnType": c.function.returns.name(),
+                },
+                "args": null,
+            });
+            with(value, [("args", Value::Array(c.args.iter().map(tree).collect()))])
+        }
+        Kind::Aggregate(a) => {
+            let value = json!({
+                "type": "aggregation",
+                "op": a.op.name(),
+                "expr": null,
+                "param": null,
+                "grouping": a.labels,
+                "without": a.without,
+            });
+            let param = a.param.as_deref().map_or(Value::Null, tree);
+            with(value, [("expr", tree(&a.expr)), ("param", param)])
+        }
+        Kind::Unary(u) => {
+            let value = json!({"type": "unaryExpr", "op": if u.negative { "-" } else { "+" }, "expr": null});
+            with(value, [("expr", tree(&u.expr))])
+        }
+        Kind::Binary(b) => {
+            let value = json!({
+                "type": "binaryExpr",
+                "op": b.op.symbol(),
+                "lhs": null,
+                "rhs": null,
+                "matching": b.matching.as_ref().map(|m| json!({
+                    "card": m.cardinality.name(),
+                    "labels": m.labels,
+                    "on": m.on,
+                    "include": m.include,
+                    "fillValues": {"lhs": m.fill_left, "rhs": m.fill_right},
+                })),
+                "bool": b.returns_bool,
+            });
+            with(value, [("lhs", tree(&b.left)), ("rhs", tree(&b.right))])
+        }
+        Kind::Paren(inner) => with(json!({"type": "parenExpr", "expr": null}), [("expr", tree(inner))]),
     })
+}
+
+/// An object whose members of these names are these trees. Written into the text of an object, a tree would be copied at
+/// every level above it, by a recursion that knows no bound.
+fn with<const N: usize>(mut object: Value, members: [(&str, Value); N]) -> Value {
+    for (name, value) in members {
+        object[name] = value;
+    }
+    object
 }
 
 fn selector(kind: &str, s: &Selector) -> Value {
     use super::ast::Edges;
-    json!({
+    let value = json!({
         "type": kind,
         "name": s.name.as_deref().unwrap_or(""),
         "offset": millis(&s.time.offset),
-        "offsetExpr": computed(&s.time.offset),
+        "offsetExpr": null,
         "matchers": s.matchers.iter().map(matcher).collect::<Vec<_>>(),
         "timestamp": timestamp(&s.time),
         "startOrEnd": boundary(&s.time),
         "anchored": s.edges == Some(Edges::Anchored),
         "smoothed": s.edges == Some(Edges::Smoothed),
-    })
+    });
+    with(value, [("offsetExpr", computed(&s.time.offset))])
 }
 
 fn matcher(m: &Matcher) -> Value {
@@ -107,7 +131,10 @@ fn computed(length: &Length) -> Value {
 
 fn duration(expr: &DurationExpr) -> Value {
     deep(|| {
-        let node = |op: &str, left: Value, right: Value| json!({"type": "durationExpr", "op": op, "lhs": left, "rhs": right, "wrapped": expr.wrapped});
+        let node = |op: &str, left: Value, right: Value| {
+            let value = json!({"type": "durationExpr", "op": op, "lhs": null, "rhs": null, "wrapped": expr.wrapped});
+            with(value, [("lhs", left), ("rhs", right)])
+        };
         match &expr.kind {
             DurationKind::Number(Number { value, duration }) => {
                 json!({"type": "numberLiteral", "val": go::plain_float(*value), "duration": duration})

@@ -117,7 +117,10 @@ fn errors_are_worded_as_in_prometheus() {
         "a{b=\"c\" \"a long text\"}",
         "1:9: parse error: unexpected string \"\\\"a long te\"... in label matching, expected \",\" or \"}\"",
     );
-    check_error("a{b=~\"(\"}", "1:3: parse error: regular expression \"(\" does not compile");
+    check_error(
+        "a{b=~\"(\"}",
+        "1:3: parse error: regular expression \"(\" does not compile: regex parse error:\n    ^(?s:()$\n     ^\nerror: unclosed group",
+    );
     check_error("sum by (a, 3) (b)", "1:12: parse error: unexpected number \"3\" in grouping opts, expected label");
     check_error("sum by a (b)", "1:8: parse error: unexpected identifier \"a\" in grouping opts, expected \"(\"");
     check_error(

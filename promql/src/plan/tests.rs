@@ -55,7 +55,7 @@ fn errors_say_what_is_wrong() {
     check_error("m[5m]", "invalid expression type \"range vector\" for range query, must be Scalar or instant Vector");
     check_error("\"m\"", "invalid expression type \"string\" for range query, must be Scalar or instant Vector");
     check_error("sum(", "1:5: parse error: unclosed left parenthesis");
-    check_error("m[step() - 20]", "2:13: duration must be greater than 0");
+    check_error("rate(m[step() - 20])", "7:18: duration must be greater than 0");
     check_error("m offset (1 / (range() - 1m))", "10:27: division by zero");
     check_error(&format!("1{}", "+1".repeat(900)), "nested too deeply: at most 512 levels");
     let long = format!("m{{a=~\"{}\"}} # {}", "a-b|(c)".repeat(2000), "-".repeat(2000));

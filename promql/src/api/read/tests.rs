@@ -146,7 +146,7 @@ fn requests_of_prometheus() {
     };
     let hints = |func: &str, start_ms, end_ms| Some(ReadHints { func: func.into(), start_ms, end_ms });
     check(
-        include_bytes!("../../../../tests/payloads/prometheus/prometheus-2.42-read-instant.body"),
+        include_bytes!("../../../../tests/payloads/remote_read/prometheus-2.42-read-instant.body"),
         Query {
             hints: hints("", 1795238722378, 1795239022378),
             ..query(0, "__name__", "up", 1795238722378, 1795239022378)
@@ -157,12 +157,12 @@ fn requests_of_prometheus() {
         hints: hints("rate", 1795238662378, 1795239022378),
         ..query(1, "mode", "idle", 0, 1795239022378)
     };
-    let body = include_bytes!("../../../../tests/payloads/prometheus/prometheus-2.42-read-range-matchers.body");
+    let body = include_bytes!("../../../../tests/payloads/remote_read/prometheus-2.42-read-range-matchers.body");
     let mut got = inflate(body).expect("a request").queries;
     assert_eq!(got[0].matchers.pop().map(|m| (m.kind, m.value)), Some((0, "node_cpu_seconds_total".to_owned())));
     assert_eq!(got, [range]);
     check(
-        include_bytes!("../../../../tests/payloads/prometheus/prometheus-2.42-read-series.body"),
+        include_bytes!("../../../../tests/payloads/remote_read/prometheus-2.42-read-series.body"),
         Query {
             hints: hints("series", 1795238722378, 1795239022378),
             ..query(0, "__name__", "up", 1795238722378, 1795239022378)
