@@ -135,7 +135,7 @@ impl Block {
         let none = Vec::new();
         let deleted = self.deleted.get(&id).unwrap_or(&none);
         points.retain(|ts| range.contains(ts) && !deleted.iter().any(|(from, to)| (*from..=*to).contains(&ts)));
-        (points.len() > 0).then_some(Piece { labels, points })
+        (!points.is_empty()).then_some(Piece { labels, points })
     }
 }
 

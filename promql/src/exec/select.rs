@@ -288,6 +288,7 @@ struct Reader {
     pace: Pace,
 }
 
+#[expect(clippy::large_enum_variant, reason = "there is one for each partition of a selector")]
 enum Sink {
     Blocks { kernel: Box<Kernel>, builder: BlockBuilder, name: Name, counters: Option<Counters> },
     Runs(Box<Runs>),

@@ -220,7 +220,7 @@ async fn groups_are_as_large_as_what_can_be_held() {
     let mut encoder = registry.encoder();
     let (mut series, mut ts) = (Vec::new(), Vec::new());
     for (name, count) in counts {
-        let tags = encoder.tags(&mut vec![("__name__", "big"), ("name", name)], None).expect("valid labels");
+        let tags = encoder.tags(&mut [("__name__", "big"), ("name", name)], None).expect("valid labels");
         series.extend(std::iter::repeat_n(tags, count));
         ts.extend((0..count).map(|i| NOW - 10_000_000 + i as i64 * 3));
     }

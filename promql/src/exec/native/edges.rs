@@ -113,7 +113,7 @@ impl Ranges<'_> {
         } else {
             all[last].clone()
         };
-        if !counter && !(is_gauge(&left) && is_gauge(&right)) {
+        if !(counter || is_gauge(&left) && is_gauge(&right)) {
             self.note(Annotation::NotGauge(self.metric));
         }
         let mut result = right.clone();
