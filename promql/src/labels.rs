@@ -2,6 +2,8 @@
 //!
 //! Canonical bytes are sorted by name, so every subset of pairs, copied in order, is canonical again.
 
+mod xxh64;
+
 use catalog::tag::TagIter;
 
 /// Labels that say what a metric is; they go when its name goes.
@@ -87,6 +89,24 @@ pub fn filter(labels: &[u8], out: &mut Vec<u8>, mut keep: impl FnMut(&[u8]) -> b
 /// Appends the labels without the metric's name and metadata.
 pub fn drop_name(labels: &[u8], out: &mut Vec<u8>) {
     filter(labels, out, |name| !METADATA.contains(&name));
+}
+
+/// The hash of a label set that Prometheus has, so that what is chosen by it is the same series.
+///
+/// It is XXH64 of names and values in order, each after its length: a byte, or 255 and three bytes from the least on.
+pub fn hash(labels: &[u8]) -> u64 {
+    let mut bytes = Vec::with_capacity(labels.len() + 8);
+    for text in Pairs::new(labels).flat_map(|p| [p.name, p.value]) {
+        match u8::try_from(text.len()) {
+            Ok(short) if short < u8::MAX => bytes.push(short),
+            _ => {
+                bytes.push(u8::MAX);
+                bytes.extend_from_slice(&(text.len() as u32).to_le_bytes()[..3]);
+            }
+        }
+        bytes.extend_from_slice(text);
+    }
+    xxh64::hash(&bytes)
 }
 
 /// Whether a label goes when the metric's name goes.

@@ -38,6 +38,11 @@ pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
     // Info series by what they are about, those of one name together.
     let mut groups: HashMap<(&str, &str), Vec<Group<'_>>> = HashMap::new();
     for row in Row::all(&info).filter(wanted) {
+        if row.has_histograms() {
+            let labels = labels::display(row.labels);
+            let text = format!("this should be an info metric, with float samples: {labels}");
+            return Err(QueryError::execution(text).into());
+        }
         let name = labels::get(row.labels, "__name__");
         let all = groups.entry(identity(row.labels)).or_default();
         match all.iter_mut().find(|g| g.name == name) {

@@ -2,6 +2,7 @@
 //! histograms.
 
 mod edges;
+mod glimpse;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -21,9 +22,10 @@ use super::{Pace, internal};
 use crate::histogram::{Added, Bucket, FloatHistogram, Hint, Mean, Sum};
 
 pub(super) use edges::smoothed;
+pub(super) use glimpse::Glimpse;
 
 /// About how many buckets a histogram has.
-const BUCKETS: usize = 64;
+pub(super) const BUCKETS: usize = 64;
 
 /// The columns of the table `histograms` that are read, in this order after the series.
 pub(super) const COLUMNS: [&str; 18] = [
@@ -238,7 +240,7 @@ fn slide(
     }
 }
 
-/// The newest sample of each window where that is a histogram: its time in seconds into `out`, or it itself. `out` and
+/// The newest sample of each window where that is a histogram: its time in seconds into `out` if `timestamp`, else it itself. `out` and
 /// `valid` come with what the floats alone give.
 pub(super) fn instant(
     windows: &Windows,

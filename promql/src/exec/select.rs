@@ -10,7 +10,7 @@ use engine::kernels::{self, Arguments, Edges, RangeFunction, Reach, Scratch, Win
 use futures::{StreamExt, TryStreamExt, stream};
 
 use super::annotations::NotesAt;
-use super::native::{self, Ranges, SeriesRuns};
+use super::native::{self, Glimpse, Ranges, SeriesRuns};
 use super::{Batches, Notes, Pace, SeriesLabels, Work, internal};
 use crate::QueryError;
 use crate::block::{BlockBuilder, Name, Row};
@@ -75,7 +75,11 @@ fn with_histograms(work: Work, partition: usize, labels: SeriesLabels) -> DfResu
                         let Some(index) = next.into_iter().flatten().min() else {
                             return Ok(Some((reader.finish()?, (floats, histograms, None))));
                         };
-                        let ((ts, values), (histogram_ts, all)) = (floats.take(index), histograms.take(index));
+                        let ((ts, values), (histogram_ts, mut all)) = (floats.take(index), histograms.take(index));
+                        if let Some(glimpse) = &reader.without_buckets {
+                            reader.pace.walk(native::BUCKETS * all.len())?;
+                            glimpse.strip(&ts, &histogram_ts, &mut all);
+                        }
                         if matches!(reader.sink, Sink::Runs(_)) {
                             // Times and values, kept to the end.
                             let weight = all.iter().map(FloatHistogram::weight).sum::<usize>();
@@ -240,7 +244,9 @@ impl Kernel {
         pace.walk(ts.len() + out.len())?;
         match self.reading {
             Reading::Instant => kernels::instant(ts, values, &self.windows, out, valid),
-            Reading::Timestamp => kernels::instant_timestamp(ts, values, &self.windows, out, valid),
+            Reading::Timestamp | Reading::FloatTimestamp => {
+                kernels::instant_timestamp(ts, values, &self.windows, out, valid);
+            }
             Reading::Smoothed(reach) => {
                 let (ts, values) = kernels::without_stale(ts, values, &mut self.ts, &mut self.values);
                 kernels::smoothed(ts, values, &self.windows, reach, out, valid);
@@ -281,6 +287,8 @@ impl Kernel {
 struct Reader {
     labels: SeriesLabels,
     sink: Sink,
+    /// Histograms go without buckets.
+    without_buckets: Option<Glimpse>,
     /// The series whose samples wait in `ts` and `values`.
     pending: Option<u32>,
     ts: Vec<i64>,
@@ -365,7 +373,13 @@ impl Reader {
             other => return Err(internal(&format!("{} does not read series", other.name()))),
         };
         let pace = work.stop.pace();
-        Ok(Self { labels, sink, pending: None, ts: Vec::new(), values: Vec::new(), pace })
+        let without_buckets = match &work.op {
+            Op::Select { selector, reading, .. } if selector.without_buckets => {
+                Some(Glimpse::of(selector, *reading, &work.grid))
+            }
+            _ => None,
+        };
+        Ok(Self { labels, sink, without_buckets, pending: None, ts: Vec::new(), values: Vec::new(), pace })
     }
 
     fn add(&mut self, batch: &RecordBatch) -> DfResult<Vec<RecordBatch>> {

@@ -78,6 +78,10 @@ pub(super) async fn select(work: &Work, op: AggregateOp, by: &Grouping) -> DfRes
     for rows in &members {
         // Which rows are chosen at which steps; for one step also in which order.
         let mut at: HashMap<usize, usize> = HashMap::new();
+        let hashes: Vec<u64> = match op {
+            AggregateOp::LimitRatio => rows.iter().map(|r| labels::hash(r.labels)).collect(),
+            _ => Vec::new(),
+        };
         for (step, param) in params.iter().enumerate() {
             pace.walk(SORT_COST * rows.len())?;
             chosen.clear();
@@ -87,7 +91,7 @@ pub(super) async fn select(work: &Work, op: AggregateOp, by: &Grouping) -> DfRes
                 v => Some((v?, i)),
             });
             if op == AggregateOp::LimitRatio {
-                chosen.extend(present.filter(|(_, i)| in_ratio(*param, rows[*i].labels)));
+                chosen.extend(present.filter(|(_, i)| in_ratio(*param, hashes[*i])));
             } else {
                 let k = if *param >= 1.0 { (*param as usize).min(rows.len()) } else { 0 };
                 if k > 0 && !any_kind && rows.iter().any(|r| r.encoded(step).is_some()) {
@@ -195,10 +199,9 @@ fn choose(op: AggregateOp, k: usize, present: impl Iterator<Item = (f64, usize)>
     }
 }
 
-/// Whether a series belongs to a sample of this ratio of all series; negative ratios are the complement.
-fn in_ratio(ratio: f64, labels: &[u8]) -> bool {
+/// Whether a series with this hash belongs to a sample of this ratio of all series; negative ratios are the complement.
+fn in_ratio(ratio: f64, hash: u64) -> bool {
     let ratio = ratio.clamp(-1.0, 1.0);
-    let hash = catalog::TagHasher::new(0).id(labels).code.0 as u64;
     let offset = hash as f64 / u64::MAX as f64;
     if ratio >= 0.0 { offset < ratio } else { offset >= 1.0 + ratio }
 }

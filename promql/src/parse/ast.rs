@@ -40,6 +40,8 @@ pub struct Expr {
 pub enum Kind {
     Number(Number),
     Text(String),
+    /// A text whose escapes give no UTF-8.
+    Bytes(Vec<u8>),
     Selector(Selector),
     Matrix(Matrix),
     Subquery(Subquery),
@@ -459,7 +461,9 @@ impl Expr {
     /// The expressions that it is made of, in the order of the text.
     pub fn children(&self) -> impl Iterator<Item = &Self> {
         let (pair, list): ([Option<&Self>; 2], &[Self]) = match &self.kind {
-            Kind::Number(_) | Kind::Text(_) | Kind::Selector(_) | Kind::Matrix(_) => ([None, None], &[]),
+            Kind::Number(_) | Kind::Text(_) | Kind::Bytes(_) | Kind::Selector(_) | Kind::Matrix(_) => {
+                ([None, None], &[])
+            }
             Kind::Subquery(s) => ([Some(&s.expr), None], &[]),
             Kind::Call(c) => ([None, None], &c.args),
             Kind::Aggregate(a) => ([a.param.as_deref(), Some(&a.expr)], &[]),

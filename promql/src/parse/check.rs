@@ -40,7 +40,7 @@ pub(super) fn expression(expr: &mut Expr) -> Result {
 fn check(expr: &mut Expr) -> Result {
     let start = expr.span.start;
     match &mut expr.kind {
-        Kind::Number(_) | Kind::Text(_) => Ok(()),
+        Kind::Number(_) | Kind::Text(_) | Kind::Bytes(_) => Ok(()),
         Kind::Selector(s) => selector(s, start, false),
         Kind::Matrix(m) => selector(&m.selector, start, false),
         Kind::Paren(inner) => expression(inner),

@@ -15,6 +15,20 @@ pub(crate) fn quote_into(out: &mut String, text: &str) {
     out.push('"');
 }
 
+/// As [`quote`] for what may not be a text.
+pub(crate) fn quote_bytes(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    let mut out = String::from("\"");
+    for chunk in bytes.utf8_chunks() {
+        chunk.valid().chars().for_each(|c| escaped(&mut out, c, '"'));
+        for byte in chunk.invalid() {
+            let _ = write!(out, "\\x{byte:02x}");
+        }
+    }
+    out.push('"');
+    out
+}
+
 /// A character in single quotes; none stands for the end of the text.
 pub(crate) fn quote_char(c: Option<char>) -> String {
     let mut out = String::from("'");
@@ -213,10 +227,16 @@ pub(crate) fn duration_into(out: &mut String, mut ms: i64) {
 
 /// The text that a quoted one of valid form means.
 pub(crate) fn unquote(quoted: &str) -> Result<String, String> {
+    let not_text = |_| format!("error unquoting string {}: it is not valid UTF-8", quote(quoted));
+    String::from_utf8(unquote_bytes(quoted)?).map_err(not_text)
+}
+
+/// As [`unquote`]; escapes may give bytes that are no text.
+pub(crate) fn unquote_bytes(quoted: &str) -> Result<Vec<u8>, String> {
     let failed = |why: &str| Err(format!("error unquoting string {}: {why}", quote(quoted)));
     let inner = &quoted[1..quoted.len() - 1];
     if quoted.starts_with('`') || !inner.contains('\\') {
-        return Ok(inner.to_owned());
+        return Ok(inner.as_bytes().to_owned());
     }
     // Escapes may give bytes that are UTF-8 only together.
     let mut bytes = Vec::with_capacity(inner.len());
@@ -258,7 +278,7 @@ pub(crate) fn unquote(quoted: &str) -> Result<String, String> {
             _ => bytes.push(code as u8),
         }
     }
-    String::from_utf8(bytes).or_else(|_| failed("it is not valid UTF-8"))
+    Ok(bytes)
 }
 
 #[cfg(test)]
@@ -325,6 +345,8 @@ mod tests {
         check("\"\\xe2\\x82\\xac\"", "\u{20ac}");
         check("`a\\n`", "a\\n");
         assert!(unquote("\"\\xff\"").is_err());
+        assert_eq!(unquote_bytes("\"a\\xffz\"").as_deref(), Ok(&b"a\xffz"[..]));
+        assert_eq!(quote_bytes(b"a\xff\"z"), "\"a\\xff\\\"z\"");
     }
 
     #[test]

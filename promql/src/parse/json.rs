@@ -12,6 +12,7 @@ pub fn tree(expr: &Expr) -> Value {
     deep(|| match &expr.kind {
         Kind::Number(n) => json!({"type": "numberLiteral", "val": go::plain_float(n.value)}),
         Kind::Text(text) => json!({"type": "stringLiteral", "val": text}),
+        Kind::Bytes(bytes) => json!({"type": "stringLiteral", "val": String::from_utf8_lossy(bytes)}),
         Kind::Selector(s) => selector("vectorSelector", s),
         Kind::Matrix(m) => {
             let mut value = selector("matrixSelector", &m.selector);

@@ -408,9 +408,10 @@ impl<'a> Parser<'a> {
                 node(Kind::Number(number), span, ValueType::Scalar)
             }
             K::Text => {
-                let text = self.unquote(first)?;
+                let text = go::unquote_bytes(self.value(first)).map_err(|e| Error::new(first.span.start, e))?;
                 self.advance();
-                node(Kind::Text(text), first.span, ValueType::String)
+                let kind = String::from_utf8(text).map_or_else(|e| Kind::Bytes(e.into_bytes()), Kind::Text);
+                node(kind, first.span, ValueType::String)
             }
             K::LeftBrace => self.selector_node(None),
             K::Aggregate(op) => {

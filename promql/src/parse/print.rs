@@ -133,6 +133,7 @@ fn write_expr(out: &mut dyn fmt::Write, expr: &Expr) -> fmt::Result {
     deep(|| match &expr.kind {
         Kind::Number(n) => out.write_str(&number(n)),
         Kind::Text(text) => out.write_str(&go::quote(text)),
+        Kind::Bytes(bytes) => out.write_str(&go::quote_bytes(bytes)),
         Kind::Selector(s) => {
             write_series(out, s)?;
             out.write_str(&at(&s.time))?;

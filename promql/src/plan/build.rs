@@ -16,7 +16,7 @@ use crate::exec::deep;
 use crate::labels::{self, Grouping};
 use crate::options::{EvalOptions, Grid};
 use crate::parse::ast::{self, At, Expr, Kind, Length};
-use crate::parse::{Lines, Position};
+use crate::parse::{Lines, Position, go};
 use crate::result::ValueType;
 use crate::{QueryError, Result};
 
@@ -35,12 +35,49 @@ struct Builder<'a> {
     lines: Lines,
     /// What the nodes that are made are about.
     place: Place,
+    /// What the expressions around need of histograms.
+    buckets: Buckets,
+}
+
+/// Whether the buckets of histograms matter to what is made of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Buckets {
+    /// They are in the result.
+    Kept,
+    /// A function takes only the count or the sum.
+    Skipped,
+    /// Something further out needs them, whatever comes within.
+    Needed,
+}
+
+impl Buckets {
+    /// What is needed within an expression.
+    fn within(self, expr: &Expr) -> Self {
+        let own = match &expr.kind {
+            // Samples between the steps of a subquery are not seen, so that its function has to compare buckets.
+            Kind::Subquery(_) => Self::Needed,
+            Kind::Binary(b) if matches!(b.op, ast::Operator::TrimUpper | ast::Operator::TrimLower) => Self::Needed,
+            Kind::Call(c) => match c.function.name {
+                "histogram_quantile" | "histogram_quantiles" | "histogram_fraction" => Self::Needed,
+                "histogram_count" | "histogram_sum" | "histogram_avg" => Self::Skipped,
+                _ => self,
+            },
+            _ => self,
+        };
+        if self == Self::Needed { self } else { own }
+    }
 }
 
 pub(super) fn plan(text: &str, expr: &Expr, options: &EvalOptions) -> Result<Planned> {
     let outer = options.grid();
-    let mut builder =
-        Builder { options, outer, warnings: Vec::new(), lines: Lines::new(text), place: Place::default() };
+    let mut builder = Builder {
+        options,
+        outer,
+        warnings: Vec::new(),
+        lines: Lines::new(text),
+        place: Place::default(),
+        buckets: Buckets::Kept,
+    };
     let expr = expr.bare();
     let value_type = expr.value_type;
     if !options.instant && matches!(value_type, ValueType::Matrix | ValueType::String) {
@@ -52,6 +89,8 @@ pub(super) fn plan(text: &str, expr: &Expr, options: &EvalOptions) -> Result<Pla
     let mut grid = outer;
     let (plan, text) = match &expr.kind {
         Kind::Text(text) => (None, Some(text.clone())),
+        // JSON can't say it otherwise.
+        Kind::Bytes(bytes) => (None, Some(String::from_utf8_lossy(bytes).into_owned())),
         Kind::Matrix(m) => {
             let selector = builder.selector(&m.selector, builder.length(&m.range)?)?;
             (Some(builder.node(Op::Samples(selector), outer, vec![])?), None)
@@ -127,9 +166,10 @@ impl Builder<'_> {
 
     fn expr_at(&mut self, expr: &Expr, grid: Grid) -> Result<Built> {
         let place = self.place_of(expr);
-        let around = std::mem::replace(&mut self.place, place);
+        let around = (self.place, self.buckets);
+        (self.place, self.buckets) = (place, self.buckets.within(expr));
         let built = self.kind(expr, grid)?;
-        self.place = around;
+        (self.place, self.buckets) = around;
         Ok(built)
     }
 
@@ -159,7 +199,7 @@ impl Builder<'_> {
             Kind::Binary(b) => self.binary(b, grid),
             Kind::Call(c) => self.call(c, grid),
             Kind::Paren(inner) => self.expr(inner, grid),
-            Kind::Matrix(_) | Kind::Subquery(_) | Kind::Text(_) => Err(unchecked(expr)),
+            Kind::Matrix(_) | Kind::Subquery(_) | Kind::Text(_) | Kind::Bytes(_) => Err(unchecked(expr)),
         }
     }
 
@@ -201,6 +241,7 @@ impl Builder<'_> {
             at_ms: self.at_millis(&s.time),
             edges: edges.map(|edges| (edges, self.options.lookback_ms)),
             by_type: self.options.features.type_and_unit_labels,
+            without_buckets: self.buckets == Buckets::Skipped,
         })
     }
 
@@ -246,10 +287,12 @@ impl Builder<'_> {
             ast::AggregateOp::Limitk => AggregateOp::Limitk,
             ast::AggregateOp::LimitRatio => AggregateOp::LimitRatio,
             ast::AggregateOp::CountValues => {
-                let label = a.param.as_deref().map(text).transpose()?.unwrap_or_default();
-                if label.is_empty() {
-                    return Err(QueryError::execution("invalid label name \"\""));
-                }
+                let invalid = |name: &str| QueryError::execution(format!("invalid label name {name}"));
+                let label = match a.param.as_deref().map(|p| &p.bare().kind) {
+                    Some(Kind::Text(label)) if !label.is_empty() => label.clone(),
+                    Some(Kind::Bytes(bytes)) => return Err(invalid(&go::quote_bytes(bytes))),
+                    _ => return Err(invalid("\"\"")),
+                };
                 let distinct = label != METRIC_NAME && !by.keeps(METRIC_NAME.as_bytes());
                 let input = self.expr(&a.expr, grid)?;
                 let plan = self.node(Op::CountValues { label, by }, grid, vec![input.plan])?;
@@ -398,7 +441,10 @@ impl Builder<'_> {
                         inner.steps()
                     )));
                 }
+                let around = self.buckets;
+                self.buckets = around.within(range.bare());
                 let input = self.expr(&s.expr, inner)?;
+                self.buckets = around;
                 let mut inputs = vec![input.plan];
                 inputs.append(&mut arguments);
                 let op = Op::Subquery { subquery, name };
@@ -523,8 +569,9 @@ impl Builder<'_> {
             at_ms,
             edges: None,
             by_type: false,
+            without_buckets: false,
         };
-        let op = Op::Select { selector, reading: Reading::Timestamp, name: Name::Keep };
+        let op = Op::Select { selector, reading: Reading::FloatTimestamp, name: Name::Keep };
         let info = self.node(op, grid, vec![])?;
         let plan = self.node(Op::Info { matchers, names }, grid, vec![input.plan, info])?;
         Ok(Built { plan, distinct: input.distinct })
@@ -632,6 +679,7 @@ fn missing(function: &str) -> QueryError {
 fn text(expr: &Expr) -> Result<String> {
     match &expr.bare().kind {
         Kind::Text(text) => Ok(text.clone()),
+        Kind::Bytes(bytes) => Err(QueryError::bad_data(format!("text {} is not UTF-8", go::quote_bytes(bytes)))),
         _ => Err(unchecked(expr)),
     }
 }

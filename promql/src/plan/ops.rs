@@ -75,6 +75,8 @@ pub struct Selector {
     pub edges: Option<(Edges, i64)>,
     /// Series used as counters are told by their label `__type__`, not by their name.
     pub by_type: bool,
+    /// Of histograms only the count and the sum are looked at, and whether the counter began again.
+    pub without_buckets: bool,
 }
 
 impl Selector {
@@ -97,7 +99,9 @@ impl Selector {
             Some((Edges::Anchored, reach)) => (reach, 0),
             Some((Edges::Smoothed, reach)) => (reach, reach),
         };
-        let first = windows.first_end.saturating_sub(windows.length).saturating_sub(before).saturating_add(1);
+        let start = windows.first_end.saturating_sub(windows.length).saturating_sub(before);
+        // The sample at a window's open end is not in it, but tells of the first that is whether the counter began again.
+        let first = if self.without_buckets { start } else { start.saturating_add(1) };
         (first, last.saturating_add(after))
     }
 }
@@ -109,6 +113,8 @@ pub enum Reading {
     Instant,
     /// The time of the newest sample.
     Timestamp,
+    /// As `Timestamp`, but a histogram stays one.
+    FloatTimestamp,
     /// The value between the samples around, of samples up to this many milliseconds away.
     Smoothed(i64),
     /// A function over the samples of the window; scalar arguments are the node's inputs.

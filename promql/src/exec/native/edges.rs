@@ -194,6 +194,10 @@ fn interpolated(
     if t == t1 || t == t2 {
         return Some(if t == t1 { a.clone() } else { b.clone() });
     }
+    if a.is_custom() != b.is_custom() {
+        // Also where the counter began again, which buckets of another kind look like.
+        return combined(Err(Incompatible), Combining::Subtraction, notes, metric).map(|()| b.clone());
+    }
     let fraction = (t - t1) as f64 / (t2 - t1) as f64;
     let mut result = b.clone();
     if counter && b.is_reset_after(a) {
