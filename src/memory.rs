@@ -1,9 +1,8 @@
 //! The process's memory: the allocator and its settings, how much memory there is, and how much is used.
 
 use std::path::Path;
-use std::time::Duration;
 
-use engine::Memory;
+use engine::Engine;
 use tikv_jemalloc_ctl::{Access as _, AsName as _, epoch, stats};
 use tokio_util::sync::CancellationToken;
 
@@ -19,23 +18,30 @@ const DIRTY_DECAY_MS: isize = 1000;
 #[unsafe(export_name = "_rjem_malloc_conf")]
 pub static MALLOC_CONF: &[u8; 70] = b"background_thread:true,dirty_decay_ms:1000,muzzy_decay_ms:0,narenas:4\0";
 
-/// How often the account is told what the process holds.
-const WATCH_INTERVAL: Duration = Duration::from_millis(100);
 /// Arenas beyond this number are not ours to look after; see `narenas`.
 const ARENAS_MAX: u32 = 16;
 
-/// Tells the account some ten times a second what the process really holds, until `stopping`. When free pages that the
-/// allocator keeps for later make the process larger than it may be, they go back to the kernel at once.
-pub async fn watch(account: Memory, stopping: CancellationToken) {
-    while stopping.run_until_cancelled(tokio::time::sleep(WATCH_INTERVAL)).await.is_some() {
-        // Numbers are of the moment of the last advance.
-        let held = epoch::advance().and_then(|_| Ok((stats::allocated::read()?, stats::resident::read()?)));
-        let Ok((allocated, resident)) = held else { continue };
-        account.observe(allocated);
-        if resident > account.limit() && resident - allocated.min(resident) > account.limit() / 8 {
-            purge();
+/// Tells the engine what the process really holds, until `stopping`: on a thread of its own, which no work holds up. When
+/// free pages that the allocator keeps for later make the process larger than it may be, they go back to the kernel at
+/// once.
+///
+/// # Errors
+/// There can be no more threads.
+pub fn watch(engine: Engine, stopping: CancellationToken) -> std::io::Result<()> {
+    let watch = move || {
+        while !stopping.is_cancelled() {
+            // Numbers are of the moment of the last advance.
+            let held = epoch::advance().and_then(|_| Ok((stats::allocated::read()?, stats::resident::read()?)));
+            let Ok((allocated, resident)) = held else { return };
+            let again = engine.observe(allocated);
+            let limit = engine.memory().limit();
+            if resident > limit && resident - allocated.min(resident) > limit / 8 {
+                purge();
+            }
+            std::thread::sleep(again);
         }
-    }
+    };
+    std::thread::Builder::new().name("thalweg-memory".to_owned()).spawn(watch).map(drop)
 }
 
 /// Gives all free pages back to the kernel.

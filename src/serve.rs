@@ -102,11 +102,7 @@ async fn serve(config: &Config) -> Result<()> {
         engine = open(config, telemetry) => engine?,
         () = stop.signal() => return Ok(()),
     };
-    let (account, token) = (engine.memory().clone(), stopping.clone());
-    tasks.spawn(async move {
-        memory::watch(account, token).await;
-        Ok(())
-    });
+    memory::watch(engine.clone(), stopping.clone()).context("cannot watch the memory")?;
     if let Some(listener) = listeners.postgres {
         let (engine, access, token) = (engine.clone(), access.clone(), stopping.clone());
         tasks.spawn(async move { Ok(sql::pg::serve(listener, engine, access, token).await?) });

@@ -108,8 +108,8 @@ impl<'r> Encoder<'r> {
     /// [`Encoder::wire`] returned, if the receiver asked it.
     ///
     /// # Errors
-    /// `Invalid` for an empty or repeated name; `LimitExceeded` when the set is new and the series limit is reached;
-    /// `Internal` on a code collision.
+    /// `Invalid` for an empty or repeated name; `LimitExceeded` when the set is new and the series limit is reached,
+    /// `Unavailable` when there is no memory for it for now; `Internal` on a code collision.
     pub fn tags(&mut self, pairs: &mut [(&str, &str)], wire: Option<u128>) -> Result<TagRef> {
         let canonical = self.builder.build(pairs)?;
         let id = self.registry.hasher().id(canonical);

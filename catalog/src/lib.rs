@@ -16,6 +16,7 @@ pub mod matcher;
 pub mod object;
 pub mod registry;
 pub mod secret;
+mod slots;
 pub mod tables;
 pub mod tag;
 pub mod tag_parts;

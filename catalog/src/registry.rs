@@ -4,14 +4,15 @@
 //! durable before the tag set that it refers to. An ordinal is dense, is never reused while the process lives, and
 //! means nothing outside of it.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 
+use crate::slots::Slots;
 use crate::tag::METRIC_NAME;
 use crate::tag_values::Known;
 use crate::wires::Wires;
@@ -92,28 +93,6 @@ struct Shard {
     sets: RwLock<HashedMap<i64, (i64, Ordinal)>>,
 }
 
-#[derive(Debug)]
-struct Slot {
-    series: Option<Arc<Series>>,
-    /// Minute of the last row, for retirement.
-    seen: AtomicU32,
-}
-
-/// The slots of all ordinals, while the registry's lock is held.
-pub(crate) struct Slots<'a>(&'a [Slot]);
-
-impl Slots<'_> {
-    /// Ordinals ever given.
-    pub fn len(&self) -> usize {
-        self.0.len()
-    }
-
-    /// The active sets from this ordinal on.
-    pub fn from(&self, ordinal: usize) -> impl Iterator<Item = &Arc<Series>> {
-        self.0[ordinal..].iter().filter_map(|slot| slot.series.as_ref())
-    }
-}
-
 /// All active sets of one metric.
 #[derive(Debug)]
 struct Metric {
@@ -131,7 +110,7 @@ pub struct Registry {
     bytes: AtomicUsize,
     shards: Vec<Shard>,
     wires: RwLock<Wires>,
-    slots: RwLock<Vec<Slot>>,
+    slots: RwLock<Slots>,
     metrics: RwLock<HashedMap<i64, Metric>>,
     /// Values of tags that were asked for.
     known: Mutex<Known>,
@@ -193,6 +172,11 @@ impl Registry {
         self.bytes.load(Ordering::Relaxed)
     }
 
+    /// Whether idle sets are to leave sooner than usual, since new ones soon find no room.
+    pub fn is_pressed(&self) -> bool {
+        self.bytes() >= self.bytes_max / 4 * 3
+    }
+
     /// Refuses, and counts it, when there is no room for one more set beyond `more` that are about to be published.
     pub(crate) fn check_room(&self, more: usize) -> Result<()> {
         let (len, bytes) = (self.len(), self.bytes());
@@ -205,8 +189,9 @@ impl Registry {
         }
         if bytes + more * SET_BYTES >= self.bytes_max {
             self.refused.fetch_add(1, Ordering::Relaxed);
-            return Err(Error::limit_exceeded(format!(
-                "series limit reached: {len} series are active and take {bytes} bytes; memory_limit allows {}",
+            // Idle sets make room for new ones: who sends this again is served in the end.
+            return Err(Error::unavailable(format!(
+                "{len} series are active and take {bytes} bytes; memory_limit allows {} until idle ones have left the memory",
                 self.bytes_max
             )));
         }
@@ -272,17 +257,14 @@ impl Registry {
     ///
     /// # Errors
     /// `Internal` on a code collision.
-    pub fn publish(&self, series: &Arc<Series>, wires: &[u128], minute: u32) -> Result<Ordinal> {
+    pub fn publish(&self, series: &Arc<Series>, wires: &[u128], second: u32) -> Result<Ordinal> {
         let ordinal = {
             let mut sets = self.shard(series.id.code.0 as u64).sets.write();
             match sets.entry(series.id.code.0) {
                 Entry::Occupied(e) if e.get().0 == series.id.check => e.get().1,
                 Entry::Occupied(_) => return Err(self.collision(series.id)),
                 Entry::Vacant(e) => {
-                    let mut slots = self.slots.write();
-                    let ordinal = slots.len() as Ordinal;
-                    slots.push(Slot { series: Some(series.clone()), seen: AtomicU32::new(minute) });
-                    drop(slots);
+                    let ordinal = self.slots.write().push(series.clone(), second);
                     e.insert((series.id.check, ordinal));
                     self.len.fetch_add(1, Ordering::Relaxed);
                     self.bytes.fetch_add(bytes_of(series), Ordering::Relaxed);
@@ -310,25 +292,22 @@ impl Registry {
 
     /// The tag set of an ordinal; `None` once retired.
     pub fn get(&self, ordinal: Ordinal) -> Option<Arc<Series>> {
-        self.slots.read().get(ordinal as usize)?.series.clone()
+        self.slots.read().active(ordinal).cloned()
     }
 
     /// The tag sets of many ordinals, in their order; `None` for retired ones.
     pub fn get_many(&self, ordinals: &[Ordinal]) -> Vec<Option<Arc<Series>>> {
         let slots = self.slots.read();
-        ordinals.iter().map(|o| slots.get(*o as usize).and_then(|s| s.series.clone())).collect()
+        ordinals.iter().map(|o| slots.active(*o).cloned()).collect()
     }
 
-    /// Notes that rows for these ordinals arrived in this minute (since the epoch). Returns false when one of them has
+    /// Notes that rows for these ordinals arrived in this second (since the epoch). Returns false when one of them has
     /// been retired since it was looked up, in which case the caller must refuse the rows for now.
-    pub fn touch(&self, ordinals: impl IntoIterator<Item = Ordinal>, minute: u32) -> bool {
+    pub fn touch(&self, ordinals: impl IntoIterator<Item = Ordinal>, second: u32) -> bool {
         let slots = self.slots.read();
         let mut alive = true;
         for o in ordinals {
-            match slots.get(o as usize) {
-                Some(slot) if slot.series.is_some() => slot.seen.store(minute, Ordering::Relaxed),
-                _ => alive = false,
-            }
+            alive &= slots.touch(o, second);
         }
         alive
     }
@@ -356,49 +335,78 @@ impl Registry {
     /// since.
     pub fn values(&self, tag: &str) -> Arc<TagValues> {
         let mut known = self.known.lock();
-        self.with_slots(|slots| known.values(tag, slots, self.retirements.load(Ordering::Relaxed)))
+        self.with_slots(|slots| known.values(tag, slots, self.retirements()))
     }
 
     pub(crate) fn with_slots<T>(&self, work: impl FnOnce(&Slots) -> T) -> T {
-        work(&Slots(&self.slots.read()))
+        work(&self.slots.read())
     }
 
-    /// Forgets sets without a row for `idle` minutes before `now` for which `may_retire` holds; returns how many. A set
-    /// last seen later than now, since the clock was set back, counts as seen now. Only the log's committer calls this,
-    /// so no publication runs at the same time.
+    /// Forgets sets without a row for `idle` seconds before `now` for which `may_retire` holds, and while new ones find
+    /// little room ([`Registry::is_pressed`]) those that have been idle for longest until half is free; returns how many.
+    /// A set last seen later than now, since the clock was set back, counts as seen now. Only the log's committer calls
+    /// this, so no publication runs at the same time.
     pub fn retire(&self, now: u32, idle: u32, may_retire: impl Fn(Ordinal) -> bool) -> usize {
-        let mut gone: Vec<(Ordinal, Arc<Series>)> = Vec::new();
-        {
+        let gone = {
             let mut slots = self.slots.write();
-            for (o, slot) in slots.iter_mut().enumerate() {
-                let seen = slot.seen.load(Ordering::Relaxed);
-                slot.seen.store(seen.min(now), Ordering::Relaxed);
-                if seen < now.saturating_sub(idle) && slot.series.is_some() && may_retire(o as Ordinal) {
-                    gone.extend(slot.series.take().map(|s| (o as Ordinal, s)));
-                }
+            let oldest = self.oldest_for_room(&slots, now, &may_retire).max(now.saturating_sub(idle));
+            let gone = slots.retire(now, |ordinal, seen| seen < oldest && may_retire(ordinal));
+            if !gone.is_empty() {
+                // Readers that hold the slots are told by it whether what they saw is all there was.
+                self.retirements.fetch_add(1, Ordering::Release);
             }
-        }
+            gone
+        };
         if gone.is_empty() {
             return 0;
         }
-        self.retirements.fetch_add(1, Ordering::Relaxed);
         let dead: std::collections::HashSet<Ordinal> = gone.iter().map(|g| g.0).collect();
         for (_, s) in &gone {
             self.shard(s.id.code.0 as u64).sets.write().remove(&s.id.code.0);
         }
         self.wires.write().retain(|o| !dead.contains(&o));
         let mut metrics = self.metrics.write();
-        for (_, s) in &gone {
-            if let Some(m) = metrics.get_mut(&s.metric.0) {
+        let touched: std::collections::HashSet<i64> = gone.iter().map(|(_, s)| s.metric.0).collect();
+        for metric in touched {
+            if let Some(m) = metrics.get_mut(&metric) {
                 m.ordinals.retain(|o| !dead.contains(o));
+                m.ordinals.shrink_to(2 * m.ordinals.len());
                 if m.ordinals.is_empty() {
-                    metrics.remove(&s.metric.0);
+                    metrics.remove(&metric);
                 }
             }
         }
         self.len.fetch_sub(gone.len(), Ordering::Relaxed);
         self.bytes.fetch_sub(gone.iter().map(|(_, s)| bytes_of(s)).sum(), Ordering::Relaxed);
         gone.len()
+    }
+
+    /// The second before which sets were seen last that must leave to make room; zero when there is room.
+    fn oldest_for_room(&self, slots: &Slots, now: u32, may_retire: impl Fn(Ordinal) -> bool) -> u32 {
+        if !self.is_pressed() {
+            return 0;
+        }
+        let mut bytes_by_age: BTreeMap<u32, usize> = BTreeMap::new();
+        for (ordinal, series, seen) in slots.iter() {
+            if seen < now && may_retire(ordinal) {
+                *bytes_by_age.entry(seen).or_default() += bytes_of(series);
+            }
+        }
+        let (mut bytes, mut oldest) = (self.bytes(), 0);
+        for (seen, of_age) in bytes_by_age {
+            if bytes <= self.bytes_max / 2 {
+                break;
+            }
+            bytes = bytes.saturating_sub(of_age);
+            oldest = seen + 1;
+        }
+        oldest
+    }
+
+    /// How often sets have been forgotten. Unchanged after a look at the registry it says that every set was still there
+    /// that was when it was asked first.
+    pub fn retirements(&self) -> u64 {
+        self.retirements.load(Ordering::Acquire)
     }
 }
 
@@ -413,8 +421,8 @@ fn bytes_of(series: &Series) -> usize {
 const FETCH_AHEAD: usize = 32;
 
 /// Shows the sets of these ordinals that are active.
-fn visit_sets(slots: &[Slot], ordinals: &[Ordinal], visit: &mut impl FnMut(Ordinal, &Arc<Series>)) {
-    let active = |o: &Ordinal| slots[*o as usize].series.as_ref();
+fn visit_sets(slots: &Slots, ordinals: &[Ordinal], visit: &mut impl FnMut(Ordinal, &Arc<Series>)) {
+    let active = |o: &Ordinal| slots.active(*o);
     for group in ordinals.chunks(FETCH_AHEAD) {
         // The sets of a metric come from many targets and lie far apart: one after another, the processor waits for
         // memory twice for each. Reading a group's pointers and then its bytes lets it wait for all at the same time
@@ -434,6 +442,7 @@ fn visit_sets(slots: &[Slot], ordinals: &[Ordinal], visit: &mut impl FnMut(Ordin
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ErrorKind;
     use crate::tag::tag_set;
 
     fn registry(limit: usize) -> Registry {
@@ -506,13 +515,35 @@ mod tests {
     }
 
     #[test]
+    fn the_oldest_make_room() {
+        let r = registry(1000).with_bytes_max(100 * SET_BYTES);
+        for i in 0..60u32 {
+            r.publish(&series(&r, &[("i", &i.to_string())]), &[], i).unwrap();
+        }
+        assert!(!r.is_pressed());
+        assert_eq!((r.retire(1000, 7200, |_| true), r.retirements()), (0, 0));
+        for i in 60..90u32 {
+            r.publish(&series(&r, &[("i", &i.to_string())]), &[], i).unwrap();
+        }
+        assert!(r.is_pressed());
+        let refused = r.check_room(9).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Unavailable);
+        // One that a memtable holds stays.
+        assert!(r.retire(1000, 7200, |o| o != 5) > 40);
+        assert!(r.bytes() <= 50 * SET_BYTES);
+        assert_eq!(r.retirements(), 1);
+        assert!(r.get(5).is_some() && r.get(4).is_none() && r.get(6).is_none() && r.get(89).is_some());
+        r.check_room(9).unwrap();
+    }
+
+    #[test]
     fn idle_sets_retire() {
         let r = registry(10);
         for (i, name) in ["a", "b", "c"].iter().enumerate() {
             r.publish(&series(&r, &[("__name__", name)]), &[i as u128], 5).unwrap();
         }
         assert!(r.touch([0], 9));
-        assert_eq!(r.retire(9, 4, |_| true), 0, "seen in that minute");
+        assert_eq!(r.retire(9, 4, |_| true), 0, "seen in that second");
         assert_eq!(r.retire(9, 0, |o| o != 1), 1);
         assert_eq!((r.len(), of(&r, "a"), of(&r, "b"), of(&r, "c")), (2, vec![0], vec![1], vec![]));
         assert_eq!((r.lookup_wire(2), r.get(2).is_none()), (None, true));

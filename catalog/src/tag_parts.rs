@@ -49,6 +49,12 @@ pub struct EncodedPart {
     pub part: TagPart,
 }
 
+/// Decides about bytes that are about to be used.
+pub type Admit<'a> = &'a mut (dyn FnMut(usize) -> Result<()> + Send);
+
+/// What a set that is read takes in memory until it is dropped, about.
+pub const SET_BYTES: usize = 400;
+
 /// Which metrics' sets to load.
 #[derive(Clone, Copy)]
 pub enum MetricFilter<'a> {
@@ -131,14 +137,20 @@ impl TagParts {
     }
 
     /// The sets of the metrics that `filter` chooses, one list per (part, metric) in the order of `parts` and then by
-    /// metric name. The same set may come from several parts. Decoding runs on the caller's thread.
+    /// metric name. The same set may come from several parts. Decoding runs on the caller's thread. `admit` is told
+    /// about how many bytes more are going to be read into memory, and may refuse.
     ///
     /// # Errors
-    /// `Corrupt` naming the object when it is not what was written; store errors.
-    pub async fn load(&self, parts: &[Arc<TagPart>], filter: MetricFilter<'_>) -> Result<Vec<Arc<Vec<Arc<Series>>>>> {
+    /// `Corrupt` naming the object when it is not what was written; store errors; those of `admit`.
+    pub async fn load(
+        &self,
+        parts: &[Arc<TagPart>],
+        filter: MetricFilter<'_>,
+        admit: Admit<'_>,
+    ) -> Result<Vec<Arc<Vec<Arc<Series>>>>> {
         let mut out = Vec::new();
         for part in parts {
-            self.load_part(part, filter, &mut out).await.map_err(|e| self.in_part(e, part))?;
+            self.load_part(part, filter, admit, &mut out).await.map_err(|e| self.in_part(e, part))?;
         }
         Ok(out)
     }
@@ -147,16 +159,17 @@ impl TagParts {
     ///
     /// # Errors
     /// As [`TagParts::load`].
-    pub async fn values(&self, parts: &[Arc<TagPart>], tag: &str) -> Result<Vec<Arc<TagValues>>> {
+    pub async fn values(&self, parts: &[Arc<TagPart>], tag: &str, admit: Admit<'_>) -> Result<Vec<Arc<TagValues>>> {
         let tag: Arc<str> = tag.into();
         let mut out = Vec::with_capacity(parts.len());
         for part in parts {
-            out.push(self.values_of(part, &tag).await.map_err(|e| self.in_part(e, part))?);
+            out.push(self.values_of(part, &tag, admit).await.map_err(|e| self.in_part(e, part))?);
         }
         Ok(out)
     }
 
-    /// Merges parts of one day into one, with every set once. `header.supersedes` should name them.
+    /// Merges parts of one day into one, with every set once, all of which are in memory meanwhile. `header.supersedes`
+    /// should name them.
     ///
     /// # Errors
     /// As [`TagParts::load`].

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use foldhash::fast::RandomState;
 
-use crate::registry::Slots;
+use crate::slots::Slots;
 use crate::{Series, TagSet};
 
 /// Distinct values of one tag, sorted by their bytes.

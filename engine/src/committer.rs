@@ -35,8 +35,10 @@ const GROUP_BYTES: usize = 32 << 20;
 const IDLE: Duration = Duration::from_secs(5);
 /// How often idle tag sets are looked for.
 const RETIRE_INTERVAL_MS: i64 = 60_000;
-/// Idle for so many minutes, a tag set leaves the memory.
-const RETIRE_MINUTES: u32 = 120;
+/// Idle for so many seconds, a tag set leaves the memory.
+const RETIRE_SECONDS: u32 = 7200;
+/// How often that is done while new sets find little room, whatever has been idle for longest leaving then.
+const PRESSED_INTERVAL_MS: i64 = 5_000;
 
 /// Requests on their way to the log.
 #[derive(Debug, Default)]
@@ -177,16 +179,16 @@ pub(crate) fn check(write: &Write) -> Result<()> {
 /// Commits groups; returns once the queue is closed and empty.
 pub(crate) async fn run(inner: Arc<Inner>) {
     let mut retired_ms = inner.now_ms();
-    let mut held = HashSet::new();
     while let Some(jobs) = inner.queue.take().await {
         if !jobs.is_empty() {
             commit(&inner, jobs).await;
         }
         let now_ms = inner.now_ms();
+        let interval_ms = if inner.registry.is_pressed() { PRESSED_INTERVAL_MS } else { RETIRE_INTERVAL_MS };
         // A clock that was set back must not put it off for longer.
-        if !(retired_ms..retired_ms.saturating_add(RETIRE_INTERVAL_MS)).contains(&now_ms) {
+        if !(retired_ms..retired_ms.saturating_add(interval_ms)).contains(&now_ms) {
             retired_ms = now_ms;
-            retire(&inner, &mut held, minute(now_ms)).await;
+            retire(&inner, second(now_ms)).await;
         }
     }
 }
@@ -202,7 +204,7 @@ async fn commit(inner: &Inner, jobs: Vec<Job>) {
     let version = inner.version();
     let mut staged = Vec::with_capacity(jobs.len());
     for job in jobs {
-        match stage(inner, &mut log, &job.write, minute(now_ms)) {
+        match stage(inner, &mut log, &job.write, second(now_ms)) {
             Ok(None) => answer(job, Ok(())),
             Ok(Some((ordinals, metadata, position))) => staged.push(Staged { job, ordinals, metadata, position }),
             Err(e) => answer(job, Err(e)),
@@ -249,7 +251,7 @@ fn answer(job: Job, result: Result<()>) {
 type Encoded = (Vec<Ordinal>, Vec<MetricMetadata>, u64);
 
 /// Publishes a request's tag sets and encodes its record; `None` when there is nothing to store.
-fn stage(inner: &Inner, log: &mut Wal, write: &Write, minute: u32) -> Result<Option<Encoded>> {
+fn stage(inner: &Inner, log: &mut Wal, write: &Write, second: u32) -> Result<Option<Encoded>> {
     let metadata = inner.metadata.lock().news(&write.metadata, || inner.metrics.limit("metadata_metrics"));
     if write.rows() == 0 && metadata.is_empty() {
         return Ok(None);
@@ -259,15 +261,15 @@ fn stage(inner: &Inner, log: &mut Wal, write: &Write, minute: u32) -> Result<Opt
     for set in &write.tags.sets {
         ordinals.push(match set {
             EncodedSet::Known(ordinal) => *ordinal,
-            EncodedSet::New { series, wires } => registry.publish(series, wires, minute)?,
+            EncodedSet::New { series, wires } => registry.publish(series, wires, second)?,
             EncodedSet::Alias { ordinal, wires } => match registry.get(*ordinal) {
-                Some(series) => registry.publish(&series, wires, minute)?,
+                Some(series) => registry.publish(&series, wires, second)?,
                 None => *ordinal,
             },
         });
     }
     // Only this thread retires, so what is alive now stays so until the rows are in a memtable.
-    if !registry.touch(ordinals.iter().copied(), minute) {
+    if !registry.touch(ordinals.iter().copied(), second) {
         return Err(Error::unavailable("a tag set of the request left the memory after it was looked up; try again"));
     }
     let position = log.encode(&ordinals, |o| registry.get(o), &write.batches, &metadata)?;
@@ -292,22 +294,21 @@ fn apply(inner: &Inner, version: &Version, staged: &Staged, now_ms: i64) -> Resu
     Ok(())
 }
 
-/// Forgets tag sets that have been idle for long and that no memtable holds. One that a memtable held a round ago
-/// waits for another: a query may still work on the version of then.
-pub(crate) async fn retire(inner: &Inner, held_before: &mut HashSet<Ordinal>, minute: u32) {
+/// Forgets tag sets that have been idle for long and that no memtable holds. Queries notice that they looked for sets in
+/// vain; see `select`.
+pub(crate) async fn retire(inner: &Inner, second: u32) {
     // No freezing meanwhile, so no memtable is overlooked.
     let _log = inner.log.lock().await;
     let version = inner.version();
     let held: HashSet<Ordinal> =
         version.tables.iter().flat_map(|t| t.memtables().flat_map(|m| m.ordinals()).collect::<Vec<_>>()).collect();
-    let retired = inner.registry.retire(minute, RETIRE_MINUTES, |o| !held.contains(&o) && !held_before.contains(&o));
-    *held_before = held;
+    let retired = inner.registry.retire(second, RETIRE_SECONDS, |o| !held.contains(&o));
     if retired > 0 {
         tracing::debug!(retired, active = inner.registry.len(), "idle tag sets left the memory");
     }
 }
 
-/// Minutes since the epoch.
-pub(crate) fn minute(now_ms: i64) -> u32 {
-    u32::try_from(now_ms / 60_000).unwrap_or(0)
+/// Seconds since the epoch.
+pub(crate) fn second(now_ms: i64) -> u32 {
+    u32::try_from(now_ms / 1000).unwrap_or(0)
 }

@@ -20,7 +20,7 @@ use crate::cut::Taken;
 use crate::delete::Tombstone;
 use crate::engine::Inner;
 use crate::flush::{publish, store, with_files, with_parts};
-use crate::memory::Kind;
+use crate::memory::{Kind, Reservation};
 use crate::memtable::read_schema;
 use crate::scan::merge::{Merge, Source};
 use crate::segment::{Cursor, Description, Key, Request, Writer, day_of, day_start_ms};
@@ -376,9 +376,13 @@ async fn named(
     };
     let days: HashSet<i32> = files.iter().map(|f| f.day).collect();
     let parts: Vec<_> = version.parts.iter().filter(|p| days.contains(&p.day)).cloned().collect();
-    for series in inner.parts.load(&parts, MetricFilter::Where(&wanted)).await?.iter().flat_map(|s| s.iter()) {
-        if let Ok(i) = keys.binary_search(&Key::from(series.as_ref())) {
-            out[i] = Some(series.clone());
+    for part in parts {
+        let mut held = inner.memory.reserve(Kind::Files);
+        let sets = load(inner, &part, MetricFilter::Where(&wanted), &mut held).await?;
+        for series in sets.iter().flat_map(|s| s.iter()) {
+            if let Ok(i) = keys.binary_search(&Key::from(series.as_ref())) {
+                out[i] = Some(series.clone());
+            }
         }
     }
     Ok(Some(out))
@@ -505,19 +509,25 @@ async fn prune_day(inner: &Arc<Inner>, day: i32) -> Result<()> {
     let version = inner.version();
     let parts: Vec<_> = version.parts.iter().filter(|p| p.day == day).cloned().collect();
     let codes = codes(inner, &version, day).await?;
-    let lists = inner.parts.load(&parts, MetricFilter::All).await?;
-    let sets = || lists.iter().flat_map(|l| l.iter());
-    if sets().all(|s| codes.contains(&s.id.code.0)) {
-        return Ok(());
+    let mut commit = Commit::default();
+    for part in parts {
+        let mut held = inner.memory.reserve(Kind::Files);
+        let lists = load(inner, &part, MetricFilter::All, &mut held).await?;
+        let sets = || lists.iter().flat_map(|l| l.iter());
+        if sets().all(|s| codes.contains(&s.id.code.0)) {
+            continue;
+        }
+        commit.remove_parts.push(part.id);
+        let kept: Vec<Arc<Series>> = sets().filter(|s| codes.contains(&s.id.code.0)).cloned().collect();
+        if !kept.is_empty() {
+            let header = PartHeader { id: inner.files.next_id(), day, seq: part.seq, supersedes: vec![part.id] };
+            let encoded = tag_parts::encode(&header, &kept)?;
+            inner.segments.put(&encoded.part.path, encoded.bytes).await?;
+            commit.add_parts.push(encoded.part);
+        }
     }
-    let kept: Vec<Arc<Series>> = sets().filter(|s| codes.contains(&s.id.code.0)).cloned().collect();
-    let mut commit = Commit { remove_parts: parts.iter().map(|p| p.id).collect(), ..Commit::default() };
-    if !kept.is_empty() {
-        let seq = parts.iter().map(|p| p.seq).max().unwrap_or(0);
-        let header = PartHeader { id: inner.files.next_id(), day, seq, supersedes: commit.remove_parts.clone() };
-        let encoded = tag_parts::encode(&header, &kept)?;
-        inner.segments.put(&encoded.part.path, encoded.bytes).await?;
-        commit.add_parts.push(encoded.part);
+    if commit.remove_parts.is_empty() {
+        return Ok(());
     }
     publish(inner, commit, move |inner, version, commit| {
         inner.days.forget(day);
@@ -540,6 +550,25 @@ async fn codes(inner: &Inner, version: &Version, day: i32) -> Result<HashSet<i64
     Ok(out)
 }
 
+/// The sets of one tag part that `filter` chooses, on the account of files.
+async fn load(
+    inner: &Inner,
+    part: &Arc<TagPart>,
+    filter: MetricFilter<'_>,
+    held: &mut Reservation,
+) -> Result<Vec<Arc<Vec<Arc<Series>>>>> {
+    let mut admit = |bytes| {
+        held.force(bytes);
+        Ok(())
+    };
+    inner.parts.load(std::slice::from_ref(part), filter, &mut admit).await
+}
+
+/// What the sets of parts that are merged may take in memory.
+fn merged_sets_max(memory_limit: usize) -> u64 {
+    (memory_limit / 16 / tag_parts::SET_BYTES) as u64
+}
+
 /// Tag parts of a day that should become one now.
 fn next_parts(inner: &Inner, all: bool) -> Option<Vec<Arc<TagPart>>> {
     let today = day_of(inner.now_ms());
@@ -548,12 +577,25 @@ fn next_parts(inner: &Inner, all: bool) -> Option<Vec<Arc<TagPart>>> {
     for p in version.parts.iter().filter(|p| !inner.days.is_damaged(p.id)) {
         days.entry(p.day).or_default().push(p.clone());
     }
-    days.into_iter()
-        .find(|(day, parts)| {
-            let over = all || *day < today;
-            parts.len() >= if over { 2 } else { BATCH_PARTS }
-        })
-        .map(|(_, parts)| parts)
+    let max = merged_sets_max(inner.memory.limit());
+    days.into_iter().find_map(|(day, parts)| {
+        let parts = smallest(parts, max);
+        let over = all || day < today;
+        (parts.len() >= if over { 2 } else { BATCH_PARTS }).then_some(parts)
+    })
+}
+
+/// As many of the smallest parts as hold so many sets together.
+fn smallest(mut parts: Vec<Arc<TagPart>>, sets_max: u64) -> Vec<Arc<TagPart>> {
+    parts.sort_by_key(|p| (p.sets, p.id));
+    let mut sets = 0;
+    let fits = parts.iter().take_while(|p| {
+        sets += p.sets;
+        sets <= sets_max
+    });
+    let fits = fits.count();
+    parts.truncate(fits);
+    parts
 }
 
 async fn merge_parts(inner: &Arc<Inner>, parts: &[Arc<TagPart>]) -> Result<()> {
@@ -564,7 +606,10 @@ async fn merge_parts(inner: &Arc<Inner>, parts: &[Arc<TagPart>]) -> Result<()> {
         seq: parts.iter().map(|p| p.seq).max().unwrap_or(0),
         supersedes: supersedes.clone(),
     };
+    let mut held = inner.memory.reserve(Kind::Files);
+    held.force(parts.iter().map(|p| p.sets as usize * tag_parts::SET_BYTES).sum());
     let merged = inner.parts.merge(&header, parts).await?;
+    drop(held);
     inner.segments.put(&merged.part.path, merged.bytes).await?;
     let commit = Commit { add_parts: vec![merged.part], remove_parts: supersedes, ..Commit::default() };
     publish(inner, commit, |_, version, commit| {
@@ -609,6 +654,22 @@ mod tests {
             .collect();
         let chosen = choose(&files, over, all).map(|c| c.iter().map(|f| f.id).collect::<Vec<_>>());
         assert_eq!(chosen, expected.map(|r| r.map(|i| i as i64).collect()), "{files:?} over={over} all={all}");
+    }
+
+    #[test]
+    fn parts_that_would_take_too_much_memory_stay_as_they_are() {
+        let part = |(id, sets): (i64, u64)| {
+            let (path, bytes, footer_bytes) = (String::new(), 1, 1);
+            Arc::new(TagPart { id, path, day: 0, sets, bytes, footer_bytes, seq: 0, crc32: 0 })
+        };
+        let check = |sets: &[u64], expected: &[i64]| {
+            let parts = (0..).zip(sets.iter().copied()).map(part).collect();
+            assert_eq!(smallest(parts, 100).iter().map(|p| p.id).collect::<Vec<_>>(), expected, "{sets:?}");
+        };
+        check(&[90, 10, 50, 40], &[1, 3, 2]);
+        check(&[101, 60, 41], &[2]);
+        check(&[101, 200], &[]);
+        assert_eq!(merged_sets_max(64_000_000), 10_000);
     }
 
     #[test]

@@ -57,6 +57,10 @@ pub struct Engine {
     running: Arc<Running>,
 }
 
+/// How often the process's memory is looked at: a look costs some ten microseconds.
+const OBSERVE_MIN: Duration = Duration::from_millis(2);
+const OBSERVE_MAX: Duration = Duration::from_millis(100);
+
 /// Stack of a thread of the CPU runtime: plans are walked by recursion, and one level of an expression takes up to 20 KiB
 /// in a build without optimisation. Only what is used takes memory.
 const CPU_STACK_BYTES: usize = 16 << 20;
@@ -401,6 +405,27 @@ impl Engine {
         inner.arrivals.arrive(bytes).inspect_err(|_| inner.metrics.limit("ingest_wait"))
     }
 
+    /// Notes how many bytes the process has allocated, ends a query when that is too much, and says when to come again:
+    /// before all that is left can be gone.
+    pub fn observe(&self, allocated: usize) -> Duration {
+        /// What two processors can fill in a second, with room for error.
+        const BYTES_PER_SECOND: usize = 8 << 30;
+        let inner = self.inner();
+        inner.memory.observe(allocated);
+        if let (true, none_left) = inner.memory.is_short() {
+            let why = format!(
+                "memory is short: {} bytes are used and memory_limit is {}; of all queries this one has run longest",
+                inner.memory.used(),
+                inner.memory.limit()
+            );
+            if inner.turns.shed(&why, none_left) {
+                inner.metrics.limit("query_memory");
+            }
+        }
+        let until_gone = Duration::from_secs_f64(inner.memory.left() as f64 / BYTES_PER_SECOND as f64);
+        until_gone.clamp(OBSERVE_MIN, OBSERVE_MAX)
+    }
+
     /// The account of memory.
     pub fn memory(&self) -> &Memory {
         &self.inner().memory
@@ -567,9 +592,9 @@ async fn open_log(settings: &Settings, components: &Components, files: &FileCata
 /// Applies what the log holds to empty memtables, flushing when they grow too large, and opens the log behind it.
 async fn replay(inner: Arc<Inner>, mut log: Replay) -> Result<()> {
     let (mut rows, mut damaged) = (0, 0);
-    let minute = committer::minute(inner.now_ms());
+    let second = committer::second(inner.now_ms());
     let registry = inner.registry.clone();
-    let mut publish = move |tags| registry.publish(&Arc::new(Series::new(registry.hasher(), tags)), &[], minute);
+    let mut publish = move |tags| registry.publish(&Arc::new(Series::new(registry.hasher(), tags)), &[], second);
     while let Some(item) = log.next(&mut publish).await? {
         match item {
             Item::Record(position, record) => {

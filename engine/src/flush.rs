@@ -340,7 +340,12 @@ async fn missing_sets<'a>(
         let parts: Vec<_> = inner.version().parts.iter().filter(|p| p.day == day).cloned().collect();
         let mut codes = Codes::default();
         for part in parts {
-            match inner.parts.load(std::slice::from_ref(&part), MetricFilter::All).await {
+            let mut held = inner.memory.reserve(Kind::Files);
+            let mut admit = |bytes| {
+                held.force(bytes);
+                Ok(())
+            };
+            match inner.parts.load(std::slice::from_ref(&part), MetricFilter::All, &mut admit).await {
                 Ok(known) => codes.extend(known.iter().flat_map(|p| p.iter()).map(|s| s.id.code.0)),
                 // Sets that it held and that are still in use are written once more.
                 Err(e) if e.kind() == ErrorKind::Corrupt => {

@@ -2,10 +2,11 @@
 //!
 //! Whoever takes much memory says so first: request bodies, the queue of the log and queries hold [`Reservation`]s,
 //! what grows as rows come in (memtables, tag sets, caches) is noted when it has changed. What the process really holds
-//! beyond that is seen from outside, some ten times a second ([`Memory::observe`]), and counts as used as well.
+//! beyond that is seen from outside, the more often the less there is left ([`crate::Engine::observe`]), and counts as
+//! used as well.
 //!
 //! When memory gets scarce caches shrink and memtables are flushed early ([`Memory::is_scarce`]); then queries are
-//! refused, the running one that asks for more first of all; then writes. What gives memory back, flushes above all, is
+//! refused, the running one that asks for more first of all, and the oldest are ended ([`Memory::is_short`]); then writes. What gives memory back, flushes above all, is
 //! never refused. An account is a few atomic counters; a request changes them some times, a sample never.
 
 use std::fmt;
@@ -57,7 +58,7 @@ impl Kind {
     /// small queries alone, so that large ones don't keep them out.
     fn share(self, small: bool) -> (usize, usize) {
         match self {
-            Self::Queries if small => (9, 15),
+            Self::Queries if small => (9, SHORT),
             Self::Bodies | Self::Queue => (2, 16),
             Self::Queries => (8, 14),
             Self::Memtables | Self::TagSets | Self::Caches | Self::Files => (16, 16),
@@ -67,6 +68,8 @@ impl Kind {
 
 /// Sixteenths of the limit from which on memory is scarce.
 const SCARCE: usize = 12;
+/// Sixteenths of the limit beyond which not even small queries go on.
+const SHORT: usize = 15;
 /// Sixteenths of the limit that tag sets may take: they stay for hours, so what they take is lost to all else.
 const TAG_SETS: usize = 5;
 
@@ -144,8 +147,19 @@ impl Memory {
         self.used() >= self.part(SCARCE)
     }
 
+    /// What is left before queries are ended.
+    pub(crate) fn left(&self) -> usize {
+        self.part(SHORT).saturating_sub(self.used())
+    }
+
+    /// Whether running queries are to end, since more is used than they were given, and whether there is none left.
+    pub(crate) fn is_short(&self) -> (bool, bool) {
+        let used = self.used();
+        (used > self.part(SHORT), used > self.limit())
+    }
+
     /// Notes what the process holds, allocator's view: bytes that are allocated.
-    pub fn observe(&self, allocated: usize) {
+    pub(crate) fn observe(&self, allocated: usize) {
         let beyond = allocated.saturating_sub(self.0.total.load(Ordering::Relaxed));
         self.0.beyond.store(beyond, Ordering::Relaxed);
     }

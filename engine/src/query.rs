@@ -5,14 +5,15 @@
 //! with the configuration of the query's session, where plan nodes, rules and functions find it: [`Stop::of`].
 
 use std::any::Any;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use catalog::{Error, Result};
 use datafusion::common::config::{ConfigEntry, ConfigExtension, ConfigOptions, ExtensionOptions};
 use datafusion::error::{DataFusionError, Result as DfResult};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use parking_lot::Mutex;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
 /// Queries that run at a time, for each thread. More would not be done sooner and take memory.
@@ -36,6 +37,10 @@ pub struct Stop(Option<Arc<State>>);
 #[derive(Debug)]
 struct State {
     raised: AtomicBool,
+    /// Why it was ended for the sake of others.
+    shed: OnceLock<String>,
+    /// Told then, for work that does wait.
+    shedding: Notify,
     deadline: Instant,
     timeout: Duration,
 }
@@ -45,7 +50,13 @@ impl Stop {
         // Beyond any deadline that can be told.
         const YEAR: Duration = Duration::from_secs(365 * 86_400);
         let deadline = Instant::now() + timeout.min(YEAR);
-        Self(Some(Arc::new(State { raised: AtomicBool::new(false), deadline, timeout })))
+        Self(Some(Arc::new(State {
+            raised: AtomicBool::new(false),
+            shed: OnceLock::new(),
+            shedding: Notify::new(),
+            deadline,
+            timeout,
+        })))
     }
 
     /// The stop of the query that a configuration belongs to.
@@ -53,14 +64,17 @@ impl Stop {
         options.extensions.get::<Self>().cloned().unwrap_or_default()
     }
 
-    /// Fails once the query is to stop: with kind `Timeout` after its deadline, else `Canceled`. Costs a look at the
-    /// clock; [`Stop::pace`] is for steps that are shorter.
+    /// Fails once the query is to stop: with kind `Timeout` after its deadline, `LimitExceeded` when memory is short, else
+    /// `Canceled`. Costs a look at the clock; [`Stop::pace`] is for steps that are shorter.
     ///
     /// # Errors
     /// When it is to stop.
     pub fn check(&self) -> Result<()> {
         match &self.0 {
-            Some(state) if state.raised.load(Ordering::Relaxed) => Err(Error::canceled("the query was stopped")),
+            Some(state) if state.raised.load(Ordering::Relaxed) => Err(match state.shed.get() {
+                Some(why) => Error::limit_exceeded(why.clone()),
+                None => Error::canceled("the query was stopped"),
+            }),
             Some(state) if Instant::now() >= state.deadline => Err(self.timed_out()),
             _ => Ok(()),
         }
@@ -77,6 +91,17 @@ impl Stop {
         Error::timeout(format!("query ran for longer than its limit of {timeout:?}"))
     }
 
+    /// Waits until the query is ended for the sake of others; only one may wait.
+    pub(crate) async fn shed(&self) -> Error {
+        match &self.0 {
+            Some(state) => {
+                state.shedding.notified().await;
+                Error::limit_exceeded(state.shed.get().cloned().unwrap_or_default())
+            }
+            None => std::future::pending().await,
+        }
+    }
+
     /// When the deadline is; far away for one that never stops.
     pub(crate) fn deadline(&self) -> Instant {
         self.0.as_ref().map_or_else(|| Self::within(Duration::MAX).deadline(), |s| s.deadline)
@@ -86,6 +111,10 @@ impl Stop {
         if let Some(state) = &self.0 {
             state.raised.store(true, Ordering::Relaxed);
         }
+    }
+
+    fn state(&self) -> Weak<State> {
+        self.0.as_ref().map_or_else(Weak::new, Arc::downgrade)
     }
 }
 
@@ -215,12 +244,14 @@ impl Query {
 pub(crate) struct Turns {
     turns: Arc<Semaphore>,
     max: usize,
+    /// Those that have begun, oldest first; some of them may have ended.
+    begun: Arc<Mutex<Vec<Weak<State>>>>,
 }
 
 impl Turns {
     pub fn new(threads: usize) -> Self {
         let max = RUNNING_PER_THREAD * threads.max(1);
-        Self { turns: Arc::new(Semaphore::new(max)), max }
+        Self { turns: Arc::new(Semaphore::new(max)), max, begun: Arc::default() }
     }
 
     /// How many queries run at a time.
@@ -251,7 +282,27 @@ impl Turns {
             }
         };
         stop.check()?;
+        let mut all = self.begun.lock();
+        all.retain(|state| state.strong_count() > 0);
+        all.push(stop.state());
+        drop(all);
         Ok(Query { stop, turns: self.turns.clone(), turn: Some(turn), queued: begun.elapsed() })
+    }
+
+    /// Ends the oldest query for this reason: what asks for little is done before it is the oldest. While one that was
+    /// told to end has not yet done so, another is only told when `at_once`. False when none was told.
+    pub fn shed(&self, why: &str, at_once: bool) -> bool {
+        for state in self.begun.lock().iter().filter_map(Weak::upgrade) {
+            if state.shed.get().is_none() && state.shed.set(why.to_owned()).is_ok() {
+                state.raised.store(true, Ordering::Relaxed);
+                state.shedding.notify_one();
+                return true;
+            }
+            if !at_once {
+                return false;
+            }
+        }
+        false
     }
 }
 
@@ -288,6 +339,29 @@ mod tests {
         assert!(Stop::of(&options).check().is_ok());
         options.extensions.insert(query.stop().clone());
         assert_eq!(kind(Stop::of(&options).check()), ErrorKind::Canceled);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_oldest_queries_end_when_memory_is_short() {
+        let turns = Turns::new(1);
+        assert!(!turns.shed("short", true));
+        let (first, second, third) = (
+            turns.begin(MINUTE).await.unwrap(),
+            turns.begin(MINUTE).await.unwrap(),
+            turns.begin(MINUTE).await.unwrap(),
+        );
+        assert!(turns.shed("short", false));
+        let told = first.stop().check().unwrap_err();
+        assert_eq!((told.kind(), told.message()), (ErrorKind::LimitExceeded, "short"));
+        assert!(!turns.shed("short", false), "the first has not ended yet");
+        assert!(second.stop().check().is_ok());
+        assert_eq!(first.stop().shed().await.message(), "short");
+        drop(first);
+        assert!(turns.shed("short", false));
+        assert_eq!(kind(second.stop().check()), ErrorKind::LimitExceeded);
+        assert!(turns.shed("short", true));
+        assert_eq!(kind(third.stop().check()), ErrorKind::LimitExceeded);
+        assert!(!turns.shed("short", true));
     }
 
     #[tokio::test(start_paused = true)]

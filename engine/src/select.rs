@@ -13,7 +13,9 @@ use std::sync::Arc;
 use catalog::files::TagPart;
 use catalog::registry::PassThrough;
 use catalog::tag::METRIC_NAME;
-use catalog::{Error, MatchOp, Matcher, MetricFilter, Ordinal, Result, Series, TableSchema, TagSet, TagValues};
+use catalog::{
+    Error, MatchOp, Matcher, MetricFilter, Ordinal, Registry, Result, Series, TableSchema, TagSet, TagValues, tag_parts,
+};
 
 use crate::engine::Inner;
 use crate::memory::Kind;
@@ -113,13 +115,40 @@ impl SeriesSet {
 
 /// Finds the series of a selection in the present version.
 pub(crate) async fn select(inner: &Inner, selection: &Selection, stop: &Stop) -> Result<Arc<SeriesSet>> {
+    loop {
+        let present = Present::of(inner);
+        let set = select_once(inner, selection, stop).await?;
+        if present.lasts() {
+            return Ok(set);
+        }
+    }
+}
+
+/// Who looks at a version and then at the active sets has to look again when sets have left meanwhile: the version's
+/// memtables may have held rows of theirs.
+struct Present<'a> {
+    registry: &'a Registry,
+    retirements: u64,
+}
+
+impl<'a> Present<'a> {
+    fn of(inner: &'a Inner) -> Self {
+        Self { registry: &inner.registry, retirements: inner.registry.retirements() }
+    }
+
+    fn lasts(&self) -> bool {
+        self.registry.retirements() == self.retirements
+    }
+}
+
+async fn select_once(inner: &Inner, selection: &Selection, stop: &Stop) -> Result<Arc<SeriesSet>> {
     // The version first: whatever it can refer to was published before.
     let version = inner.version();
     let start_ms = kept_from(&version, &selection.table, selection.start_ms);
-    let sources = Sources::find(inner, &version, selection).await?;
+    let (mut memory, mut reserved) = (inner.memory.reserve(Kind::Queries), Ok(()));
+    let sources = Sources::find(inner, &version, selection, &mut memory).await?;
     let mut found: Vec<(Key, Ordinal, Arc<Series>)> = Vec::new();
     let (mut candidates, mut full) = (0, false);
-    let (mut memory, mut reserved) = (inner.memory.reserve(Kind::Queries), Ok(()));
     sources.for_each(inner, (selection, stop), &mut candidates, |ordinal, series| {
         full = found.len() >= 2 * SERIES_PER_QUERY_MAX;
         if found.len().is_multiple_of(SERIES_AT_A_TIME) {
@@ -131,7 +160,8 @@ pub(crate) async fn select(inner: &Inner, selection: &Selection, stop: &Stop) ->
         }
         go_on
     })?;
-    reserved.map_err(|e| Error::limit_exceeded(e.to_string()))?;
+    drop(sources);
+    reserved.map_err(too_much)?;
     // An active set sorts before its copies from tag parts, which have no ordinal.
     found.sort_unstable_by_key(|(key, ordinal, _)| (*key, *ordinal));
     found.dedup_by_key(|(key, ..)| *key);
@@ -140,7 +170,9 @@ pub(crate) async fn select(inner: &Inner, selection: &Selection, stop: &Stop) ->
             "query selects more than {SERIES_PER_QUERY_MAX} series; narrow its matchers or its time range"
         )));
     }
-    memory.shrink_to(found.len() * SERIES_BYTES);
+    // Sets that are not active may be held by this one alone.
+    let own = found.iter().filter(|(_, ordinal, _)| *ordinal == NO_ORDINAL).count();
+    memory.shrink_to(found.len() * SERIES_BYTES + own * tag_parts::SET_BYTES);
     let keys = Arc::new(found.iter().map(|f| f.0).collect());
     let ordinals = found.iter().map(|f| f.1).collect();
     Ok(Arc::new(SeriesSet {
@@ -169,13 +201,20 @@ pub(crate) fn given(
     start_ms: i64,
     end_ms: i64,
 ) -> Result<SeriesSet> {
-    let version = inner.version();
-    let mut found = Vec::with_capacity(tags.len());
-    for tags in tags {
-        let series = Arc::new(Series::new(inner.registry.hasher(), tags));
-        let ordinal = inner.registry.lookup(series.id)?.unwrap_or(NO_ORDINAL);
-        found.push((Key::from(series.as_ref()), ordinal, series));
-    }
+    let series: Vec<Arc<Series>> =
+        tags.into_iter().map(|tags| Arc::new(Series::new(inner.registry.hasher(), tags))).collect();
+    let (version, mut found) = loop {
+        let present = Present::of(inner);
+        let version = inner.version();
+        let mut found = Vec::with_capacity(series.len());
+        for series in &series {
+            let ordinal = inner.registry.lookup(series.id)?.unwrap_or(NO_ORDINAL);
+            found.push((Key::from(series.as_ref()), ordinal, series.clone()));
+        }
+        if present.lasts() {
+            break (version, found);
+        }
+    };
     found.sort_unstable_by_key(|(key, ..)| *key);
     found.dedup_by_key(|(key, ..)| *key);
     Ok(SeriesSet {
@@ -200,28 +239,56 @@ pub(crate) async fn visit(
     stop: &Stop,
     mut visit: impl FnMut(&Arc<Series>) -> bool + Send,
 ) -> Result<()> {
-    let version = inner.version();
-    let sources = Sources::find(inner, &version, selection).await?;
-    if sources.parts.is_empty() {
-        // The registry holds each set once.
-        return sources.for_each(inner, (selection, stop), &mut 0, |_, series| visit(series));
-    }
     let mut seen: HashSet<i64, BuildHasherDefault<PassThrough>> = HashSet::default();
-    sources.for_each(inner, (selection, stop), &mut 0, |_, series| !seen.insert(series.id.code.0) || visit(series))
+    loop {
+        let present = Present::of(inner);
+        let version = inner.version();
+        let mut memory = inner.memory.reserve(Kind::Queries);
+        let sources = Sources::find(inner, &version, selection, &mut memory).await?;
+        let mut go_on = true;
+        sources.for_each(inner, (selection, stop), &mut 0, |_, series| {
+            go_on = !seen.insert(series.id.code.0) || visit(series);
+            go_on
+        })?;
+        if !go_on || present.lasts() {
+            return Ok(());
+        }
+    }
 }
 
 /// The distinct values of a tag that the tag sets of a range have, in lists of which each is sorted: what [`visit`] without
 /// matchers would show, at the cost of what is new since it was last asked.
 pub(crate) async fn values(inner: &Inner, selection: &Selection, tag: &str) -> Result<Vec<Arc<TagValues>>> {
+    loop {
+        let present = Present::of(inner);
+        let lists = values_once(inner, selection, tag).await?;
+        if present.lasts() {
+            return Ok(lists);
+        }
+    }
+}
+
+async fn values_once(inner: &Inner, selection: &Selection, tag: &str) -> Result<Vec<Arc<TagValues>>> {
     let version = inner.version();
     let (start, end) = (kept_from(&version, &selection.table, selection.start_ms), selection.end_ms);
     let Some(table) = version.table(selection.table.id).filter(|_| start <= end) else { return Ok(vec![]) };
     let parts = parts_in_range(&version, table, start, end);
-    let mut lists = inner.parts.values(&parts, tag).await?;
+    let mut memory = inner.memory.reserve(Kind::Queries);
+    // The sets of one part at a time.
+    let mut admit = |bytes| {
+        memory.shrink_to(0);
+        memory.grow(bytes).map_err(too_much)
+    };
+    let mut lists = inner.parts.values(&parts, tag, &mut admit).await?;
     if table.memtables().any(|m| m.overlaps(start, end)) {
         lists.push(inner.registry.values(tag));
     }
     Ok(lists)
+}
+
+/// The refusal of a query that asks for more memory than it can get.
+fn too_much(e: Error) -> Error {
+    Error::limit_exceeded(e.to_string())
 }
 
 /// The first time of a range that no series of a table has outlived.
@@ -236,7 +303,9 @@ struct Sources {
 }
 
 impl Sources {
-    async fn find(inner: &Inner, version: &Version, selection: &Selection) -> Result<Self> {
+    /// Reserves memory for what has to be read.
+    async fn find(inner: &Inner, version: &Version, selection: &Selection, memory: &mut Reservation) -> Result<Self> {
+        let mut admit = |bytes| memory.grow(bytes).map_err(too_much);
         let none = Self { active: false, parts: vec![] };
         let (start, end) = (kept_from(version, &selection.table, selection.start_ms), selection.end_ms);
         let Some(table) = version.table(selection.table.id).filter(|_| start <= end) else { return Ok(none) };
@@ -245,12 +314,12 @@ impl Sources {
         let parts = if parts.is_empty() {
             vec![]
         } else if let Some(name) = exact_name(&selection.matchers) {
-            inner.parts.load(&parts, MetricFilter::Eq(name)).await?
+            inner.parts.load(&parts, MetricFilter::Eq(name), &mut admit).await?
         } else if names.is_empty() {
-            inner.parts.load(&parts, MetricFilter::All).await?
+            inner.parts.load(&parts, MetricFilter::All, &mut admit).await?
         } else {
             let wanted = |name: &str| names.iter().all(|m| m.matches(name));
-            inner.parts.load(&parts, MetricFilter::Where(&wanted)).await?
+            inner.parts.load(&parts, MetricFilter::Where(&wanted), &mut admit).await?
         };
         Ok(Self { active: table.memtables().any(|m| m.overlaps(start, end)), parts })
     }

@@ -176,8 +176,12 @@ pub(crate) async fn execute(
             }
             Ok(true)
         };
-        let result = tokio::time::timeout_at(task_stop.deadline(), run).await;
-        let result = result.unwrap_or_else(|_| Err(external(task_stop.timed_out())));
+        let run = tokio::time::timeout_at(task_stop.deadline(), run);
+        // Dropping it ends what it has spawned. Not all operators look at the stop, but all wait now and then.
+        let result = tokio::select! {
+            result = run => result.unwrap_or_else(|_| Err(external(task_stop.timed_out()))),
+            shed = task_stop.shed() => Err(external(shed)),
+        };
         match result {
             Ok(done) => outcome.label = if done { "ok" } else { "canceled" },
             Err(e) => {

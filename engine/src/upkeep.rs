@@ -32,6 +32,8 @@ const FOLLOW_INTERVAL: Duration = Duration::from_secs(1);
 const WAL_CHUNKS_SOFT: i64 = 2000;
 /// A clock that was set back by more can't tell any more how long rows have waited, so they are flushed at once.
 const CLOCK_STEP_MS: i64 = 60_000;
+/// How long a memtable may keep tag sets in memory while new ones find little room.
+const HOLDING_MS: i64 = 5_000;
 /// The part of the memory limit that each cache may take while memory is scarce.
 const SCARCE_CACHE_PARTS: usize = 128;
 /// Memtables that take less than this part of the memory limit are not flushed for want of it.
@@ -217,8 +219,11 @@ impl Inner {
         let pin = self.pins().into_iter().min().filter(|_| long);
         let pinning = pin.and_then(|(_, table)| table);
         let metadata_due = pin.is_some_and(|(_, table)| table.is_none());
+        // A tag set stays as long as a memtable has rows of it.
+        let holding = self.registry.is_pressed();
         let due = |m: &Memtable| {
             m.bytes() >= self.settings.flush_bytes
+                || holding && m.first_ms().is_some_and(|first| now_ms - first >= HOLDING_MS)
                 || m.first_ms().is_some_and(|first| now_ms - first >= interval_ms || now_ms < first - CLOCK_STEP_MS)
                 || (pressed && m.bytes() == greatest)
                 || pinning == Some(m.table().id)

@@ -276,6 +276,8 @@ impl<'r> Request<'r> {
                 self.rows.commit(series);
                 Ok(true)
             }
+            // For now: the whole request is to come again.
+            Err(e) if e.kind() == ErrorKind::Unavailable => Err(e),
             Err(e) => {
                 let reason = match e.kind() {
                     ErrorKind::LimitExceeded => Reason::SeriesLimit,

@@ -20,7 +20,7 @@ use parquet::file::metadata::{PageIndexPolicy, ParquetMetaData, ParquetMetaDataP
 use parquet::file::reader::{ChunkReader, Length};
 
 use super::cache::{Entry, What};
-use super::{FORMAT, MetricFilter, TagParts};
+use super::{Admit, FORMAT, MetricFilter, SET_BYTES, TagParts};
 use crate::files::TagPart;
 use crate::tag::METRIC_NAME;
 use crate::{Error, Result, Series, TagSet, TagSetBuilder, TagValues};
@@ -71,6 +71,7 @@ impl TagParts {
         &self,
         part: &TagPart,
         filter: MetricFilter<'_>,
+        admit: Admit<'_>,
         out: &mut Vec<Arc<Vec<Arc<Series>>>>,
     ) -> Result<()> {
         let cached = self.cache.lock().index(part.id);
@@ -88,6 +89,8 @@ impl TagParts {
         };
         let missing: Vec<u32> = wanted.iter().zip(&sets).filter(|(_, s)| s.is_none()).map(|(m, _)| *m).collect();
         if !missing.is_empty() {
+            let rows: usize = missing.iter().map(|metric| index.metrics[*metric as usize].rows.len()).sum();
+            admit(rows * SET_BYTES)?;
             let mut read = self.read_metrics(part, &index, &missing, &mut fetched).await?.into_iter();
             for slot in sets.iter_mut().filter(|s| s.is_none()) {
                 *slot = read.next();
@@ -97,12 +100,12 @@ impl TagParts {
         Ok(())
     }
 
-    pub(super) async fn values_of(&self, part: &TagPart, tag: &Arc<str>) -> Result<Arc<TagValues>> {
+    pub(super) async fn values_of(&self, part: &TagPart, tag: &Arc<str>, admit: Admit<'_>) -> Result<Arc<TagValues>> {
         if let Some(known) = self.cache.lock().values(part.id, tag) {
             return Ok(known);
         }
         let mut sets = Vec::new();
-        self.load_part(part, MetricFilter::All, &mut sets).await?;
+        self.load_part(part, MetricFilter::All, admit, &mut sets).await?;
         let values = Arc::new(TagValues::gather(tag, sets.iter().flat_map(|s| s.iter())));
         self.cache.lock().put((part.id, What::Values(tag.clone())), Entry::Values(values.clone()), values.memory());
         Ok(values)
@@ -224,7 +227,7 @@ impl TagParts {
         let mut cache = self.cache.lock();
         for (metric, rows) in metrics.iter().zip(wanted) {
             let list: Arc<Vec<Arc<Series>>> = Arc::new(sets.by_ref().take(rows.len()).collect());
-            let bytes = list.iter().map(|s| s.tags.as_bytes().len() + SET_BYTES).sum();
+            let bytes = list.iter().map(|s| s.tags.as_bytes().len() + SERIES_BYTES).sum();
             cache.put((part.id, What::Sets(*metric)), Entry::Sets(list.clone()), bytes);
             out.push(list);
         }
@@ -309,7 +312,7 @@ impl TagParts {
 }
 
 /// A set's share of memory besides its canonical bytes: two counted allocations and a pointer.
-const SET_BYTES: usize = size_of::<Series>() + 5 * size_of::<usize>();
+const SERIES_BYTES: usize = size_of::<Series>() + 5 * size_of::<usize>();
 
 fn check_crc(part: &TagPart, length: u64, crc32: u32) -> Result<()> {
     if (length, crc32) == (part.bytes, part.crc32) {

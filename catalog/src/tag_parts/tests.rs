@@ -79,7 +79,7 @@ async fn loads_what_was_written() {
     let part = encode(&header(9), &sets).unwrap();
     assert_eq!((part.part.sets, part.part.path.as_str()), (5, "tag_sets/20000/9.parquet"));
     let (_, reader, parts) = stored(&[part], 1 << 20).await;
-    let all = reader.load(&parts, MetricFilter::All).await.unwrap();
+    let all = reader.load(&parts, MetricFilter::All, &mut |_| Ok(())).await.unwrap();
     assert_eq!(all.iter().map(|l| l.len()).collect::<Vec<_>>(), [2, 1, 2]);
     let mut seen: Vec<_> = all.iter().flat_map(|l| l.iter()).map(|s| (s.id, s.storage_key(), s.tags.clone())).collect();
     let mut written: Vec<_> = sets[..5].iter().map(|s| (s.id, s.storage_key(), s.tags.clone())).collect();
@@ -87,7 +87,7 @@ async fn loads_what_was_written() {
     written.sort_by_key(|s| s.0);
     assert_eq!(seen, written);
     let check = async |filter: MetricFilter<'_>, expected: &[&str]| {
-        assert_eq!(labels(&reader.load(&parts, filter).await.unwrap()), expected, "{filter:?}");
+        assert_eq!(labels(&reader.load(&parts, filter, &mut |_| Ok(())).await.unwrap()), expected, "{filter:?}");
     };
     check(MetricFilter::Eq("a"), &[r#"{"__name__": "a", "k": "😀\n\""}"#]).await;
     check(MetricFilter::Eq("nope"), &[]).await;
@@ -102,7 +102,7 @@ async fn active_sets_are_shared() {
     let set = series(&[("__name__", "up")]);
     let (_, reader, parts) = stored(&[encode(&header(1), std::slice::from_ref(&set)).unwrap()], 1 << 20).await;
     reader.registry.publish(&set, &[], 0).unwrap();
-    let loaded = reader.load(&parts, MetricFilter::All).await.unwrap();
+    let loaded = reader.load(&parts, MetricFilter::All, &mut |_| Ok(())).await.unwrap();
     assert!(Arc::ptr_eq(&loaded[0][0], &set));
 }
 
@@ -113,21 +113,21 @@ async fn one_metric_is_read_without_the_rest_and_once() {
     let (store, mut reader, parts) = stored(&[part], 64 << 20).await;
     reader.whole_bytes = 1 << 10;
     // Opening it checks the whole.
-    reader.load(&parts, MetricFilter::Eq("none")).await.unwrap();
+    reader.load(&parts, MetricFilter::Eq("none"), &mut |_| Ok(())).await.unwrap();
     let opened = store.bytes.load(Ordering::Relaxed);
-    let one = reader.load(&parts, MetricFilter::Eq("node_metric_020_total")).await.unwrap();
+    let one = reader.load(&parts, MetricFilter::Eq("node_metric_020_total"), &mut |_| Ok(())).await.unwrap();
     assert_eq!((one.len(), one[0].len()), (1, 1000));
     let read = store.bytes.load(Ordering::Relaxed) - opened;
     assert!(read < parts[0].bytes / 2, "{read} of {} bytes", parts[0].bytes);
     let two: &(dyn Fn(&str) -> bool + Send + Sync) =
         &|n| ["node_metric_000_total", "node_metric_020_total", "node_metric_039_total"].contains(&n);
-    let lists = reader.load(&parts, MetricFilter::Where(two)).await.unwrap();
+    let lists = reader.load(&parts, MetricFilter::Where(two), &mut |_| Ok(())).await.unwrap();
     assert_eq!(lists.iter().map(|l| l.len()).collect::<Vec<_>>(), [1000; 3]);
     let read = store.bytes.load(Ordering::Relaxed);
-    let again = reader.load(&parts, MetricFilter::Where(two)).await.unwrap();
+    let again = reader.load(&parts, MetricFilter::Where(two), &mut |_| Ok(())).await.unwrap();
     assert!(Arc::ptr_eq(&again[1], &one[0]));
     assert_eq!(read, store.bytes.load(Ordering::Relaxed), "cached");
-    let all = reader.load(&parts, MetricFilter::All).await.unwrap();
+    let all = reader.load(&parts, MetricFilter::All, &mut |_| Ok(())).await.unwrap();
     assert_eq!((all.len(), labels(&all).len()), (40, 40_000));
     assert!(reader.cached_bytes() <= 64 << 20);
 }
@@ -159,7 +159,7 @@ async fn damage_is_named() {
         store.put(&Path::from(format!("db/{}", part.path)), bytes.into()).await.unwrap();
         let registry = Arc::new(Registry::new(TagHasher::new(seed), 10));
         let reader = TagParts::new(store, "db", registry, 1 << 20);
-        let error = reader.load(&[Arc::new(part.clone())], MetricFilter::All).await.unwrap_err();
+        let error = reader.load(&[Arc::new(part.clone())], MetricFilter::All, &mut |_| Ok(())).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
         assert!(error.to_string().starts_with("tag part db/tag_sets/20000/1.parquet: "), "{error}");
         assert!(error.to_string().contains(expected), "{error}");
@@ -172,7 +172,7 @@ async fn damage_is_named() {
     check(&good.part, vec![], SEED, "CRC-32").await;
     let nowhere =
         TagParts::new(Arc::new(InMemory::new()), "db", Arc::new(Registry::new(TagHasher::new(SEED), 10)), 1 << 20);
-    let error = nowhere.load(&[Arc::new(good.part.clone())], MetricFilter::All).await.unwrap_err();
+    let error = nowhere.load(&[Arc::new(good.part.clone())], MetricFilter::All, &mut |_| Ok(())).await.unwrap_err();
     assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("object is missing"), "{error}");
     let other = encode(&header(2), &sets).unwrap();
     let part = TagPart { path: good.part.path.clone(), id: 1, ..other.part };
@@ -188,7 +188,7 @@ async fn a_newer_format_is_refused_by_name() {
     bytes[at] = b'2';
     let part = TagPart { crc32: crc32fast::hash(&bytes), ..good.part };
     let (_, reader, parts) = stored(&[EncodedPart { bytes: bytes.into(), part }], 1 << 20).await;
-    let error = reader.load(&parts, MetricFilter::All).await.unwrap_err();
+    let error = reader.load(&parts, MetricFilter::All, &mut |_| Ok(())).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Invalid);
     assert!(error.to_string().contains("tag_sets/20000/1.parquet: format 2 is newer than this version"), "{error}");
 }
@@ -206,20 +206,25 @@ async fn no_damage_gets_through() {
             let mut bytes = good.bytes.to_vec();
             bytes[at] ^= 1 << (at % 8);
             store.put(&location, bytes.into()).await.unwrap();
-            let error = reader(1 << 20).load(&[Arc::new(good.part.clone())], MetricFilter::All).await.unwrap_err();
+            let error = reader(1 << 20)
+                .load(&[Arc::new(good.part.clone())], MetricFilter::All, &mut |_| Ok(()))
+                .await
+                .unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Corrupt, "byte {at}: {error}");
         }
         for length in (0..good.bytes.len()).step_by(step) {
             store.put(&location, good.bytes.slice(..length).into()).await.unwrap();
-            assert!(reader(1 << 20).load(&[Arc::new(good.part.clone())], MetricFilter::All).await.is_err());
+            assert!(
+                reader(1 << 20).load(&[Arc::new(good.part.clone())], MetricFilter::All, &mut |_| Ok(())).await.is_err()
+            );
         }
         // Damage after the part was opened.
         store.put(&location, good.bytes.clone().into()).await.unwrap();
         let reader = reader(4 << 20);
         let part = [Arc::new(good.part.clone())];
-        reader.load(&part, MetricFilter::Eq("none")).await.unwrap();
+        reader.load(&part, MetricFilter::Eq("none"), &mut |_| Ok(())).await.unwrap();
         store.put(&location, good.bytes.iter().map(|b| b ^ 16).collect::<Vec<_>>().into()).await.unwrap();
-        let error = reader.load(&part, MetricFilter::All).await.unwrap_err();
+        let error = reader.load(&part, MetricFilter::All, &mut |_| Ok(())).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
     };
     check(&encode(&header(1), &fleet(3, 4)).unwrap(), 1, 1 << 20).await;
@@ -242,7 +247,7 @@ proptest! {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let mut seen: Vec<_> = runtime.block_on(async {
             let (_, reader, parts) = stored(&[part], 1 << 20).await;
-            reader.load(&parts, MetricFilter::All).await.unwrap()
+            reader.load(&parts, MetricFilter::All, &mut |_| Ok(())).await.unwrap()
         }).iter().flat_map(|l| l.iter()).map(|s| (s.id, s.tags.clone())).collect();
         sets.sort_by_key(|s| s.id);
         sets.dedup_by_key(|s| s.id);

@@ -233,6 +233,24 @@ async fn without_memory_queries_are_refused_and_then_writes_and_nothing_is_left_
 }
 
 #[tokio::test]
+async fn when_the_process_holds_too_much_the_oldest_query_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open(dir.path(), &bucket()).await;
+    let minute = QueryLimits { timeout: Duration::from_secs(60) };
+    let limit = engine.memory().limit();
+    let (old, young) = (engine.begin(minute).await.unwrap(), engine.begin(minute).await.unwrap());
+    let calm = engine.observe(0);
+    assert!(old.stop().check().is_ok());
+    assert!(engine.observe(limit / 64 * 61) < calm);
+    let ended = old.stop().check().unwrap_err();
+    assert_eq!(ended.kind(), catalog::ErrorKind::LimitExceeded);
+    assert!(ended.message().contains(&format!("memory_limit is {limit}")), "{ended}");
+    assert!(young.stop().check().is_ok(), "the old one may still make room");
+    engine.observe(limit + 1);
+    assert!(young.stop().check().is_err());
+}
+
+#[tokio::test]
 async fn a_query_that_is_refused_memory_gives_back_all_that_it_had() {
     let dir = tempfile::tempdir().unwrap();
     let engine = open(dir.path(), &bucket()).await;
@@ -266,12 +284,11 @@ async fn idle_sets_leave_only_when_no_memtable_holds_them() {
     engine.write(request(&engine, &[("held", 1, 1.0)])).await.unwrap();
     let idle =
         Arc::new(Series::new(engine.registry().hasher(), catalog::tag::tag_set(&[("__name__", "idle")]).unwrap()));
-    engine.registry().publish(&idle, &[], committer::minute(NOW)).unwrap();
-    let mut held = std::collections::HashSet::new();
-    let later = committer::minute(NOW) + 121;
-    committer::retire(engine.inner(), &mut held, later - 2).await;
+    engine.registry().publish(&idle, &[], committer::second(NOW)).unwrap();
+    let later = committer::second(NOW) + 7201;
+    committer::retire(engine.inner(), later - 2).await;
     assert_eq!(engine.registry().len(), 2);
-    committer::retire(engine.inner(), &mut held, later).await;
+    committer::retire(engine.inner(), later).await;
     assert_eq!(engine.registry().len(), 1);
     assert!(engine.registry().lookup(idle.id).unwrap().is_none());
 }
@@ -500,7 +517,7 @@ async fn memtables_are_frozen_when_due() {
         let rows: Vec<_> = wide.iter().map(|n| (n.as_str(), NOW + k, k as f64)).collect();
         if let Err(e) = engine.write(request(&engine, &rows)).await {
             assert_eq!(e.kind(), catalog::ErrorKind::Unavailable);
-            assert!(frozen(&engine).await);
+            assert!(frozen(&engine).await, "{e}");
             return;
         }
     }
@@ -576,13 +593,12 @@ async fn a_clock_that_jumps_loses_and_stalls_nothing() {
     // An idle set that was last seen in 2100 leaves two hours after the clock was put right.
     let registry = engine.registry();
     let idle = Series::new(registry.hasher(), catalog::tag::tag_set(&[("__name__", "idle")]).unwrap());
-    registry.publish(&Arc::new(idle), &[], committer::minute(year_2100)).unwrap();
+    registry.publish(&Arc::new(idle), &[], committer::second(year_2100)).unwrap();
     let sets = registry.len();
-    let mut held = std::collections::HashSet::new();
-    let now = committer::minute(NOW);
-    committer::retire(engine.inner(), &mut held, now).await;
+    let now = committer::second(NOW);
+    committer::retire(engine.inner(), now).await;
     assert_eq!(registry.len(), sets - 1, "the others have not been seen since 1970");
-    committer::retire(engine.inner(), &mut held, now + 121).await;
+    committer::retire(engine.inner(), now + 7201).await;
     assert_eq!(registry.len(), 0);
 }
 
