@@ -23,6 +23,8 @@ mod duckdb;
 mod formats;
 /// The history of a real Prometheus, imported from its folder and over remote read.
 mod import;
+/// Limits of queries and the words of refusals.
+mod limits;
 /// The operator's manual and alert rules name only what exists.
 mod operations;
 /// The Debian package, the systemd unit, the Helm chart.

@@ -40,6 +40,10 @@ impl MatchOp {
 
 /// Longest pattern accepted, in bytes.
 pub const PATTERN_BYTES_MAX: usize = 64 * 1024;
+/// Longest program that a pattern may become, in bytes.
+const PROGRAM_BYTES_MAX: usize = 4 << 20;
+/// Most bytes that the programs of all patterns of one request may have: some thousand usual patterns.
+const PROGRAMS_BYTES_MAX: usize = 64 << 20;
 
 /// A predicate on one tag. An absent tag has the empty text as its value. Stored as `[name, op, value]`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -48,7 +52,7 @@ pub struct Matcher {
     name: String,
     op: MatchOp,
     value: String,
-    regex: Option<Regex>,
+    regex: Option<Compiled>,
 }
 
 impl PartialEq for Matcher {
@@ -94,7 +98,7 @@ impl Matcher {
         let (name, value) = (name.into(), value.into());
         let regex = match op {
             MatchOp::Eq | MatchOp::Ne => None,
-            MatchOp::Re | MatchOp::Nre => Some(anchored(&value)?),
+            MatchOp::Re | MatchOp::Nre => Some(compile(&value)?),
         };
         Ok(Self { name, op, value, regex })
     }
@@ -121,7 +125,7 @@ impl Matcher {
 
     /// Whether a tag value matches; pass the empty text for an absent tag.
     pub fn matches(&self, value: &str) -> bool {
-        let regex = || self.regex.as_ref().is_some_and(|r| r.is_match(value));
+        let regex = || self.regex.as_ref().is_some_and(|r| r.regex.is_match(value));
         match self.op {
             MatchOp::Eq => value == self.value,
             MatchOp::Ne => value != self.value,
@@ -136,36 +140,87 @@ impl Matcher {
     }
 }
 
+/// Counts the patterns of one request: each is bounded, and so are all together, in the memory that they take and in the
+/// time that it takes to compile them.
+#[derive(Debug, Default)]
+pub struct Patterns {
+    bytes: usize,
+}
+
+impl Patterns {
+    /// Notes a matcher.
+    ///
+    /// # Errors
+    /// `LimitExceeded` when there are too many.
+    pub fn add(&mut self, matcher: &Matcher) -> Result<()> {
+        matcher.regex.as_ref().map_or(Ok(()), |r| self.note(r))
+    }
+
+    /// As [`anchored`], and notes the pattern.
+    ///
+    /// # Errors
+    /// As there, and when there are too many.
+    pub fn anchored(&mut self, pattern: &str) -> Result<Regex> {
+        let compiled = compile(pattern)?;
+        self.note(&compiled)?;
+        Ok(compiled.regex)
+    }
+
+    fn note(&mut self, compiled: &Compiled) -> Result<()> {
+        self.bytes += compiled.bytes_max;
+        if self.bytes > PROGRAMS_BYTES_MAX {
+            return Err(Error::limit_exceeded(format!(
+                "regular expressions of {} MiB when compiled; at most {} MiB are allowed in one request",
+                self.bytes.div_ceil(1 << 20),
+                PROGRAMS_BYTES_MAX >> 20
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// A pattern's program, and what it has at most.
+#[derive(Debug, Clone)]
+struct Compiled {
+    regex: Regex,
+    bytes_max: usize,
+}
+
 /// Compiles `^(?s:pattern)$`, as Prometheus anchors matchers and `label_replace`.
 ///
 /// # Errors
 /// `Invalid` when it does not compile or is too long.
 pub fn anchored(pattern: &str) -> Result<Regex> {
+    compile(pattern).map(|compiled| compiled.regex)
+}
+
+fn compile(pattern: &str) -> Result<Compiled> {
     if pattern.len() > PATTERN_BYTES_MAX {
         return Err(Error::invalid(format!(
             "regular expression of {} bytes; at most {PATTERN_BYTES_MAX} are allowed",
             pattern.len()
         )));
     }
-    if let Some(known) = COMPILED.lock().get(pattern) {
-        return Ok(known);
+    if let Some(regex) = KEPT.lock().get(pattern) {
+        return Ok(Compiled { regex, bytes_max: KEPT_BYTES });
     }
     let builder = |pattern: &str| RegexBuilder::new(&format!("^(?s:{pattern})$"));
     let small = |pattern: &str| builder(pattern).size_limit(KEPT_BYTES).dfa_size_limit(KEPT_DFA_BYTES).build();
-    if let Ok(small) = small(pattern) {
-        COMPILED.lock().put(pattern, small.clone());
-        return Ok(small);
+    if let Ok(regex) = small(pattern) {
+        KEPT.lock().put(pattern, regex.clone());
+        return Ok(Compiled { regex, bytes_max: KEPT_BYTES });
     }
-    let large = |pattern: &str| builder(pattern).size_limit(4 << 20).build();
+    let large = |pattern: &str| builder(pattern).size_limit(PROGRAM_BYTES_MAX).build();
     large(pattern)
         .or_else(|e| large(&with_literal_braces(pattern)).map_err(|_| e))
+        .map(|regex| Compiled { regex, bytes_max: PROGRAM_BYTES_MAX })
         .map_err(|e| Error::invalid(format!("regular expression {pattern:?} does not compile")).with_source(e))
 }
 
 /// Compiled patterns: dashboards ask the same ones again and again, each is compiled several times on its way through a
 /// query, and for a pattern with classes that takes longer than to try it on a thousand values (of 1.25 ms for a query
 /// with two of them over 1,000 series, 0.7 ms were compilation).
-static COMPILED: LazyLock<Mutex<Compiled>> = LazyLock::new(Mutex::default);
+static KEPT: LazyLock<Mutex<Kept>> = LazyLock::new(Mutex::default);
 
 /// Most patterns that are kept, and most bytes of each: of its program, and of the automaton that is built while it is
 /// used, which every thread has. So all of them take some 20 MiB per thread at the very most, and usually a hundredth.
@@ -175,12 +230,12 @@ const KEPT_DFA_BYTES: usize = 256 << 10;
 
 /// Patterns with the time of their last use, counted in uses.
 #[derive(Default)]
-struct Compiled {
+struct Kept {
     patterns: HashMap<String, (Regex, u64), foldhash::fast::RandomState>,
     uses: u64,
 }
 
-impl Compiled {
+impl Kept {
     fn get(&mut self, pattern: &str) -> Option<Regex> {
         self.uses += 1;
         let (regex, used) = self.patterns.get_mut(pattern)?;
@@ -266,7 +321,7 @@ mod tests {
 
     #[test]
     fn kept_patterns_are_bounded() {
-        let mut kept = Compiled::default();
+        let mut kept = Kept::default();
         let regex = Regex::new("a").unwrap();
         for i in 0..3 * KEPT_MAX {
             assert!(kept.get(&i.to_string()).is_none());
@@ -277,7 +332,22 @@ mod tests {
         assert!(kept.get("1").is_none() && kept.get(&(3 * KEPT_MAX - 1).to_string()).is_some());
         // Too large to be kept, and compiled all the same.
         let large = anchored(r"\pL{50}").unwrap();
-        assert!(large.is_match(&"é".repeat(50)) && COMPILED.lock().get(r"\pL{50}").is_none());
+        assert!(large.is_match(&"é".repeat(50)) && KEPT.lock().get(r"\pL{50}").is_none());
+    }
+
+    #[test]
+    fn the_patterns_of_a_request_are_bounded() {
+        let large = Matcher::new("k", MatchOp::Re, r"\pL{50}").unwrap();
+        let (mut patterns, most) = (Patterns::default(), PROGRAMS_BYTES_MAX / PROGRAM_BYTES_MAX);
+        for _ in 0..most {
+            patterns.add(&large).unwrap();
+            patterns.add(&Matcher::equal("k", "v")).unwrap();
+        }
+        let error = patterns.anchored("a").unwrap_err();
+        assert_eq!(error.kind(), crate::ErrorKind::LimitExceeded);
+        assert!(error.to_string().contains("of 65 MiB when compiled; at most 64 MiB"), "{error}");
+        let mut patterns = Patterns::default();
+        assert!((0..PROGRAMS_BYTES_MAX / KEPT_BYTES).all(|i| patterns.anchored(&i.to_string()).is_ok()));
     }
 
     #[test]

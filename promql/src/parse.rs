@@ -24,6 +24,8 @@ use ast::{Expr, Selector};
 
 /// Deepest nesting of expressions. Every level is a node that planning and evaluation nest in the one above.
 pub const DEPTH_MAX: usize = 512;
+/// Most operands of an expression. Each becomes nodes of the plan, which take some kilobytes.
+pub const OPERANDS_MAX: usize = 20_000;
 
 /// A place in a text: line and column from 1 on, columns in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]

@@ -10,6 +10,7 @@ use axum::body::to_bytes;
 use axum::extract::{FromRequest, Request};
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use catalog::Matcher;
+use catalog::matcher::Patterns;
 use chrono::DateTime;
 use engine::Reservation;
 use engine::memory::Kind;
@@ -151,8 +152,19 @@ impl Form {
 
     /// The selectors of all `match[]`, each a list of matchers that must all hold.
     pub(super) fn selectors(&self) -> Result<Vec<Vec<Matcher>>> {
-        self.all("match[]").map(selector).collect()
+        let mut patterns = Patterns::default();
+        let one = |text| {
+            let matchers = selector(text)?;
+            noted(&matchers, &mut patterns)?;
+            Ok(matchers)
+        };
+        self.all("match[]").map(one).collect()
     }
+}
+
+/// Counts the regular expressions of a selector among those of its request.
+pub(super) fn noted(matchers: &[Matcher], patterns: &mut Patterns) -> Result<()> {
+    matchers.iter().try_for_each(|m| patterns.add(m)).map_err(|e| QueryError::bad_data(e.to_string()))
 }
 
 /// The error for a parameter that is wrong.

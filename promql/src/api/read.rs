@@ -14,6 +14,7 @@ use axum::http::header::{CONTENT_ENCODING, CONTENT_TYPE, RETRY_AFTER};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
+use catalog::matcher::Patterns;
 use catalog::{MatchOp, Matcher};
 use datafusion::common::runtime::SpawnedTask;
 use datafusion::execution::memory_pool::MemoryReservation;
@@ -22,6 +23,7 @@ use prost::Message as _;
 use tokio::sync::mpsc;
 
 use super::Api;
+use super::params::noted;
 use super::raw::{self, Asked, Sink};
 use super::reply::error_type;
 use crate::chunk::{self, Points};
@@ -80,7 +82,8 @@ fn refusal(e: &QueryError) -> Response {
 
 async fn answer(api: Arc<Api>, request: Request) -> Result<Response> {
     let request = decode(request).await?;
-    let asked = request.queries.iter().map(asked).collect::<Result<Vec<_>>>()?;
+    let mut patterns = Patterns::default();
+    let asked = request.queries.iter().map(|q| asked(q, &mut patterns)).collect::<Result<Vec<_>>>()?;
     match form(&request)? {
         Form::Samples => {
             let mut sink = Samples::new(raw::reservation(&api, "samples for remote read"));
@@ -153,8 +156,12 @@ fn form(asked: &ReadRequest) -> Result<Form> {
 }
 
 /// A query as the reader of points understands it.
-fn asked(query: &Query) -> Result<Asked> {
-    let matchers = query.matchers.iter().map(matcher).collect::<Result<_>>()?;
+fn asked(query: &Query, patterns: &mut Patterns) -> Result<Asked> {
+    let mut matchers = Vec::with_capacity(query.matchers.len());
+    for m in &query.matchers {
+        matchers.push(matcher(m)?);
+        noted(&matchers[matchers.len() - 1..], patterns)?;
+    }
     let (mut start_ms, mut end_ms) = (query.start_timestamp_ms, query.end_timestamp_ms);
     // A selector that looks at less than the whole query says so in its hints.
     if let Some(hints) = query.hints.as_ref().filter(|h| h.end_ms != 0) {

@@ -105,12 +105,15 @@ impl Notes {
         let held = self.held.fetch_add(samples, Ordering::Relaxed) + samples;
         let limit = self.limit.load(Ordering::Relaxed);
         if limit > 0 && held > limit {
-            return Err(QueryError::execution(
-                "query processing would load too many samples into memory in query execution",
-            ));
+            return Err(too_many_samples());
         }
         Ok(())
     }
+}
+
+/// As Prometheus words it.
+pub(super) fn too_many_samples() -> QueryError {
+    QueryError::execution("query processing would load too many samples into memory in query execution")
 }
 
 fn add(notes: &Mutex<HashMap<String, Position>>, at: Position, text: String) {

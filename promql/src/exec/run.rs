@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use arrow::array::{AsArray, RecordBatch};
+use arrow::array::{Array, AsArray, FixedSizeListArray, ListArray, RecordBatch};
 use arrow::datatypes::{Float64Type, Int64Type};
 use async_trait::async_trait;
 use catalog::TableSchema;
@@ -21,6 +21,7 @@ use engine::{Engine, Query, Selection, SeriesScanExec, SeriesSet, Stop};
 use futures::future::BoxFuture;
 use futures::{FutureExt, TryStreamExt};
 
+use super::notes::too_many_samples;
 use super::{NodeExec, Notes, bytes_of, deep, internal, native};
 use crate::options::Grid;
 use crate::plan::ops::{Op, Selector};
@@ -167,9 +168,13 @@ pub async fn query(engine: &Engine, text: &str, options: &EvalOptions, query: Qu
             let state = session(engine, notes.clone());
             let batches = async {
                 let mut stream = engine.execute(&state, plan.clone(), query).await?;
-                let mut batches = Vec::new();
+                let (mut batches, mut samples) = (Vec::new(), 0);
                 while let Some(batch) = stream.try_next().await? {
                     memory.grow(bytes_of(&batch)).map_err(out_of_memory)?;
+                    samples += samples_of(&batch);
+                    if samples > options.max_samples {
+                        return Err(too_many_samples().into());
+                    }
                     batches.push(batch);
                 }
                 Ok(batches)
@@ -191,6 +196,15 @@ pub async fn query(engine: &Engine, text: &str, options: &EvalOptions, query: Qu
         other => other,
     };
     Ok(QueryResult { value_type, grid: planned.grid, data, warnings, infos, stats, memory: Some(Arc::new(memory)) })
+}
+
+/// How many float samples a batch of an answer has: values at steps, or lists of them.
+fn samples_of(batch: &RecordBatch) -> usize {
+    let column = batch.columns().get(1);
+    let at_steps = column.and_then(|c| c.as_fixed_size_list_opt()).map(FixedSizeListArray::values);
+    let listed = column.and_then(|c| c.as_list_opt::<i32>()).map(ListArray::offsets);
+    at_steps.map_or(0, |values| values.len() - values.null_count())
+        + listed.and_then(|at| Some(at.last()? - at.first()?)).unwrap_or_default() as usize
 }
 
 /// The error of a query that asks for more memory than there is.

@@ -136,8 +136,25 @@ pub(super) fn subquery(work: Work, partition: usize) -> DfResult<Batches> {
     })
 }
 
-/// Samples that kernels look at before the query's stop is looked at.
+/// Samples that kernels look at before the query's stop is looked at: those that slide over a series begin each time anew,
+/// those that look at every sample of every window take longer for each.
 const LOOKS_AT_A_TIME: usize = 64 << 20;
+const LOOKS_AT_WHOLE_WINDOWS: usize = 4 << 20;
+
+fn looks_at_a_time(function: RangeFunction) -> usize {
+    use RangeFunction as F;
+    match function {
+        F::Stddev
+        | F::Stdvar
+        | F::Deriv
+        | F::PredictLinear
+        | F::Mad
+        | F::DoubleExponential
+        | F::TsOfMin
+        | F::TsOfMax => LOOKS_AT_WHOLE_WINDOWS,
+        _ => LOOKS_AT_A_TIME,
+    }
+}
 
 /// Puts histograms into the row that was pushed last.
 fn put_all(builder: &mut BlockBuilder, native: Vec<(usize, FloatHistogram)>) {
@@ -258,10 +275,11 @@ impl Kernel {
                     return Ok(());
                 }
                 // At worst each window looks at all samples; so many windows at a time that it ends soon.
-                let at_a_time = (LOOKS_AT_A_TIME / ts.len().max(1)).max(1);
+                let looks = looks_at_a_time(function);
+                let at_a_time = (looks / ts.len().max(1)).max(1);
                 for first in (0..self.windows.count).step_by(at_a_time) {
                     if first > 0 {
-                        pace.walk(LOOKS_AT_A_TIME)?;
+                        pace.walk(looks)?;
                     }
                     let range = first..self.windows.count.min(first + at_a_time);
                     let argument = |i: usize| match self.arguments.get(i).map_or(&[][..], Vec::as_slice) {

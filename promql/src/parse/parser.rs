@@ -3,6 +3,7 @@
 //! The first error ends it. Which construct an unexpected token is said to be in depends on what encloses it:
 //! [`Parser::within`] keeps that.
 
+use catalog::matcher::Patterns;
 use catalog::tag::METRIC_NAME;
 use catalog::{MatchOp, Matcher};
 
@@ -12,7 +13,7 @@ use super::ast::{
 };
 use super::functions::function;
 use super::token::{self, Lexer, Token};
-use super::{DEPTH_MAX, Error, go};
+use super::{DEPTH_MAX, Error, OPERANDS_MAX, go};
 use crate::exec::deep;
 use crate::options::Features;
 use crate::result::ValueType;
@@ -57,6 +58,10 @@ struct Parser<'a> {
     /// Constructs around the next token, and what they would have there.
     within: Vec<(&'static str, &'static str)>,
     level: usize,
+    /// Operands so far.
+    operands: usize,
+    /// The regular expressions so far.
+    patterns: Patterns,
     /// Operators in the duration that is being read.
     duration_operators: usize,
 }
@@ -141,6 +146,8 @@ impl<'a> Parser<'a> {
             last_end: 0,
             within: Vec::new(),
             level: 0,
+            operands: 0,
+            patterns: Patterns::default(),
             duration_operators: 0,
         };
         parser.advance();
@@ -342,6 +349,10 @@ impl<'a> Parser<'a> {
 
     /// Signs and what they stand before.
     fn unary(&mut self) -> Result<Expr> {
+        self.operands += 1;
+        if self.operands > OPERANDS_MAX {
+            return Err(Error::new(self.next.span.start, format!("more than {OPERANDS_MAX} operands")));
+        }
         let Some((negative, span)) = self.sign()? else { return self.postfix() };
         let mut expr = self.nested(|p| p.binary(SIGN))?;
         let whole = span.to(expr.span);
@@ -583,6 +594,7 @@ impl<'a> Parser<'a> {
                     }
                     let value = self.unquote(self.next)?;
                     let matcher = Matcher::new(name, op, value);
+                    let matcher = matcher.and_then(|m| self.patterns.add(&m).map(|()| m));
                     let matcher = matcher.map_err(|e| Error::new(first.span.start, e.to_string()))?;
                     self.advance();
                     matcher

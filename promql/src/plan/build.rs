@@ -1,7 +1,8 @@
 //! The syntax tree to nodes: one match that calls one function per kind.
 
+use catalog::matcher::Patterns;
 use catalog::tag::METRIC_NAME;
-use catalog::{MatchOp, Matcher};
+use catalog::{ErrorKind, MatchOp, Matcher};
 use datafusion::logical_expr::LogicalPlan;
 use engine::kernels::{Edges, RangeFunction};
 
@@ -33,6 +34,8 @@ struct Builder<'a> {
     outer: Grid,
     warnings: Vec<(Position, String)>,
     lines: Lines,
+    /// Those of `label_replace`.
+    patterns: Patterns,
     /// What the nodes that are made are about.
     place: Place,
     /// What the expressions around need of histograms.
@@ -75,6 +78,7 @@ pub(super) fn plan(text: &str, expr: &Expr, options: &EvalOptions) -> Result<Pla
         outer,
         warnings: Vec::new(),
         lines: Lines::new(text),
+        patterns: Patterns::default(),
         place: Place::default(),
         buckets: Buckets::Kept,
     };
@@ -644,9 +648,10 @@ impl Builder<'_> {
         if to.is_empty() {
             return Err(QueryError::execution(format!("invalid destination label name in label_replace(): {to}")));
         }
-        if catalog::matcher::anchored(&pattern).is_err() {
-            return Err(QueryError::execution(format!("invalid regular expression in label_replace(): {pattern}")));
-        }
+        self.patterns.anchored(&pattern).map_err(|e| match e.kind() {
+            ErrorKind::LimitExceeded => QueryError::from(e),
+            _ => QueryError::execution(format!("invalid regular expression in label_replace(): {pattern}")),
+        })?;
         let distinct = input.distinct && to != METRIC_NAME;
         let plan = self.node(Op::LabelReplace { to, replacement, from, pattern }, grid, vec![input.plan])?;
         Ok(Built { plan: self.node(Op::Merge { strict: false }, grid, vec![plan])?, distinct })
