@@ -108,6 +108,12 @@ impl Matcher {
         Self { name: name.into(), op: MatchOp::Eq, value: value.into(), regex: None }
     }
 
+    /// The same for another tag.
+    #[must_use]
+    pub fn of(self, name: impl Into<String>) -> Self {
+        Self { name: name.into(), ..self }
+    }
+
     /// The tag's key.
     pub fn name(&self) -> &str {
         &self.name

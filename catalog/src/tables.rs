@@ -57,6 +57,15 @@ pub struct ColumnSchema {
     pub layout: Layout,
 }
 
+/// A column whose values are the samples of a metric.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Metric {
+    /// The metric's name. It is reserved: series of `samples` are not found under it.
+    pub name: &'static str,
+    /// The column, of numbers; a null is no sample.
+    pub column: &'static str,
+}
+
 /// One table.
 #[derive(Debug)]
 pub struct TableSchema {
@@ -70,6 +79,10 @@ pub struct TableSchema {
     pub columns: Vec<ColumnSchema>,
     /// True when (series, ts) identifies a row: a later row with the same key replaces the earlier.
     pub keyed: bool,
+    /// The columns that are metrics by names of their own. The tags of a row are the labels.
+    pub metrics: &'static [Metric],
+    /// The label under which such a metric shows the name that a tag set has itself.
+    pub name_label: &'static str,
     arrow: SchemaRef,
     physical: Vec<PhysicalColumn>,
     physical_arrow: SchemaRef,
@@ -80,7 +93,14 @@ impl TableSchema {
         let fields: Vec<Field> = columns.iter().map(|c| Field::new(c.name, c.data_type.clone(), c.nullable)).collect();
         let physical = physical::columns(&columns);
         let physical_arrow = Arc::new(Schema::new(physical.iter().map(PhysicalColumn::field).collect::<Vec<_>>()));
-        Self { id, name, version, columns, keyed, arrow: Arc::new(Schema::new(fields)), physical, physical_arrow }
+        let arrow = Arc::new(Schema::new(fields));
+        let (metrics, name_label) = (&[][..], "metric");
+        Self { id, name, version, columns, keyed, metrics, name_label, arrow, physical, physical_arrow }
+    }
+
+    /// With columns that are metrics. Only a keyed table has at most one value for a series and a time.
+    fn with_metrics(self, metrics: &'static [Metric]) -> Self {
+        Self { metrics, ..self }
     }
 
     /// The Arrow schema of rows in memory.
@@ -157,6 +177,16 @@ pub fn by_name(name: &str) -> Option<&'static Arc<TableSchema>> {
     all().into_iter().find(|t| t.name == name)
 }
 
+/// The table and the column that a metric's name stands for, unless it is one of `samples`.
+pub fn metric(name: &str) -> Option<(&'static Arc<TableSchema>, &'static Metric)> {
+    metrics().find(|(_, metric)| metric.name == name)
+}
+
+/// Every column that is a metric by a name of its own, with its table.
+pub fn metrics() -> impl Iterator<Item = (&'static Arc<TableSchema>, &'static Metric)> {
+    all().into_iter().flat_map(|table| table.metrics.iter().map(move |metric| (table, metric)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -170,6 +200,17 @@ mod tests {
             if table.keyed {
                 let roles: Vec<_> = table.columns.iter().map(|c| (c.name, c.role)).take(2).collect();
                 assert_eq!(roles, [("series", Role::Tag), ("ts", Role::Time)], "{}", table.name);
+            }
+            for metric in table.metrics {
+                let (_, column) = table.column(metric.column).expect("a column of the table");
+                assert!(
+                    table.keyed && column.role == Role::Value,
+                    "{}: one value for a series and a time",
+                    metric.name
+                );
+                assert!(column.data_type.is_numeric(), "{} is of numbers", metric.name);
+                let known = super::metric(metric.name).map(|(t, m)| (t.id, m.column));
+                assert_eq!(known, Some((table.id, metric.column)), "names are unique");
             }
             for (i, column) in table.columns.iter().enumerate() {
                 assert_eq!(table.column(column.name).map(|c| c.0), Some(i));

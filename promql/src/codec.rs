@@ -41,7 +41,7 @@ impl PhysicalExtensionCodec for Codec {
         _converter: &dyn PhysicalProtoConverterExtension,
     ) -> DfResult<Arc<dyn ExecutionPlan>> {
         let Encoded { op, grid, place, labels } = serde_json::from_slice(bytes).map_err(|e| failed("reading", e))?;
-        let labels = labels.map(|l| SeriesLabels::List(l.into()));
+        let labels = labels.map(|l| SeriesLabels::List(l.into(), None));
         Ok(Arc::new(NodeExec::new(op, grid, place, inputs.to_vec(), labels)))
     }
 
@@ -53,7 +53,7 @@ impl PhysicalExtensionCodec for Codec {
     ) -> DfResult<()> {
         let node = node.downcast_ref::<NodeExec>().ok_or_else(|| failed("writing", "not a node of PromQL"))?;
         let labels = match &node.labels {
-            Some(SeriesLabels::List(list)) => Some(list.to_vec()),
+            Some(SeriesLabels::List(list, _)) => Some(list.to_vec()),
             _ => None,
         };
         let encoded = Encoded { op: node.op.clone(), grid: node.grid, place: node.place, labels };

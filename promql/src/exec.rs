@@ -39,7 +39,7 @@ use datafusion::physical_plan::{
     DisplayAs, DisplayFormatType, ExecutionPlan, ExecutionPlanProperties, PhysicalExpr, PlanProperties,
 };
 use engine::query::Pace;
-use engine::{SeriesScanExec, SeriesSet, Stop};
+use engine::{Reservation, SeriesScanExec, SeriesSet, Stop};
 use futures::stream::{self, BoxStream};
 use futures::{Stream, StreamExt, TryStreamExt};
 
@@ -76,15 +76,15 @@ fn notes(context: &TaskContext) -> Arc<Notes> {
 pub enum SeriesLabels {
     /// The scan's own set.
     Set(Arc<SeriesSet>),
-    /// A list, for scans that are not ours to look into.
-    List(Arc<[Vec<u8>]>),
+    /// Others than those of the scan's set, or of a scan that is not ours to look into.
+    List(Arc<[Vec<u8>]>, Option<Arc<Reservation>>),
 }
 
 impl SeriesLabels {
     fn get(&self, index: u32) -> Option<&[u8]> {
         match self {
             Self::Set(set) => set.series.get(index as usize).map(|s: &Arc<Series>| s.tags.as_bytes()),
-            Self::List(list) => list.get(index as usize).map(Vec::as_slice),
+            Self::List(list, _) => list.get(index as usize).map(Vec::as_slice),
         }
     }
 }

@@ -7,6 +7,7 @@
 mod build;
 mod duration;
 pub mod ops;
+pub mod source;
 
 use std::cmp::Ordering;
 use std::fmt;

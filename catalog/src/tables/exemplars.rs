@@ -3,7 +3,9 @@
 
 use arrow::datatypes::DataType;
 
-use super::{TableSchema, tag, time, value};
+use super::{Metric, TableSchema, tag, time, value};
+
+const METRICS: &[Metric] = &[Metric { name: "prometheus__exemplars__value", column: "value" }];
 
 pub(super) fn schema() -> TableSchema {
     TableSchema::new(
@@ -19,4 +21,5 @@ pub(super) fn schema() -> TableSchema {
             value("labels", 11, DataType::Utf8, false),
         ],
     )
+    .with_metrics(METRICS)
 }

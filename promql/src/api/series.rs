@@ -8,8 +8,9 @@ use std::hash::{BuildHasher, BuildHasherDefault};
 use std::sync::Arc;
 
 use catalog::registry::PassThrough;
-use catalog::tables::{HISTOGRAMS, SAMPLES};
-use catalog::{Code, Matcher, Series, TagValues};
+use catalog::tables::{self, HISTOGRAMS, SAMPLES};
+use catalog::tag::METRIC_NAME;
+use catalog::{Code, Matcher, Series, TableSchema, TagSet, TagValues};
 use engine::memory::Kind;
 use engine::{Query, Selection, Stop};
 use hashbrown::HashTable;
@@ -20,6 +21,7 @@ use super::{Api, json};
 use crate::error::{QueryError, Result};
 use crate::exec::out_of_memory;
 use crate::labels::{Pair, Pairs};
+use crate::plan::source::Source;
 
 /// What it costs to write the labels of a series, about.
 const SERIES_COST: usize = 2000;
@@ -84,9 +86,12 @@ pub(super) async fn label_values(api: &Api, name: &str, form: &Form, query: Quer
     }
     let limit = form.limit()?;
     let range = form.range()?;
-    let selectors = form.selectors()?;
-    if selectors.is_empty() {
+    let mut selectors = form.selectors()?;
+    if selectors.is_empty() && !tables::metrics().any(|(table, _)| table.name_label == name) {
         return all_values(api, &name, range, limit).await;
+    }
+    if selectors.is_empty() {
+        selectors = everything();
     }
     let mut values = Texts::default();
     let mut previous = None;
@@ -107,15 +112,23 @@ pub(super) async fn label_values(api: &Api, name: &str, form: &Form, query: Quer
 /// The values of a label of all series. Pickers on dashboards ask for them all the time, so no series is looked at twice.
 async fn all_values(api: &Api, name: &str, range: (i64, i64), limit: Option<usize>) -> Result<Reply> {
     let mut lists: Vec<Arc<TagValues>> = Vec::new();
-    for table in [&SAMPLES, &HISTOGRAMS] {
-        for list in api.engine.tag_values(table, name, range).await? {
+    let mut names: Vec<&str> = Vec::new();
+    for table in tables::all().into_iter().filter(|t| is_usual(t) || !t.metrics.is_empty()) {
+        let of_table = api.engine.tag_values(table, name, range).await?;
+        if name == METRIC_NAME && !is_usual(table) {
+            // The names of its tag sets are values of another label.
+            let has_rows = !of_table.is_empty();
+            names.extend(table.metrics.iter().filter(|_| has_rows).map(|m| m.name));
+            continue;
+        }
+        for list in of_table {
             if !lists.iter().any(|l| Arc::ptr_eq(l, &list)) {
                 lists.push(list);
             }
         }
     }
-    let mut sorted: Vec<&str> = lists.iter().flat_map(|l| l.iter()).collect();
-    if lists.len() > 1 {
+    let mut sorted: Vec<&str> = lists.iter().flat_map(|l| l.iter()).chain(names.iter().copied()).collect();
+    if lists.len() + names.len() > 1 {
         sorted.sort_unstable();
         sorted.dedup();
     }
@@ -123,10 +136,21 @@ async fn all_values(api: &Api, name: &str, range: (i64, i64), limit: Option<usiz
     Ok(Reply::cut(truncated, |out| json::list(out, sorted.iter(), |out, text| json::utf8(out, text.as_bytes()))))
 }
 
-/// The selectors of `match[]`, or one that selects everything.
+/// The selectors of `match[]`, or those that select everything.
 fn any(form: &Form) -> Result<Vec<Vec<Matcher>>> {
     let selectors = form.selectors()?;
-    Ok(if selectors.is_empty() { vec![Vec::new()] } else { selectors })
+    Ok(if selectors.is_empty() { everything() } else { selectors })
+}
+
+/// All series of `samples` and `histograms`, and of every metric that another table declares.
+fn everything() -> Vec<Vec<Matcher>> {
+    let declared = tables::metrics().map(|(_, metric)| vec![Matcher::equal(METRIC_NAME, metric.name)]);
+    std::iter::once(Vec::new()).chain(declared).collect()
+}
+
+/// Whether a table holds the metrics that are named by tags.
+fn is_usual(table: &TableSchema) -> bool {
+    table.id == SAMPLES.id || table.id == HISTOGRAMS.id
 }
 
 /// Shows all series that any of the selectors selects; one may come more than once.
@@ -137,6 +161,19 @@ async fn visit(
     mut each: impl FnMut(&Arc<Series>) -> bool + Send,
 ) -> Result<()> {
     for matchers in selectors {
+        let (source, matchers) = Source::of(matchers);
+        if let Some((source, (table, _))) = source.and_then(|s| Some((s.clone(), s.declared()?))) {
+            // The sets of rows in memory are those of all tables; a metric exists where its table has rows.
+            let selection = Selection { table: Arc::clone(table), matchers, start_ms, end_ms };
+            let set = api.engine.select(&selection, stop).await?.with_rows();
+            for series in &set.series {
+                let labels = TagSet::from_canonical(source.labels(series.tags.as_bytes()));
+                if !each(&Arc::new(Series::new(api.engine.registry().hasher(), labels))) {
+                    break;
+                }
+            }
+            continue;
+        }
         // A series with native histograms only has no row in the other table; a table without rows costs nothing.
         for table in [&SAMPLES, &HISTOGRAMS] {
             let selection = Selection { table: Arc::clone(table), matchers: matchers.clone(), start_ms, end_ms };

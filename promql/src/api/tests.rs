@@ -152,15 +152,66 @@ async fn body(response: Response) -> Value {
 }
 
 #[tokio::test]
+async fn columns_of_other_tables_are_metrics() {
+    let server = serve().await;
+    let metric = "prometheus__exemplars__value";
+    // In memory, then in a file.
+    for _ in 0..2 {
+        let at = format!("time={}", NOW / 1000);
+        let query = async |text: &str| {
+            let data = server.data(&format!("query?query={}&{at}", text.replace('+', "%2B"))).await;
+            let one = |r: &Value| (r["metric"].clone(), r["value"][1].as_str().unwrap_or_default().to_owned());
+            let mut all: Vec<_> = data["result"].as_array().expect("a list").iter().map(one).collect();
+            all.sort_by_key(|(labels, _)| labels.to_string());
+            all
+        };
+        let labels = |instance: &str| json!({"__name__": metric, "http.route": "/x", "instance": instance, "job": "api\"1\"", "metric": "requests"});
+        let both = [(labels("a:1"), "0.25".to_owned()), (labels("b:1"), "0.25".to_owned())];
+        assert_eq!(query(metric).await, both);
+        assert_eq!(query(&format!("{{__name__=\"{metric}\"}}")).await, both);
+        assert_eq!(query(&format!("{metric}{{instance=\"b:1\"}}")).await, both[1..]);
+        assert_eq!(query(&format!("{metric}{{metric=\"requests\"}}")).await, both);
+        assert!(query(&format!("{metric}{{metric!=\"requests\"}}")).await.is_empty());
+        assert_eq!(query(&format!("{metric}{{metric=~\"req.*\",instance!~\"b.*\"}}")).await, both[..1]);
+        let plain = |value: &str| vec![(json!({}), value.to_owned())];
+        assert_eq!(query(&format!("sum({metric})")).await, plain("0.5"));
+        assert_eq!(query(&format!("sum(sum_over_time({metric}[5m]))")).await, plain("1.5"));
+        assert_eq!(query(&format!("count(count_over_time({metric}[1m]) == 1)")).await, plain("2"));
+        assert_eq!(query(&format!("sum(max_over_time({metric}[10m:5s] offset 30s))")).await, plain("1"));
+        assert_eq!(query(&format!("sum({metric} * on(instance) group_left up)")).await, plain("0.5"));
+        assert_eq!(query(&format!("absent({metric}{{job=\"x\"}})")).await, [(json!({"job": "x"}), "1".to_owned())]);
+        // Regular expressions choose among the series of samples.
+        assert!(query("count({__name__=~\"prometheus.*\"})").await.is_empty());
+        assert_eq!(query("count({__name__=~\".%2B\"})").await, plain("4"));
+
+        let range = format!("query_range?query={metric}{{instance=\"a:1\"}}&start={0}&end={0}&step=1", NOW / 1000);
+        assert_eq!(server.data(&range).await["result"][0]["metric"], labels("a:1"));
+        let matrix = server.data(&format!("query?query={metric}{{instance=\"a:1\"}}[5m]&{at}")).await;
+        assert_eq!(matrix["result"][0]["values"].as_array().map(Vec::len), Some(2));
+
+        let check = async |path: &str, expected: Value| assert_eq!(server.data(path).await, expected, "{path}");
+        check(&format!("series?match[]={metric}"), json!([labels("a:1"), labels("b:1")])).await;
+        check(&format!("series?match[]={metric}{{metric=\"up\"}}"), json!([])).await;
+        check(&format!("labels?match[]={metric}"), json!(["__name__", "http.route", "instance", "job", "metric"]))
+            .await;
+        check("label/metric/values", json!(["requests"])).await;
+        check(&format!("label/instance/values?match[]={metric}"), json!(["a:1", "b:1"])).await;
+        check(&format!("label/__name__/values?match[]={metric}"), json!([metric])).await;
+        check("label/__name__/values?start=0&end=1", json!([])).await;
+        server.engine.flush().await.expect("a flush");
+    }
+}
+
+#[tokio::test]
 async fn labels_and_series() {
     let server = serve().await;
     let check = async |path: &str, expected: Value| assert_eq!(server.data(path).await, expected, "{path}");
     let instances = json!(["a:1", "b:1"]);
-    check("labels", json!(["__name__", "http.route", "instance", "job"])).await;
+    check("labels", json!(["__name__", "http.route", "instance", "job", "metric"])).await;
     check("labels?match[]=up", json!(["__name__", "instance", "job"])).await;
     check("labels?match[]=up&match[]=requests", json!(["__name__", "http.route", "instance", "job"])).await;
     check("labels?match[]=nothing", json!([])).await;
-    check("label/__name__/values", json!(["requests", "up"])).await;
+    check("label/__name__/values", json!(["prometheus__exemplars__value", "requests", "up"])).await;
     check("label/job/values", json!(["api\"1\"", "node"])).await;
     check("label/instance/values?match[]=up", instances.clone()).await;
     check("label/instance/values?match%5B%5D=%7Binstance%3D~%22a.%2A%22%7D", json!(["a:1"])).await;
@@ -185,8 +236,8 @@ async fn labels_and_series() {
         assert_eq!(body["data"].as_array().map(Vec::len), Some(1), "{path}");
         assert_eq!(body["warnings"], json!(["results truncated due to limit"]), "{path}");
     }
-    check("labels?limit=4", json!(["__name__", "http.route", "instance", "job"])).await;
-    check("labels?limit=0", json!(["__name__", "http.route", "instance", "job"])).await;
+    check("labels?limit=5", json!(["__name__", "http.route", "instance", "job", "metric"])).await;
+    check("labels?limit=0", json!(["__name__", "http.route", "instance", "job", "metric"])).await;
     let form = "application/x-www-form-urlencoded";
     let (_, body) = server.post("series", form, "match%5B%5D=up&start=0&end=2e9&limit=9").await;
     assert_eq!(body["data"].as_array().map(Vec::len), Some(2), "{body}");
@@ -194,7 +245,7 @@ async fn labels_and_series() {
     assert_eq!(body["data"], json!(["__name__", "instance", "job"]));
 
     server.engine.flush().await.expect("flushed");
-    check("labels", json!(["__name__", "http.route", "instance", "job"])).await;
+    check("labels", json!(["__name__", "http.route", "instance", "job", "metric"])).await;
     check("label/instance/values?match[]=up", instances).await;
 }
 

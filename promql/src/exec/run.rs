@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use arrow::array::{Array, AsArray, FixedSizeListArray, ListArray, RecordBatch};
-use arrow::datatypes::{Float64Type, Int64Type};
+use arrow::datatypes::{DataType, Float64Type, Int64Type};
 use async_trait::async_trait;
 use catalog::TableSchema;
 use catalog::tables::{HISTOGRAMS, SAMPLES};
@@ -14,7 +14,11 @@ use datafusion::execution::context::QueryPlanner;
 use datafusion::execution::{SessionState, SessionStateBuilder};
 use datafusion::logical_expr::physical_planning_context::PhysicalPlanningContext;
 use datafusion::logical_expr::{LogicalPlan, UserDefinedLogicalNode};
+use datafusion::physical_expr::PhysicalExpr;
+use datafusion::physical_expr::expressions::{Column, cast, is_not_null};
 use datafusion::physical_plan::ExecutionPlan;
+use datafusion::physical_plan::filter::FilterExec;
+use datafusion::physical_plan::projection::ProjectionExec;
 use datafusion::physical_planner::{ExtensionPlanner, PhysicalPlanner};
 use engine::memory::Kind;
 use engine::{Engine, Query, Selection, SeriesScanExec, SeriesSet, Stop};
@@ -22,9 +26,10 @@ use futures::future::BoxFuture;
 use futures::{FutureExt, TryStreamExt};
 
 use super::notes::too_many_samples;
-use super::{NodeExec, Notes, bytes_of, deep, internal, native};
+use super::{NodeExec, Notes, SeriesLabels, bytes_of, deep, internal, native};
 use crate::options::Grid;
 use crate::plan::ops::{Op, Selector};
+use crate::plan::source::Source;
 use crate::plan::{Node, Planned};
 use crate::result::{Block, Data, Run, Stats, ValueType};
 use crate::{EvalOptions, QueryError, QueryErrorKind, QueryResult, Result, histogram, labels};
@@ -88,6 +93,9 @@ async fn physical(
         let engine = session.config().get_extension::<Engine>();
         let engine = engine.ok_or_else(|| internal("the session carries no engine"))?;
         let stop = Stop::of(session.config_options());
+        if let Some(source) = &selector.source {
+            return of_table(&engine, (node, selector, source), inputs, session).await;
+        }
         let (samples, histograms) = series(&engine, selector, &node.grid, &stop).await?;
         if let Some(notes) = session.config().get_extension::<Notes>() {
             notes.series.fetch_add(samples.series.len() as u64, Ordering::Relaxed);
@@ -101,6 +109,54 @@ async fn physical(
         }
     }
     Ok(Arc::new(NodeExec::new(node.op.clone(), node.grid, node.place, inputs, None)))
+}
+
+/// [`physical`] of a selector that reads a column of another table.
+async fn of_table(
+    engine: &Engine,
+    (node, selector, source): (&Node, &Selector, &Source),
+    mut inputs: Vec<Arc<dyn ExecutionPlan>>,
+    session: &dyn Session,
+) -> DfResult<Arc<dyn ExecutionPlan>> {
+    let external = |e: engine::Error| DataFusionError::External(Box::new(e));
+    let (table, metric) = source.declared().ok_or_else(|| internal("a selector of a table that is not known"))?;
+    let (start_ms, end_ms) = selector.reach(&node.grid);
+    let selection = Selection { table: table.clone(), matchers: selector.matchers.clone(), start_ms, end_ms };
+    let set = engine.select(&selection, &Stop::of(session.config_options())).await.map_err(external)?.with_rows();
+    if let Some(notes) = session.config().get_extension::<Notes>() {
+        notes.series.fetch_add(set.series.len() as u64, Ordering::Relaxed);
+    }
+    if set.series.is_empty() && !matches!(node.op, Op::Samples(_)) {
+        return Ok(Arc::new(NodeExec::new(Op::Nothing, node.grid, node.place, vec![], None)));
+    }
+    let mut memory = engine.memory().reserve(Kind::Queries);
+    let mut labels = Vec::with_capacity(set.series.len());
+    for series in &set.series {
+        let own = source.labels(series.tags.as_bytes());
+        memory.grow(own.len() + size_of::<Vec<u8>>()).map_err(out_of_memory)?;
+        labels.push(own);
+    }
+    let labels = SeriesLabels::List(labels.into(), Some(Arc::new(memory)));
+    inputs.insert(0, floats(Arc::new(scan(Arc::new(set), &["ts", metric.column])?))?);
+    Ok(Arc::new(NodeExec::new(node.op.clone(), node.grid, node.place, inputs, Some(labels))))
+}
+
+/// A scan of (series, ts, number) with the numbers as floats, without rows that have none.
+fn floats(scan: Arc<dyn ExecutionPlan>) -> DfResult<Arc<dyn ExecutionPlan>> {
+    let schema = scan.schema();
+    let column = |i: usize| Arc::new(Column::new(schema.field(i).name(), i)) as Arc<dyn PhysicalExpr>;
+    let number = schema.field(2);
+    let mut plan = scan;
+    if number.is_nullable() {
+        plan = Arc::new(FilterExec::try_new(is_not_null(column(2))?, plan)?);
+    }
+    if number.data_type() != &DataType::Float64 {
+        let float = cast(column(2), &schema, DataType::Float64)?;
+        let columns = [column(0), column(1), float].into_iter().zip(schema.fields());
+        let columns = columns.map(|(expr, field)| (expr, field.name().clone())).collect::<Vec<_>>();
+        plan = Arc::new(ProjectionExec::try_new(columns, plan)?);
+    }
+    Ok(plan)
 }
 
 /// The series of a selector as sets of both tables; no set of histograms when none has any.
@@ -260,4 +316,43 @@ fn runs(batch: &RecordBatch) -> Result<Vec<Run>> {
             })
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use arrow::array::{ArrayRef, Int32Array, TimestampMillisecondArray, UInt32Array};
+    use arrow::datatypes::{Field, Schema};
+    use catalog::tables::time_type;
+    use datafusion::datasource::memory::MemorySourceConfig;
+    use datafusion::execution::TaskContext;
+    use datafusion::physical_plan::{ExecutionPlanProperties, collect_partitioned};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn numbers_of_any_type_become_floats() {
+        let schema = Arc::new(Schema::new(vec![
+            Field::new("series", DataType::UInt32, false),
+            Field::new("ts", time_type(), false),
+            Field::new("bytes", DataType::Int32, true),
+        ]));
+        let batch = |series: u32, numbers: Vec<Option<i32>>| {
+            let rows = numbers.len() as i64;
+            let ts = TimestampMillisecondArray::from_iter_values(0..rows).with_timezone("UTC");
+            let series = UInt32Array::from_value(series, numbers.len());
+            let columns: Vec<ArrayRef> = vec![Arc::new(series), Arc::new(ts), Arc::new(Int32Array::from(numbers))];
+            vec![RecordBatch::try_new(schema.clone(), columns).expect("rows")]
+        };
+        let parts = [batch(0, vec![Some(1), None, Some(-3)]), batch(1, vec![Some(4)])];
+        let scan = MemorySourceConfig::try_new_exec(&parts, schema.clone(), None).expect("a scan");
+        let plan = floats(scan).expect("a plan");
+        assert_eq!(plan.output_partitioning().partition_count(), 2, "series stay together");
+        let parts = collect_partitioned(plan, Arc::new(TaskContext::default())).await.expect("rows");
+        let values = |part: &Vec<RecordBatch>| -> Vec<f64> {
+            let columns = part.iter().map(|b| b.column(2).as_primitive::<Float64Type>().values().to_vec());
+            columns.flatten().collect()
+        };
+        assert_eq!(parts.iter().map(values).collect::<Vec<_>>(), [vec![1.0, -3.0], vec![4.0]]);
+        assert_eq!(parts[0][0].schema().field(0).name(), "series");
+    }
 }

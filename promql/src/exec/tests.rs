@@ -67,7 +67,7 @@ fn leaf(all: &[TestSeries], selector: &crate::plan::ops::Selector) -> (Arc<dyn E
     let (first, second) = rows.into_iter().partition(|r| r.0 < middle);
     let scan = MemorySourceConfig::try_new_exec(&[batches(first), batches(second)], schema.clone(), None);
     let list: Vec<Vec<u8>> = chosen.iter().map(|s| s.0.clone()).collect();
-    (scan.expect("test scan"), SeriesLabels::List(list.into()))
+    (scan.expect("test scan"), SeriesLabels::List(list.into(), None))
 }
 
 fn physical(plan: &LogicalPlan, all: &[TestSeries]) -> Arc<dyn ExecutionPlan> {

@@ -11,6 +11,7 @@ use super::ops::{
     AggregateOp, BinaryOp, Cardinality, Float, HistogramFunction, MapFunction, Matching, Op, Place, Reading, Selector,
     SetOp, Subquery,
 };
+use super::source::Source;
 use super::{Node, Planned};
 use crate::block::Name;
 use crate::exec::deep;
@@ -238,8 +239,10 @@ impl Builder<'_> {
             ast::Edges::Anchored => Edges::Anchored,
             ast::Edges::Smoothed => Edges::Smoothed,
         });
+        let (source, matchers) = Source::of(s.selection());
         Ok(Selector {
-            matchers: s.selection(),
+            source,
+            matchers,
             length_ms,
             offset_ms: self.offset(&s.time)?,
             at_ms: self.at_millis(&s.time),
@@ -567,6 +570,7 @@ impl Builder<'_> {
         }
         let (at_ms, offset_ms) = self.time_of_first_selector(of)?.unwrap_or((None, 0));
         let selector = Selector {
+            source: None,
             matchers: names.iter().chain(&matchers).cloned().collect(),
             length_ms: self.options.lookback_ms,
             offset_ms,
@@ -711,7 +715,7 @@ fn unchecked(expr: &Expr) -> QueryError {
 
 /// Whether all series have the same name.
 fn has_one_name(selector: &Selector) -> bool {
-    selector.matchers.iter().any(|m| m.name() == METRIC_NAME && m.op() == MatchOp::Eq)
+    selector.source.is_some() || selector.matchers.iter().any(|m| m.name() == METRIC_NAME && m.op() == MatchOp::Eq)
 }
 
 /// The labels that `absent` can tell: those of `=` matchers of which there is one for the label.

@@ -12,6 +12,7 @@ use crate::block::Name;
 use crate::labels::Grouping;
 use crate::options::Grid;
 use crate::parse::Position;
+use crate::plan::source::Source;
 
 /// A float that is equal to itself and survives any text format: compared and written by its bits.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
@@ -63,7 +64,9 @@ pub struct Place {
 /// Which samples a selector reads and when it looks at them.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Serialize, Deserialize)]
 pub struct Selector {
-    /// All must hold.
+    /// What is read unless it is `samples` and `histograms`.
+    pub source: Option<Source>,
+    /// All must hold for the tags there.
     pub matchers: Vec<Matcher>,
     /// How far back each evaluation looks: the lookback or the range.
     pub length_ms: i64,
@@ -550,6 +553,9 @@ fn grouping(g: &Grouping) -> String {
 }
 
 fn explain_selector(selector: &Selector, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    if let Some(source) = &selector.source {
+        f.write_str(&source.metric)?;
+    }
     f.write_str("{")?;
     for (i, m) in selector.matchers.iter().enumerate() {
         write!(f, "{}{}{}{:?}", if i > 0 { ", " } else { "" }, m.name(), m.op().symbol(), m.value())?;
