@@ -135,6 +135,22 @@ settings! {
     flush_interval: Seconds = Seconds(3600.0);
     /// Deadline of a query that doesn't set its own.
     query_timeout: Seconds = Seconds(120.0);
+    /// Queries that run at a time; others wait for their turn. Zero means four for each of `cpu_threads`.
+    queries_max: u64 = 0;
+    /// A query that has not had its turn after this long is refused.
+    query_wait_max: Seconds = Seconds(10.0);
+    /// Most memory of one query and its answer. Zero means what all queries together may have, half of `memory_limit`.
+    query_memory_max: Bytes = Bytes(0);
+    /// Most series that one selector may choose.
+    query_series_max: u64 = 1_000_000;
+    /// Most samples that a PromQL query may hold in memory at a time, those of its answer among them.
+    query_samples_max: u64 = 50_000_000;
+    /// Most points of a series in the answer to a PromQL range query, the first not counted.
+    query_points_max: u64 = 11_000;
+    /// Most steps at which a PromQL subquery may evaluate its inner expression.
+    query_subquery_steps_max: u64 = 2_000_000;
+    /// Most samples in the answer to a remote read that is not a stream.
+    remote_read_samples_max: u64 = 50_000_000;
     /// What PromQL has beyond the stable language, by the names that Prometheus's `--enable-feature` has for it:
     /// `promql-experimental-functions`, `promql-delayed-name-removal`, `promql-extended-range-selectors`,
     /// `promql-binop-fill-modifiers` and `type-and-unit-labels`. Expressions of durations are always there.
@@ -235,6 +251,7 @@ impl Config {
 
     /// What no single value shows.
     fn check(&self) -> Result<()> {
+        self.check_limits()?;
         ensure!(self.http.address().is_some(), "http must be an address: nothing works without it");
         // Shown in many places, so that no secret may stand in it; nor is it quoted here.
         let (scheme, rest) = self.object_store.split_once("://").unwrap_or_default();
@@ -268,6 +285,23 @@ impl Config {
                 "postgres = {address:?} can be reached by other machines and this endpoint encrypts nothing, passwords \
                  included; listen on a loopback address such as 127.0.0.1, or accept that with --insecure"
             );
+        }
+        Ok(())
+    }
+
+    /// Everything has a limit, and one that nothing can satisfy is a slip.
+    fn check_limits(&self) -> Result<()> {
+        // A step takes nine bytes for each series.
+        const STEPS_MAX: u64 = 100_000_000;
+        let limits = [
+            ("query_series_max", self.query_series_max, u64::MAX),
+            ("query_samples_max", self.query_samples_max, u64::MAX),
+            ("query_points_max", self.query_points_max, STEPS_MAX),
+            ("query_subquery_steps_max", self.query_subquery_steps_max, STEPS_MAX),
+            ("remote_read_samples_max", self.remote_read_samples_max, u64::MAX),
+        ];
+        for (name, value, most) in limits {
+            ensure!((1..=most).contains(&value), "{name} = {value} is no limit; allowed are 1 to {most}");
         }
         Ok(())
     }

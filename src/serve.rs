@@ -11,7 +11,6 @@ use axum::routing::any_service;
 use catalog::fs::Disk;
 use catalog::{FileSystem, SystemClock, SystemEntropy};
 use engine::{Components, Engine, LogStore, Retention, Settings, SqlCatalog, Telemetry};
-use promql::api::ApiOptions;
 use receivers::body::Bodies;
 use receivers::prometheus::Replicas;
 use tokio::net::TcpListener;
@@ -173,17 +172,27 @@ fn routes(engine: &Engine, config: &Config) -> Result<Routes> {
     let bodies = Bodies::new(engine.memory().clone());
     let (cluster, replica) = (&config.ha_cluster_label, &config.ha_replica_label);
     let replicas = Replicas::new(cluster, replica, config.ha_failover.duration(), engine.telemetry());
-    let api = ApiOptions { features: config.promql_features, ..ApiOptions::default() };
     Ok(Routes::new()
         .merge(receivers::prometheus::routes(engine.clone(), bodies, replicas))
-        .merge(promql::api::routes(engine.clone(), api))
+        .merge(promql::api::routes(engine.clone(), of_promql(config)))
         .merge(sql::http::routes(engine)?)
         .merge(admin::routes(engine.clone())))
 }
 
+/// How PromQL is evaluated.
+fn of_promql(config: &Config) -> promql::Settings {
+    let limits = promql::Limits {
+        samples_max: config.query_samples_max as usize,
+        points_max: config.query_points_max as usize,
+        subquery_steps_max: config.query_subquery_steps_max as usize,
+        read_samples_max: config.remote_read_samples_max as usize,
+    };
+    promql::Settings { features: config.promql_features, limits, ..promql::Settings::default() }
+}
+
 async fn open(config: &Config, telemetry: Arc<Telemetry>) -> Result<Engine> {
     let (settings, components) = parts(config, telemetry)?;
-    let extensions = promql::extensions().and(sql::extensions());
+    let extensions = promql::extensions(of_promql(config)).and(sql::extensions());
     Engine::open(settings, components, extensions).await.context("cannot open the database")
 }
 
@@ -239,6 +248,10 @@ pub fn settings(config: &Config) -> Result<Settings> {
             bytes: Some(config.retention_bytes.0).filter(|bytes| *bytes > 0),
         },
         query_timeout: config.query_timeout.duration(),
+        queries_max: config.queries_max as usize,
+        query_wait_max: config.query_wait_max.duration(),
+        query_memory_max: config.query_memory_max.0 as usize,
+        query_series_max: config.query_series_max as usize,
         cpu_threads: threads,
         ..Settings::default()
     })

@@ -23,7 +23,7 @@ mod duckdb;
 mod formats;
 /// The history of a real Prometheus, imported from its folder and over remote read.
 mod import;
-/// Limits of queries and the words of refusals.
+/// Limits of queries: settings, the words of refusals, the processor after a client that goes away.
 mod limits;
 /// The operator's manual and alert rules name only what exists.
 mod operations;

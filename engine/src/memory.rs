@@ -76,9 +76,20 @@ const TAG_SETS: usize = 5;
 /// Who holds less than this part of the limit is small.
 const SMALL_PARTS: usize = 1024;
 
-/// The account; cheap to clone.
+/// The account, or one query's view of it; cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Memory(Arc<Account>);
+pub struct Memory {
+    account: Arc<Account>,
+    /// What is reserved through this view counts here as well.
+    query: Option<Arc<OfQuery>>,
+}
+
+/// What one query holds.
+#[derive(Debug)]
+struct OfQuery {
+    held: AtomicUsize,
+    max: usize,
+}
 
 #[derive(Debug)]
 struct Account {
@@ -94,42 +105,49 @@ struct Account {
 impl Memory {
     /// An account of so many bytes.
     pub fn new(limit: usize) -> Self {
-        Self(Arc::new(Account {
+        let account = Arc::new(Account {
             limit,
             held: Default::default(),
             total: AtomicUsize::new(0),
             beyond: AtomicUsize::new(0),
             refused: Default::default(),
-        }))
+        });
+        Self { account, query: None }
+    }
+
+    /// The same account for one query, which may hold so many bytes of it at most.
+    #[must_use]
+    pub(crate) fn of_query(&self, max: usize) -> Self {
+        Self { account: self.account.clone(), query: Some(Arc::new(OfQuery { held: AtomicUsize::new(0), max })) }
     }
 
     /// What may be used in all.
     pub fn limit(&self) -> usize {
-        self.0.limit
+        self.account.limit
     }
 
     fn part(&self, sixteenths: usize) -> usize {
-        self.0.limit / 16 * sixteenths
+        self.account.limit / 16 * sixteenths
     }
 
     /// What is used in all.
     pub fn used(&self) -> usize {
-        self.0.total.load(Ordering::Relaxed) + self.0.beyond.load(Ordering::Relaxed)
+        self.account.total.load(Ordering::Relaxed) + self.account.beyond.load(Ordering::Relaxed)
     }
 
     /// What one kind uses.
     pub fn held(&self, kind: Kind) -> usize {
-        self.0.held[kind as usize].load(Ordering::Relaxed)
+        self.account.held[kind as usize].load(Ordering::Relaxed)
     }
 
     /// What the process holds beyond all kinds.
     pub fn beyond(&self) -> usize {
-        self.0.beyond.load(Ordering::Relaxed)
+        self.account.beyond.load(Ordering::Relaxed)
     }
 
     /// How often a kind was refused memory.
     pub fn refused(&self, kind: Kind) -> usize {
-        self.0.refused[kind as usize].load(Ordering::Relaxed)
+        self.account.refused[kind as usize].load(Ordering::Relaxed)
     }
 
     /// Most bytes of one kind.
@@ -160,15 +178,15 @@ impl Memory {
 
     /// Notes what the process holds, allocator's view: bytes that are allocated.
     pub(crate) fn observe(&self, allocated: usize) {
-        let beyond = allocated.saturating_sub(self.0.total.load(Ordering::Relaxed));
-        self.0.beyond.store(beyond, Ordering::Relaxed);
+        let beyond = allocated.saturating_sub(self.account.total.load(Ordering::Relaxed));
+        self.account.beyond.store(beyond, Ordering::Relaxed);
     }
 
     /// Notes what a kind uses that is not reserved.
     pub(crate) fn note(&self, kind: Kind, bytes: usize) {
-        let before = self.0.held[kind as usize].swap(bytes, Ordering::Relaxed);
+        let before = self.account.held[kind as usize].swap(bytes, Ordering::Relaxed);
         // Wraps around when it is less than before, and the sum with it.
-        self.0.total.fetch_add(bytes.wrapping_sub(before), Ordering::Relaxed);
+        self.account.total.fetch_add(bytes.wrapping_sub(before), Ordering::Relaxed);
     }
 
     /// An empty reservation.
@@ -185,22 +203,35 @@ impl Memory {
     }
 
     fn add(&self, kind: Kind, bytes: usize) {
-        self.0.held[kind as usize].fetch_add(bytes, Ordering::Relaxed);
-        self.0.total.fetch_add(bytes, Ordering::Relaxed);
+        if let Some(query) = &self.query {
+            query.held.fetch_add(bytes, Ordering::Relaxed);
+        }
+        self.account.held[kind as usize].fetch_add(bytes, Ordering::Relaxed);
+        self.account.total.fetch_add(bytes, Ordering::Relaxed);
     }
 
     fn sub(&self, kind: Kind, bytes: usize) {
-        self.0.held[kind as usize].fetch_sub(bytes, Ordering::Relaxed);
-        self.0.total.fetch_sub(bytes, Ordering::Relaxed);
+        if let Some(query) = &self.query {
+            query.held.fetch_sub(bytes, Ordering::Relaxed);
+        }
+        self.account.held[kind as usize].fetch_sub(bytes, Ordering::Relaxed);
+        self.account.total.fetch_sub(bytes, Ordering::Relaxed);
     }
 
     /// Adds to a reservation of `before` bytes.
     fn try_add(&self, kind: Kind, before: usize, bytes: usize) -> Result<()> {
-        let small = before.saturating_add(bytes) < self.0.limit / SMALL_PARTS;
+        if let Some(query) = &self.query {
+            let held = query.held.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
+            if held > query.max {
+                query.held.fetch_sub(bytes, Ordering::Relaxed);
+                return Err(self.refusal_of_query(kind, held, query.max));
+            }
+        }
+        let small = before.saturating_add(bytes) < self.account.limit / SMALL_PARTS;
         let (of_kind, of_all) = kind.share(small);
         let (of_kind, of_all) = (self.part(of_kind), self.part(of_all));
-        let held = self.0.held[kind as usize].fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
-        let total = self.0.total.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
+        let held = self.account.held[kind as usize].fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
+        let total = self.account.total.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
         if held <= of_kind && total.saturating_add(self.beyond()) <= of_all {
             return Ok(());
         }
@@ -209,8 +240,16 @@ impl Memory {
     }
 
     #[cold]
+    fn refusal_of_query(&self, kind: Kind, held: usize, max: usize) -> Error {
+        self.account.refused[kind as usize].fetch_add(1, Ordering::Relaxed);
+        Error::limit_exceeded(format!(
+            "query would hold {held} bytes of memory: at most {max} are allowed for one, see query_memory_max"
+        ))
+    }
+
+    #[cold]
     fn refusal(&self, kind: Kind, bytes: usize, small: bool) -> Error {
-        self.0.refused[kind as usize].fetch_add(1, Ordering::Relaxed);
+        self.account.refused[kind as usize].fetch_add(1, Ordering::Relaxed);
         let (of_kind, of_all) = kind.share(small);
         Error::unavailable(format!(
             "no memory for {bytes} more bytes of {}: they hold {} and may hold {}, {} are used in all and {} may be; memory_limit is {}",
@@ -370,6 +409,32 @@ mod tests {
         small.grow(10 << 10).unwrap();
         assert!(small.grow(10 << 10).is_err());
         assert_eq!(memory.used(), (8 << 20) + (10 << 10));
+    }
+
+    #[test]
+    fn a_query_has_a_limit_of_its_own() {
+        let memory = Memory::new(16 << 20);
+        let (one, other) = (memory.of_query(1000), memory.of_query(1000));
+        let pool: Arc<dyn MemoryPool> = Arc::new(QueryPool(one.clone()));
+        let operator = MemoryConsumer::new("operator").register(&pool);
+        operator.try_grow(600).unwrap();
+        let mut answer = one.reserve(Kind::Queries);
+        let refused = answer.grow(401).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::LimitExceeded);
+        assert!(refused.to_string().contains("would hold 1001 bytes of memory: at most 1000 are"), "{refused}");
+        answer.grow(400).unwrap();
+        assert!(operator.try_grow(1).is_err());
+        let mut of_other = other.reserve(Kind::Queries);
+        of_other.grow(1000).unwrap();
+        assert_eq!((memory.held(Kind::Queries), memory.refused(Kind::Queries)), (2000, 2));
+        drop(operator);
+        answer.grow(600).unwrap();
+        drop((answer, of_other));
+        assert_eq!(memory.used(), 0);
+        // What all may hold is not widened.
+        let mut large = memory.of_query(usize::MAX).reserve(Kind::Queries);
+        assert!(large.grow((8 << 20) + 1).is_err());
+        large.grow(8 << 20).unwrap();
     }
 
     #[test]

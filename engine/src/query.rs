@@ -16,10 +16,12 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
-/// Queries that run at a time, for each thread. More would not be done sooner and take memory.
+use crate::Settings;
+use crate::memory::Memory;
+
+/// Queries that run at a time, for each thread, unless a setting says otherwise. More would not be done sooner and take
+/// memory.
 const RUNNING_PER_THREAD: usize = 4;
-/// A query that has not had its turn after this long is refused.
-const TURN_WITHIN: Duration = Duration::from_secs(10);
 /// Steps of about a nanosecond after which a [`Pace`] looks at its stop.
 const STEPS: usize = 1 << 20;
 
@@ -103,7 +105,7 @@ impl Stop {
     }
 
     /// When the deadline is; far away for one that never stops.
-    pub(crate) fn deadline(&self) -> Instant {
+    pub fn deadline(&self) -> Instant {
         self.0.as_ref().map_or_else(|| Self::within(Duration::MAX).deadline(), |s| s.deadline)
     }
 
@@ -204,6 +206,7 @@ impl Drop for Guard {
 #[derive(Debug)]
 pub struct Query {
     stop: Stop,
+    memory: Memory,
     turns: Arc<Semaphore>,
     /// `None` while it waits for its reader.
     turn: Option<OwnedSemaphorePermit>,
@@ -214,6 +217,11 @@ impl Query {
     /// What its loops look at.
     pub fn stop(&self) -> &Stop {
         &self.stop
+    }
+
+    /// What it reserves memory from.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
     }
 
     /// What stops it when dropped.
@@ -246,12 +254,31 @@ pub(crate) struct Turns {
     max: usize,
     /// Those that have begun, oldest first; some of them may have ended.
     begun: Arc<Mutex<Vec<Weak<State>>>>,
+    /// A query that has not had its turn after this long is refused.
+    within: Duration,
+    memory: Memory,
+    /// What one query may hold.
+    memory_max: usize,
 }
 
 impl Turns {
-    pub fn new(threads: usize) -> Self {
-        let max = RUNNING_PER_THREAD * threads.max(1);
-        Self { turns: Arc::new(Semaphore::new(max)), max, begun: Arc::default() }
+    pub fn new(settings: &Settings, memory: Memory) -> Self {
+        let max = match settings.queries_max {
+            0 => RUNNING_PER_THREAD * settings.cpu_threads.max(1),
+            max => max.min(Semaphore::MAX_PERMITS),
+        };
+        let memory_max = match settings.query_memory_max {
+            0 => usize::MAX,
+            max => max,
+        };
+        Self {
+            turns: Arc::new(Semaphore::new(max)),
+            max,
+            begun: Arc::default(),
+            within: settings.query_wait_max,
+            memory,
+            memory_max,
+        }
     }
 
     /// How many queries run at a time.
@@ -268,7 +295,7 @@ impl Turns {
         let turn = match self.turns.clone().try_acquire_owned() {
             Ok(turn) => turn,
             Err(_) => {
-                let until = stop.deadline().min(begun + TURN_WITHIN);
+                let until = stop.deadline().min(begun + self.within);
                 let turn = tokio::time::timeout_at(until, self.turns.clone().acquire_owned()).await;
                 // The semaphore is never closed.
                 turn.ok().and_then(Result::ok).ok_or_else(|| match stop.check() {
@@ -276,7 +303,7 @@ impl Turns {
                     Ok(()) => Error::unavailable(format!(
                         "{} queries run, which is the limit, and this one has waited for {} s; try again",
                         self.max,
-                        TURN_WITHIN.as_secs()
+                        self.within.as_secs_f64()
                     )),
                 })?
             }
@@ -286,7 +313,8 @@ impl Turns {
         all.retain(|state| state.strong_count() > 0);
         all.push(stop.state());
         drop(all);
-        Ok(Query { stop, turns: self.turns.clone(), turn: Some(turn), queued: begun.elapsed() })
+        let memory = self.memory.of_query(self.memory_max);
+        Ok(Query { stop, memory, turns: self.turns.clone(), turn: Some(turn), queued: begun.elapsed() })
     }
 
     /// Ends the oldest query for this reason: what asks for little is done before it is the oldest. While one that was
@@ -315,13 +343,17 @@ mod tests {
     const SECOND: QueryLimits = QueryLimits { timeout: Duration::from_secs(1) };
     const MINUTE: QueryLimits = QueryLimits { timeout: Duration::from_secs(60) };
 
+    fn turns() -> Turns {
+        Turns::new(&Settings { cpu_threads: 1, ..Settings::default() }, Memory::new(1 << 20))
+    }
+
     fn kind(result: Result<impl std::fmt::Debug>) -> ErrorKind {
         result.expect_err("a refusal").kind()
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_stop_is_seen_at_the_deadline_and_when_nobody_waits() {
-        let turns = Turns::new(1);
+        let turns = turns();
         let query = turns.begin(SECOND).await.unwrap();
         let mut pace = query.stop().pace();
         assert!(query.stop().check().is_ok());
@@ -343,7 +375,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn the_oldest_queries_end_when_memory_is_short() {
-        let turns = Turns::new(1);
+        let turns = turns();
         assert!(!turns.shed("short", true));
         let (first, second, third) = (
             turns.begin(MINUTE).await.unwrap(),
@@ -366,7 +398,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn queries_wait_for_their_turn_in_order_but_not_for_ever() {
-        let turns = Turns::new(1);
+        let turns = turns();
         let mut running = Vec::new();
         for _ in 0..turns.max() {
             running.push(turns.begin(MINUTE).await.unwrap());

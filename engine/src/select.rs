@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use std::collections::HashSet;
 use std::hash::BuildHasherDefault;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use catalog::files::TagPart;
 use catalog::registry::PassThrough;
@@ -22,9 +23,6 @@ use crate::memory::Kind;
 use crate::segment::{Key, Segments, day_of};
 use crate::version::{TableVersion, Version};
 use crate::{Reservation, Stop};
-
-/// Most series that a query may touch.
-const SERIES_PER_QUERY_MAX: usize = 1_000_000;
 
 /// What a series takes in a set and while it is made, the shared tag set aside.
 const SERIES_BYTES: usize = 80;
@@ -146,11 +144,13 @@ async fn select_once(inner: &Inner, selection: &Selection, stop: &Stop) -> Resul
     let version = inner.version();
     let start_ms = kept_from(&version, &selection.table, selection.start_ms);
     let (mut memory, mut reserved) = (inner.memory.reserve(Kind::Queries), Ok(()));
-    let sources = Sources::find(inner, &version, selection, &mut memory).await?;
+    let sources = Sources::find(inner, &version, (selection, stop), &mut memory).await?;
     let mut found: Vec<(Key, Ordinal, Arc<Series>)> = Vec::new();
     let (mut candidates, mut full) = (0, false);
+    let series_max = inner.settings.query_series_max;
     sources.for_each(inner, (selection, stop), &mut candidates, |ordinal, series| {
-        full = found.len() >= 2 * SERIES_PER_QUERY_MAX;
+        // An active set may come again from tag parts.
+        full = found.len() >= series_max.saturating_mul(2);
         if found.len().is_multiple_of(SERIES_AT_A_TIME) {
             reserved = memory.grow(SERIES_AT_A_TIME * SERIES_BYTES);
         }
@@ -165,9 +165,9 @@ async fn select_once(inner: &Inner, selection: &Selection, stop: &Stop) -> Resul
     // An active set sorts before its copies from tag parts, which have no ordinal.
     found.sort_unstable_by_key(|(key, ordinal, _)| (*key, *ordinal));
     found.dedup_by_key(|(key, ..)| *key);
-    if full || found.len() > SERIES_PER_QUERY_MAX {
+    if full || found.len() > series_max {
         return Err(Error::limit_exceeded(format!(
-            "query selects more than {SERIES_PER_QUERY_MAX} series; narrow its matchers or its time range"
+            "query selects more than {series_max} series; narrow its matchers or its time range"
         )));
     }
     // Sets that are not active may be held by this one alone.
@@ -244,7 +244,7 @@ pub(crate) async fn visit(
         let present = Present::of(inner);
         let version = inner.version();
         let mut memory = inner.memory.reserve(Kind::Queries);
-        let sources = Sources::find(inner, &version, selection, &mut memory).await?;
+        let sources = Sources::find(inner, &version, (selection, stop), &mut memory).await?;
         let mut go_on = true;
         sources.for_each(inner, (selection, stop), &mut 0, |_, series| {
             go_on = !seen.insert(series.id.code.0) || visit(series);
@@ -304,23 +304,29 @@ struct Sources {
 
 impl Sources {
     /// Reserves memory for what has to be read.
-    async fn find(inner: &Inner, version: &Version, selection: &Selection, memory: &mut Reservation) -> Result<Self> {
+    async fn find(
+        inner: &Inner,
+        version: &Version,
+        (selection, stop): (&Selection, &Stop),
+        memory: &mut Reservation,
+    ) -> Result<Self> {
         let mut admit = |bytes| memory.grow(bytes).map_err(too_much);
         let none = Self { active: false, parts: vec![] };
         let (start, end) = (kept_from(version, &selection.table, selection.start_ms), selection.end_ms);
         let Some(table) = version.table(selection.table.id).filter(|_| start <= end) else { return Ok(none) };
         let parts = parts_in_range(version, table, start, end);
-        let names: Vec<&Matcher> = selection.matchers.iter().filter(|m| m.name() == METRIC_NAME).collect();
+        let names = Names::of(&selection.matchers, stop);
         let parts = if parts.is_empty() {
             vec![]
         } else if let Some(name) = exact_name(&selection.matchers) {
             inner.parts.load(&parts, MetricFilter::Eq(name), &mut admit).await?
-        } else if names.is_empty() {
+        } else if names.matchers.is_empty() {
             inner.parts.load(&parts, MetricFilter::All, &mut admit).await?
         } else {
-            let wanted = |name: &str| names.iter().all(|m| m.matches(name));
+            let wanted = |name: &str| names.want(name);
             inner.parts.load(&parts, MetricFilter::Where(&wanted), &mut admit).await?
         };
+        stop.check()?;
         Ok(Self { active: table.memtables().any(|m| m.overlaps(start, end)), parts })
     }
 
@@ -334,13 +340,14 @@ impl Sources {
     ) -> Result<()> {
         // Names were matched when the metrics were chosen.
         let mut filter = Filter::new(selection.matchers.iter().filter(|m| m.name() != METRIC_NAME));
+        stop.check()?;
         let mut pace = stop.pace();
-        // A regular expression that is large looks at each letter many times.
-        let cost = if filter.dear.is_empty() { 64 } else { 16 << 10 };
+        // A matcher looks for its tag; a regular expression that is large looks at each letter many times.
+        let cost = 64 * (1 + filter.cheap.len()) + (16 << 10) * filter.dear.len();
         let mut stopped = Ok(());
         let mut go_on = true;
         let name = exact_name(&selection.matchers);
-        let names: Vec<&Matcher> = selection.matchers.iter().filter(|m| m.name() == METRIC_NAME).collect();
+        let names = Names::of(&selection.matchers, stop);
         if self.active {
             let mut each = |ordinal, series: &Arc<Series>| {
                 *candidates += 1;
@@ -353,7 +360,7 @@ impl Sources {
             };
             match name {
                 Some(name) => inner.registry.for_each_of(name, &mut each),
-                None => inner.registry.for_each(|m| names.iter().all(|n| n.matches(m)), &mut each),
+                None => inner.registry.for_each(|m| names.want(m), &mut each),
             }
         }
         for series in self.parts.iter().flat_map(|p| p.iter()) {
@@ -366,7 +373,8 @@ impl Sources {
                 go_on = visit(NO_ORDINAL, series);
             }
         }
-        stopped
+        stopped?;
+        stop.check()
     }
 }
 
@@ -383,6 +391,29 @@ pub(crate) fn exact_name(matchers: &[Matcher]) -> Option<&str> {
     let mut names = matchers.iter().filter(|m| m.name() == METRIC_NAME);
     let name = names.next().filter(|m| m.op() == MatchOp::Eq && !m.value().is_empty())?;
     names.next().is_none().then(|| name.value())
+}
+
+/// Matchers of names, and the stop that they look at.
+struct Names<'a> {
+    matchers: Vec<&'a Matcher>,
+    stop: &'a Stop,
+    /// Names are looked at by several threads.
+    asked: AtomicUsize,
+}
+
+impl<'a> Names<'a> {
+    fn of(matchers: &'a [Matcher], stop: &'a Stop) -> Self {
+        let matchers = matchers.iter().filter(|m| m.name() == METRIC_NAME).collect();
+        Self { matchers, stop, asked: AtomicUsize::new(0) }
+    }
+
+    /// Whether all hold; none does once the query is to stop, which whoever asked looks at afterwards.
+    fn want(&self, name: &str) -> bool {
+        const MATCHES_AT_A_TIME: usize = 256;
+        let look = (MATCHES_AT_A_TIME / self.matchers.len().max(1)).max(1);
+        let asked = self.asked.fetch_add(1, Ordering::Relaxed);
+        (!asked.is_multiple_of(look) || self.stop.check().is_ok()) && self.matchers.iter().all(|m| m.matches(name))
+    }
 }
 
 /// Matchers in the order of their cost, with what regular expressions said of values seen before.

@@ -19,9 +19,11 @@ use datafusion::catalog::{
 use datafusion::error::{DataFusionError, Result as DfResult};
 use datafusion::execution::context::QueryPlanner;
 use datafusion::execution::disk_manager::{DiskManagerBuilder, DiskManagerMode};
-use datafusion::execution::memory_pool::TrackConsumersPool;
-use datafusion::execution::runtime_env::RuntimeEnvBuilder;
-use datafusion::execution::{RecordBatchStream, SendableRecordBatchStream, SessionState, SessionStateBuilder};
+use datafusion::execution::memory_pool::{MemoryPool, TrackConsumersPool};
+use datafusion::execution::runtime_env::{RuntimeEnv, RuntimeEnvBuilder};
+use datafusion::execution::{
+    RecordBatchStream, SendableRecordBatchStream, SessionState, SessionStateBuilder, TaskContext,
+};
 use datafusion::logical_expr::LogicalPlan;
 use datafusion::physical_plan::{ExecutionPlan, execute_stream};
 use datafusion::physical_planner::{DefaultPhysicalPlanner, ExtensionPlanner, PhysicalPlanner};
@@ -93,10 +95,8 @@ impl QueryPlanner for Planner {
 /// # Errors
 /// The folder for what queries spill can't be used.
 pub(crate) fn state(settings: &Settings, memory: Memory, extensions: Extensions) -> DfResult<SessionState> {
-    // Errors name the greatest consumers, so that a user sees which part of a query to change.
-    const CONSUMERS_NAMED: NonZeroUsize = NonZeroUsize::new(3).unwrap();
     let runtime = RuntimeEnvBuilder::new()
-        .with_memory_pool(Arc::new(TrackConsumersPool::new(QueryPool(memory), CONSUMERS_NAMED)))
+        .with_memory_pool(pool(memory))
         .with_disk_manager_builder(spill(&settings.data_dir))
         .build_arc()?;
     let mut config = SessionConfig::new()
@@ -123,6 +123,17 @@ pub(crate) fn state(settings: &Settings, memory: Memory, extensions: Extensions)
         builder = builder.with_optimizer_rule(rule);
     }
     Ok(builder.build())
+}
+
+/// The runtime of one query: what its operators reserve counts as its own.
+fn runtime(shared: &RuntimeEnv, memory: &Memory) -> RuntimeEnv {
+    RuntimeEnv { memory_pool: pool(memory.clone()), ..shared.clone() }
+}
+
+fn pool(memory: Memory) -> Arc<dyn MemoryPool> {
+    // Errors name the greatest consumers, so that a user sees which part of a query to change.
+    const CONSUMERS_NAMED: NonZeroUsize = NonZeroUsize::new(3).unwrap();
+    Arc::new(TrackConsumersPool::new(QueryPool(memory), CONSUMERS_NAMED))
 }
 
 /// An empty catalog list with the default catalog and schema.
@@ -158,14 +169,16 @@ pub(crate) async fn execute(
     let mut state = state.clone();
     let (stop, guard) = (query.stop().clone(), query.guard());
     state.config_mut().options_mut().extensions.insert(stop.clone());
-    let task_stop = stop.clone();
+    let (task_stop, memory) = (stop.clone(), query.memory().clone());
     let task = async move {
         metrics.queries_running.inc();
         let mut outcome = Outcome { metrics, begun: std::time::Instant::now(), label: "canceled" };
         let mut schema_to = Some(schema_to);
         let run = async {
             let plan = state.create_physical_plan(&plan).await?;
-            let mut stream = execute_stream(plan, state.task_ctx())?;
+            let context = TaskContext::from(&state);
+            let runtime = runtime(&context.runtime_env(), &memory);
+            let mut stream = execute_stream(plan, Arc::new(context.with_runtime(Arc::new(runtime))))?;
             if let Some(to) = schema_to.take() {
                 let _ = to.send(Ok(stream.schema()));
             }

@@ -63,6 +63,14 @@ pub struct Settings {
     pub retention: Retention,
     /// Deadline of a query that does not set its own.
     pub query_timeout: Duration,
+    /// Queries that run at a time; 0 for a number that follows from the threads.
+    pub queries_max: usize,
+    /// A query that has not had its turn after this long is refused.
+    pub query_wait_max: Duration,
+    /// Most memory of one query; 0 for what all together may have.
+    pub query_memory_max: usize,
+    /// Most series that one selection may mean.
+    pub query_series_max: usize,
     /// Threads for queries, flush and compaction.
     pub cpu_threads: usize,
     /// Whether work has threads of its own. Without, all of it runs on the runtime that opens the engine, as
@@ -88,6 +96,10 @@ impl Default for Settings {
             delete_grace: Duration::from_secs(600),
             retention: Retention::default(),
             query_timeout: Duration::from_secs(120),
+            queries_max: 0,
+            query_wait_max: Duration::from_secs(10),
+            query_memory_max: 0,
+            query_series_max: 1_000_000,
             cpu_threads: 2,
             own_threads: true,
         }

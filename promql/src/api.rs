@@ -23,6 +23,7 @@ mod telemetry;
 
 use std::future::Future;
 use std::sync::Arc;
+use std::time::Duration;
 
 use access::{Routes, Scope};
 use axum::extract::{Path, State};
@@ -42,43 +43,28 @@ pub(crate) use self::query::check_resolution;
 use self::reply::{Failure, Reply, error_type};
 use self::telemetry::Metrics;
 use crate::error::{QueryError, QueryErrorKind, Result};
-use crate::options::Features;
+use crate::options::Settings;
 
+/// A query that has not noticed its deadline so long after it is answered for. It says more of what it was about itself.
+const TOLD_WITHIN: Duration = Duration::from_millis(250);
 /// Answers shorter than this many bytes are sent as they are: they fit into a packet.
 const COMPRESSED_BYTES_MIN: u64 = 1400;
-
-/// How the API evaluates queries.
-#[derive(Debug, Clone)]
-pub struct ApiOptions {
-    /// How far an instant selector looks back when the request does not say, in milliseconds.
-    pub lookback_ms: i64,
-    /// Most samples that one query may hold in memory at a time.
-    pub samples_max: usize,
-    /// Switches of the language.
-    pub features: Features,
-}
-
-impl Default for ApiOptions {
-    fn default() -> Self {
-        Self { lookback_ms: 300_000, samples_max: 50_000_000, features: Features::default() }
-    }
-}
 
 /// What all endpoints work with.
 #[derive(Debug)]
 struct Api {
     engine: Engine,
-    options: ApiOptions,
+    settings: Settings,
     metrics: Metrics,
     /// Milliseconds since the epoch.
     started_ms: i64,
 }
 
 /// The API's endpoints.
-pub fn routes(engine: Engine, options: ApiOptions) -> Routes {
+pub fn routes(engine: Engine, settings: Settings) -> Routes {
     let metrics = Metrics::new(engine.telemetry());
     let started_ms = engine.now_ms();
-    let api = Arc::new(Api { engine, options, metrics, started_ms });
+    let api = Arc::new(Api { engine, settings, metrics, started_ms });
     let values = |State(api): State<Arc<Api>>, Path(name): Path<String>, form: Form| async move {
         let values = |api: Arc<Api>, form, query| async move { series::label_values(&api, &name, &form, query).await };
         ask(&api, "label_values", form, values).await
@@ -225,7 +211,11 @@ where
     let asked = async {
         let query = begin(api, &form).await?;
         let _guard = query.guard();
-        api.engine.run(endpoint(api.clone(), form, query)).await
+        // What computes without waiting looks at its stop now and then; the client is told in time also when all threads
+        // are busy with others.
+        let deadline = query.stop().deadline() + TOLD_WITHIN;
+        let answer = api.engine.run(endpoint(api.clone(), form, query));
+        tokio::time::timeout_at(deadline, answer).await.unwrap_or_else(|_| Err(timed_out()))
     };
     let result = asked.await;
     underway.end(result.as_ref().map_or_else(|e| error_type(e.kind).0, |_| "success"));
@@ -241,6 +231,11 @@ async fn begin(api: &Api, form: &Form) -> Result<Query> {
         }
         e => e,
     })
+}
+
+/// As Prometheus words it.
+pub(crate) fn timed_out() -> QueryError {
+    QueryError::new(QueryErrorKind::Timeout, "query timed out in expression evaluation")
 }
 
 #[cfg(test)]

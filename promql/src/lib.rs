@@ -23,16 +23,16 @@ use engine::Extensions;
 
 pub use error::{QueryError, QueryErrorKind, Result};
 pub use exec::query;
-pub use options::{EvalOptions, Features, Grid};
+pub use options::{EvalOptions, Features, Grid, Limits, Settings};
 pub use plan::plan;
 pub use result::{Block, Data, QueryResult, Run, SeriesView, Stats, ValueType};
 
 /// The planner of the nodes that plans of this language hold, and `promql()` for SQL. Sessions that plan them carry an
 /// `Arc<Engine>` as a config extension.
-pub fn extensions() -> Extensions {
+pub fn extensions(settings: Settings) -> Extensions {
     Extensions {
         planners: vec![Arc::new(exec::Planner)],
-        table_functions: vec![("promql", Arc::new(table_function::Promql))],
+        table_functions: vec![("promql", Arc::new(table_function::Promql(settings)))],
         ..Extensions::default()
     }
 }

@@ -88,6 +88,48 @@ impl fmt::Display for Features {
     }
 }
 
+/// What one request may ask for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Most samples that a query may hold in memory at a time, values of its inner expressions and of its answer
+    /// among them.
+    pub samples_max: usize,
+    /// Most points of one series that a range query may ask for, the first not counted.
+    pub points_max: usize,
+    /// Most steps at which a subquery may evaluate its inner expression: a row of them is held in memory per series.
+    pub subquery_steps_max: usize,
+    /// Most samples of an answer to a remote read that is not a stream.
+    pub read_samples_max: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            samples_max: 50_000_000,
+            points_max: 11_000,
+            subquery_steps_max: 2_000_000,
+            read_samples_max: 50_000_000,
+        }
+    }
+}
+
+/// How a server evaluates queries where a request does not say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Settings {
+    /// How far an instant selector looks back, in milliseconds.
+    pub lookback_ms: i64,
+    /// Switches of the language.
+    pub features: Features,
+    /// What one request may ask for.
+    pub limits: Limits,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { lookback_ms: 300_000, features: Features::default(), limits: Limits::default() }
+    }
+}
+
 /// How one query is evaluated.
 #[derive(Debug, Clone)]
 pub struct EvalOptions {
@@ -105,8 +147,8 @@ pub struct EvalOptions {
     pub default_step_ms: i64,
     /// Switches of the language.
     pub features: Features,
-    /// Most samples that one query may hold in memory at a time.
-    pub max_samples: usize,
+    /// What it may ask for.
+    pub limits: Limits,
 }
 
 impl EvalOptions {
@@ -125,12 +167,20 @@ impl EvalOptions {
             lookback_ms: 300_000,
             default_step_ms: 60_000,
             features: Features::default(),
-            max_samples: 50_000_000,
+            limits: Limits::default(),
         }
     }
 
     fn with_instant(mut self) -> Self {
         self.instant = true;
+        self
+    }
+
+    /// As a server with these settings evaluates it.
+    #[must_use]
+    pub fn under(mut self, settings: &Settings) -> Self {
+        let Settings { lookback_ms, features, limits } = *settings;
+        (self.lookback_ms, self.features, self.limits) = (lookback_ms, features, limits);
         self
     }
 

@@ -20,7 +20,7 @@ use datafusion::common::ScalarValue;
 use datafusion::common::tree_node::TreeNodeRecursion;
 use datafusion::datasource::TableType;
 use datafusion::error::{DataFusionError, Result as DfResult};
-use datafusion::execution::{SendableRecordBatchStream, TaskContext};
+use datafusion::execution::{SendableRecordBatchStream, SessionState, TaskContext};
 use datafusion::logical_expr::Expr;
 use datafusion::physical_expr::{EquivalenceProperties, Partitioning, PhysicalExpr};
 use datafusion::physical_plan::execution_plan::{Boundedness, EmissionType};
@@ -35,7 +35,7 @@ use crate::api::{check_resolution, parse_duration, parse_time};
 use crate::error::{QueryError, QueryErrorKind};
 use crate::exec::Notes;
 use crate::labels::{self, Pairs};
-use crate::options::Grid;
+use crate::options::{Grid, Settings};
 use crate::result::Block;
 use crate::{EvalOptions, exec, plan};
 
@@ -44,11 +44,11 @@ const BATCH_ROWS: usize = 8192;
 
 /// The function.
 #[derive(Debug)]
-pub(crate) struct Promql;
+pub(crate) struct Promql(pub Settings);
 
 impl TableFunctionImpl for Promql {
     fn call_with_args(&self, args: TableFunctionArgs) -> DfResult<Arc<dyn TableProvider>> {
-        let table = Answer::of(args.exprs()).map_err(in_sql)?;
+        let table = Answer::of(args.exprs(), self.0).map_err(in_sql)?;
         // A wrong text fails when the statement is prepared.
         plan(&table.query, &table.options(0)).map_err(in_sql)?;
         Ok(Arc::new(table))
@@ -76,10 +76,11 @@ struct Answer {
     query: String,
     /// Start, end and step in milliseconds; now when there are none.
     times: Option<(i64, i64, i64)>,
+    settings: Settings,
 }
 
 impl Answer {
-    fn of(arguments: &[Expr]) -> Result<Self, QueryError> {
+    fn of(arguments: &[Expr], settings: Settings) -> Result<Self, QueryError> {
         let mut constants = Vec::with_capacity(arguments.len());
         for (i, argument) in arguments.iter().enumerate() {
             match argument {
@@ -90,14 +91,14 @@ impl Answer {
             }
         }
         match constants.as_slice() {
-            [query] => Ok(Self { query: text(query)?, times: None }),
+            [query] => Ok(Self { query: text(query)?, times: None, settings }),
             [query, start, end, step] => {
                 let (start, end, step) = (time("start", start)?, time("end", end)?, step_ms(step)?);
                 if end < start {
                     return Err(QueryError::bad_data("end must not be before start"));
                 }
-                check_resolution(start, end, step.saturating_mul(1_000_000))?;
-                Ok(Self { query: text(query)?, times: Some((start, end, step)) })
+                check_resolution((start, end), step.saturating_mul(1_000_000), &settings.limits)?;
+                Ok(Self { query: text(query)?, times: Some((start, end, step)), settings })
             }
             other => Err(QueryError::bad_data(format!(
                 "{} arguments were given; it takes a query, or a query, a start, an end and a step",
@@ -107,10 +108,11 @@ impl Answer {
     }
 
     fn options(&self, now_ms: i64) -> EvalOptions {
-        match self.times {
+        let options = match self.times {
             None => EvalOptions::instant(now_ms),
             Some((start, end, step)) => EvalOptions::range(start, end, step),
-        }
+        };
+        options.under(&self.settings)
     }
 }
 
@@ -205,13 +207,13 @@ impl TableProvider for Answer {
         let Some(inner) = planned.plan else {
             return Err(in_sql(QueryError::bad_data("a text is no table; the query must give series or a number")));
         };
-        let mut state = exec::session(&engine, Arc::new(Notes::new(options.max_samples)));
+        let mut state = exec::session(&engine, Arc::new(Notes::new(options.limits.samples_max)));
         // What stops the statement stops this.
         state.config_mut().options_mut().extensions.insert(Stop::of(session.config_options()));
         let input = state.create_physical_plan(&inner).await.map_err(|e| in_sql(e.into()))?;
         let all: Vec<usize> = (0..schema().fields().len()).collect();
         let columns = projection.cloned().unwrap_or(all);
-        Ok(Arc::new(Rows::new(self.query.clone(), planned.grid, input, state.task_ctx(), columns)?))
+        Ok(Arc::new(Rows::new(self.query.clone(), planned.grid, input, state, columns)?))
     }
 }
 
@@ -222,7 +224,7 @@ struct Rows {
     query: String,
     grid: Grid,
     input: Arc<dyn ExecutionPlan>,
-    context: Arc<TaskContext>,
+    state: SessionState,
     columns: Vec<usize>,
     properties: Arc<PlanProperties>,
 }
@@ -232,7 +234,7 @@ impl Rows {
         query: String,
         grid: Grid,
         input: Arc<dyn ExecutionPlan>,
-        context: Arc<TaskContext>,
+        state: SessionState,
         columns: Vec<usize>,
     ) -> DfResult<Self> {
         let schema = Arc::new(schema().project(&columns)?);
@@ -242,7 +244,7 @@ impl Rows {
             EmissionType::Incremental,
             Boundedness::Bounded,
         ));
-        Ok(Self { query, grid, input, context, columns, properties })
+        Ok(Self { query, grid, input, state, columns, properties })
     }
 }
 
@@ -278,8 +280,10 @@ impl ExecutionPlan for Rows {
         Ok(self)
     }
 
-    fn execute(&self, partition: usize, _context: Arc<TaskContext>) -> DfResult<SendableRecordBatchStream> {
-        let input = self.input.execute(partition, self.context.clone())?;
+    fn execute(&self, partition: usize, context: Arc<TaskContext>) -> DfResult<SendableRecordBatchStream> {
+        // What it reserves counts as the statement's.
+        let inner = TaskContext::from(&self.state).with_runtime(context.runtime_env());
+        let input = self.input.execute(partition, Arc::new(inner))?;
         let (grid, columns, schema) = (self.grid, self.columns.clone(), self.schema());
         let output = schema.clone();
         let rows = input.map_err(|e| in_sql(e.into())).map(move |batch| {

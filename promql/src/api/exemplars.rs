@@ -45,7 +45,7 @@ pub(super) async fn query(api: &Api, form: &Form, query: Query) -> Result<Reply>
     if end_ms < start_ms {
         return Err(QueryError::bad_data("end timestamp must not be before start timestamp"));
     }
-    let expr = plan::parse(form.get("query"), &api.options.features)?;
+    let expr = plan::parse(form.get("query"), &api.settings.features)?;
     let mut selectors = Vec::new();
     expr.selectors(&mut |s| selectors.push(s.selection()));
     if selectors.is_empty() {

@@ -45,7 +45,7 @@ pub(super) async fn federate(State(api): State<Arc<Api>>, headers: HeaderMap, fo
 async fn text(api: &Api, form: &Form, names: Names) -> Result<Vec<u8>> {
     let selectors = form.selectors().map_err(|e| invalid("match[]", e))?;
     let end_ms = api.engine.now_ms();
-    let start_ms = end_ms.saturating_sub(api.options.lookback_ms).saturating_add(1);
+    let start_ms = end_ms.saturating_sub(api.settings.lookback_ms).saturating_add(1);
     let asked = Asked { selectors, start_ms, end_ms, labels_only: false };
     let mut newest = Newest::new(names, raw::reservation(api, "federation"));
     raw::read(api, &[asked], &mut newest, None).await?;

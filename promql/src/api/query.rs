@@ -12,14 +12,11 @@ use super::{Api, json};
 use crate::error::{QueryError, QueryErrorKind, Result};
 use crate::exec::out_of_memory;
 use crate::histogram::FloatHistogram;
-use crate::options::EvalOptions;
+use crate::options::{EvalOptions, Limits};
 use crate::parse::json::tree;
 use crate::parse::print::pretty;
 use crate::plan;
 use crate::result::{Data, QueryResult, ValueType};
-
-/// Most points of one series that a range query may ask for, the first not counted.
-const POINTS_MAX: i128 = 11_000;
 
 /// `query`: evaluates an expression at one time.
 pub(super) async fn instant(api: &Api, form: &Form, query: Query) -> Result<Reply> {
@@ -36,34 +33,42 @@ pub(super) async fn range(api: &Api, form: &Form, query: Query) -> Result<Reply>
         return Err(invalid("end", "end timestamp must not be before start time"));
     }
     let step_ns = form.step_ns()?;
-    check_resolution(start_ms, end_ms, step_ns)?;
+    check_resolution((start_ms, end_ms), step_ns, &api.settings.limits)?;
     evaluate(api, form, limit, query, EvalOptions::range(start_ms, end_ms, step_ns / 1_000_000)).await
 }
 
 /// Refuses more points of a series than anybody can look at.
-pub(crate) fn check_resolution(start_ms: i64, end_ms: i64, step_ns: i64) -> Result<()> {
+pub(crate) fn check_resolution((start_ms, end_ms): (i64, i64), step_ns: i64, limits: &Limits) -> Result<()> {
     let span_ns = (i128::from(end_ms) - i128::from(start_ms)) * 1_000_000;
-    if span_ns / i128::from(step_ns) > POINTS_MAX {
-        return Err(QueryError::bad_data(
-            "exceeded maximum resolution of 11,000 points per timeseries. Try decreasing the query resolution (?step=XX)",
-        ));
+    if span_ns / i128::from(step_ns) > limits.points_max as i128 {
+        return Err(QueryError::bad_data(format!(
+            "exceeded maximum resolution of {} points per timeseries. Try decreasing the query resolution (?step=XX)",
+            in_thousands(limits.points_max)
+        )));
     }
     Ok(())
 }
 
-async fn evaluate(
-    api: &Api,
-    form: &Form,
-    limit: Option<usize>,
-    query: Query,
-    mut options: EvalOptions,
-) -> Result<Reply> {
-    options.lookback_ms = form.lookback_ms()?.unwrap_or(api.options.lookback_ms);
-    options.features = api.options.features;
-    options.max_samples = api.options.samples_max;
+/// A number with commas between its thousands.
+fn in_thousands(n: usize) -> String {
+    let digits = n.to_string();
+    let mut out = String::with_capacity(digits.len() * 4 / 3);
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+async fn evaluate(api: &Api, form: &Form, limit: Option<usize>, query: Query, options: EvalOptions) -> Result<Reply> {
+    let mut options = options.under(&api.settings);
+    options.lookback_ms = form.lookback_ms()?.unwrap_or(options.lookback_ms);
     let stats = Asked::of(form);
 
     let (begun, queued, stop) = (Instant::now(), query.queued(), query.stop().clone());
+    let mut memory = query.memory().reserve(Kind::Queries);
     let result = crate::query(&api.engine, form.get("query"), &options, query).await;
     let mut result = result.map_err(|e| match e.kind {
         QueryErrorKind::BadData => invalid("query", e),
@@ -81,7 +86,6 @@ async fn evaluate(
         ));
     }
     let stats = (stats != Asked::No).then_some(timings);
-    let mut memory = api.engine.memory().reserve(Kind::Queries);
     memory.grow(text_bytes(&result, &stop)?).map_err(out_of_memory)?;
     let mut written = Ok(());
     let data = |out: &mut Vec<u8>| written = write_data(out, &result, stats.as_ref(), &stop);
@@ -334,13 +338,13 @@ fn write_stats(out: &mut Vec<u8>, timings: &Timings, result: &QueryResult) {
 
 /// `format_query`: the expression, laid out.
 pub(super) async fn format(api: &Api, form: &Form) -> Result<Reply> {
-    let expr = plan::parse(form.get("query"), &api.options.features).map_err(|e| invalid("query", e))?;
+    let expr = plan::parse(form.get("query"), &api.settings.features).map_err(|e| invalid("query", e))?;
     Ok(Reply::data(|out| json::text(out, &pretty(&expr))))
 }
 
 /// `parse_query`: the expression as a tree.
 pub(super) async fn parse(api: &Api, form: &Form) -> Result<Reply> {
-    let expr = plan::parse(form.get("query"), &api.options.features).map_err(|e| invalid("query", e))?;
+    let expr = plan::parse(form.get("query"), &api.settings.features).map_err(|e| invalid("query", e))?;
     Ok(Reply::data(|out| out.extend_from_slice(tree(&expr).to_string().as_bytes())))
 }
 

@@ -35,8 +35,6 @@ const BODY_BYTES_MAX: usize = 1 << 20;
 const INFLATED_BYTES_MAX: usize = 4 << 20;
 /// Most queries of a request.
 const QUERIES_MAX: usize = 100;
-/// Most samples of an answer that is not a stream: Prometheus's default.
-const SAMPLES_MAX: usize = 50_000_000;
 /// A frame is sent when its chunks have this many bytes.
 const FRAME_BYTES: usize = 1 << 20;
 /// Frames that may wait for a slow reader.
@@ -86,7 +84,8 @@ async fn answer(api: Arc<Api>, request: Request) -> Result<Response> {
     let asked = request.queries.iter().map(|q| asked(q, &mut patterns)).collect::<Result<Vec<_>>>()?;
     match form(&request)? {
         Form::Samples => {
-            let mut sink = Samples::new(raw::reservation(&api, "samples for remote read"));
+            let mut sink =
+                Samples::new(raw::reservation(&api, "samples for remote read"), api.settings.limits.read_samples_max);
             raw::read(&api, &asked, &mut sink, None).await?;
             let headers = [(CONTENT_TYPE, "application/x-protobuf"), (CONTENT_ENCODING, "snappy")];
             Ok((headers, sink.finish()?).into_response())
@@ -188,12 +187,14 @@ struct Samples {
     /// The series under way.
     series: Vec<u8>,
     count: usize,
+    /// Most of them.
+    max: usize,
     held: MemoryReservation,
 }
 
 impl Samples {
-    fn new(held: MemoryReservation) -> Self {
-        Self { results: Vec::new(), series: Vec::new(), count: 0, held }
+    fn new(held: MemoryReservation, max: usize) -> Self {
+        Self { results: Vec::new(), series: Vec::new(), count: 0, max, held }
     }
 
     /// The answer, compressed.
@@ -220,8 +221,8 @@ impl Sink for Samples {
 
     fn points(&mut self, points: &Points) -> Result<()> {
         self.count += points.len();
-        if self.count > SAMPLES_MAX {
-            return Err(QueryError::execution(format!("exceeded sample limit ({SAMPLES_MAX})")));
+        if self.count > self.max {
+            return Err(QueryError::execution(format!("exceeded sample limit ({})", self.max)));
         }
         let before = self.series.len();
         points.floats.iter().for_each(|(ts, value)| message::sample(*ts, *value, &mut self.series));

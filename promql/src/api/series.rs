@@ -36,7 +36,7 @@ pub(super) async fn series(api: &Api, form: &Form, query: Query) -> Result<Reply
     let selectors = form.selectors().map_err(|e| super::params::invalid("match[]", e))?;
     let mut seen: HashSet<Code, BuildHasherDefault<PassThrough>> = HashSet::default();
     let mut found: Vec<Arc<Series>> = Vec::new();
-    let mut memory = api.engine.memory().reserve(Kind::Queries);
+    let mut memory = query.memory().reserve(Kind::Queries);
     let mut refused = Ok(());
     visit((api, query.stop()), selectors, range, |series| {
         if refused.is_ok() && seen.insert(series.id.code) {

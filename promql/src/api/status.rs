@@ -80,9 +80,9 @@ pub(super) async fn runtime_info(api: &Api) -> Result<Reply> {
 pub(super) async fn flags(api: &Api) -> Result<Reply> {
     let seconds = |s: u64| format!("{s}s");
     let fields = [
-        ("query.lookback-delta", seconds(api.options.lookback_ms.unsigned_abs() / 1000)),
+        ("query.lookback-delta", seconds(api.settings.lookback_ms.unsigned_abs() / 1000)),
         ("query.max-concurrency", api.engine.queries_max().to_string()),
-        ("query.max-samples", api.options.samples_max.to_string()),
+        ("query.max-samples", api.settings.limits.samples_max.to_string()),
         ("query.timeout", seconds(api.engine.settings().query_timeout.as_secs())),
         ("web.enable-remote-write-receiver", "true".to_owned()),
     ];
@@ -96,7 +96,7 @@ pub(super) fn wal_replay() -> Result<Reply> {
 
 /// `features`: what clients may use, by the names that Prometheus has for it.
 pub(super) async fn features(api: &Api) -> Result<Reply> {
-    let on = api.options.features;
+    let on = api.settings.features;
     let groups: [(&str, &[(&str, bool)]); 2] = [
         (
             "api",

@@ -52,14 +52,17 @@ async fn open() -> (Engine, TempDir) {
         entropy: Arc::new(catalog::SeededEntropy::new(1)),
         telemetry: Arc::new(Telemetry::default()),
     };
-    (Engine::open(settings, components, crate::extensions()).await.expect("a database"), folder)
+    (
+        Engine::open(settings, components, crate::extensions(crate::Settings::default())).await.expect("a database"),
+        folder,
+    )
 }
 
 /// A server whose database holds `up` and `requests` of two instances, once a minute for an hour until [`NOW`].
 pub(super) async fn serve() -> Server {
     let (engine, folder) = open().await;
     fill(&engine).await;
-    let router = routes(engine.clone(), ApiOptions::default()).behind(Access::open());
+    let router = routes(engine.clone(), crate::Settings::default()).behind(Access::open());
     Server { router, engine, _folder: folder }
 }
 

@@ -27,6 +27,7 @@ use futures::{FutureExt, TryStreamExt};
 
 use super::notes::too_many_samples;
 use super::{NodeExec, Notes, SeriesLabels, bytes_of, deep, internal, native};
+use crate::api::timed_out;
 use crate::options::Grid;
 use crate::plan::ops::{Op, Selector};
 use crate::plan::source::Source;
@@ -216,8 +217,8 @@ pub(crate) fn session(engine: &Engine, notes: Arc<Notes>) -> SessionState {
 /// `BadData` when it is not PromQL, `Execution` when the data do not allow it, `Timeout` at the deadline.
 pub async fn query(engine: &Engine, text: &str, options: &EvalOptions, query: Query) -> Result<QueryResult> {
     let planned = crate::plan::plan(text, options)?;
-    let notes = Arc::new(Notes::new(options.max_samples));
-    let mut memory = engine.memory().reserve(Kind::Queries);
+    let notes = Arc::new(Notes::new(options.limits.samples_max));
+    let mut memory = query.memory().reserve(Kind::Queries);
     let data = match (&planned.plan, &planned.text) {
         (None, text) => Data::Text(text.clone().unwrap_or_default()),
         (Some(plan), _) => {
@@ -228,7 +229,7 @@ pub async fn query(engine: &Engine, text: &str, options: &EvalOptions, query: Qu
                 while let Some(batch) = stream.try_next().await? {
                     memory.grow(bytes_of(&batch)).map_err(out_of_memory)?;
                     samples += samples_of(&batch);
-                    if samples > options.max_samples {
+                    if samples > options.limits.samples_max {
                         return Err(too_many_samples().into());
                     }
                     batches.push(batch);
@@ -270,7 +271,7 @@ pub(crate) fn out_of_memory(e: engine::Error) -> QueryError {
 
 fn worded(e: QueryError) -> QueryError {
     match e.kind {
-        QueryErrorKind::Timeout => QueryError::new(e.kind, "query timed out in expression evaluation"),
+        QueryErrorKind::Timeout => timed_out(),
         _ => e,
     }
 }

@@ -442,9 +442,10 @@ impl Builder<'_> {
                     // No inner step falls into any window.
                     return self.leaf(Op::Nothing, grid);
                 }
-                if inner.steps() > STEPS_MAX {
+                let steps_max = self.options.limits.subquery_steps_max;
+                if inner.steps() > steps_max {
                     return Err(QueryError::execution(format!(
-                        "subquery evaluates its inner expression at {} steps: at most {STEPS_MAX} are allowed",
+                        "subquery evaluates its inner expression at {} steps: at most {steps_max} are allowed",
                         inner.steps()
                     )));
                 }
@@ -677,9 +678,6 @@ impl Builder<'_> {
         Ok(Built { plan: self.node(Op::Merge { strict: false }, grid, vec![plan])?, distinct })
     }
 }
-
-/// Most steps of a subquery's inner grid: a row of them is held in memory per series.
-const STEPS_MAX: usize = 2_000_000;
 
 fn missing(function: &str) -> QueryError {
     QueryError::bad_data(format!("parse error: too few arguments in call to \"{function}\""))
