@@ -2,7 +2,7 @@
 
 use std::io::BufRead as _;
 
-use access::{Scope, hash_password, hash_token, new_token};
+use access::{Scope, hash_password, hash_token, new_token, scram_verifier};
 use anyhow::{Context, Result};
 use catalog::Secret;
 use clap::{Subcommand, ValueEnum};
@@ -26,6 +26,15 @@ pub enum Token {
 /// Users.
 #[derive(Debug, Subcommand)]
 pub enum User {
+    /// Print the entry for `auth_file` of a user whose password is read from standard input.
+    New {
+        /// The user's name.
+        #[arg(long)]
+        name: String,
+        /// What it allows; repeat for more than one.
+        #[arg(long = "scope", required = true)]
+        scopes: Vec<Allowed>,
+    },
     /// Print the hash of a password, which is read from standard input.
     Hash,
 }
@@ -56,22 +65,33 @@ pub fn token(command: &Token) -> Result<()> {
     match command {
         Token::New { name, scopes } => {
             let token = new_token()?;
-            let scopes: Vec<String> = scopes.iter().map(|s| format!("\"{}\"", s.scope())).collect();
             println!("{}\n\n[[token]]", token.expose());
             println!("name = {}", toml::Value::String(name.clone()));
-            println!("sha256 = \"{}\"\nscopes = [{}]", hash_token(&token)?, scopes.join(", "));
+            println!("sha256 = \"{}\"\nscopes = {}", hash_token(&token)?, list(scopes));
         }
         Token::Hash => println!("{}", hash_token(&line()?)?),
     }
     Ok(())
 }
 
-/// Hashes a password.
+/// Scopes as they stand in the file.
+fn list(scopes: &[Allowed]) -> String {
+    let scopes: Vec<String> = scopes.iter().map(|s| format!("\"{}\"", s.scope())).collect();
+    format!("[{}]", scopes.join(", "))
+}
+
+/// Makes a user or hashes a password.
 ///
 /// # Errors
 /// A password that is empty or too long.
 pub fn user(command: &User) -> Result<()> {
     match command {
+        User::New { name, scopes } => {
+            let password = line()?;
+            println!("[[user]]\nname = {}", toml::Value::String(name.clone()));
+            println!("argon2 = \"{}\"", hash_password(&password)?);
+            println!("scram = \"{}\"\nscopes = {}", scram_verifier(&password)?, list(scopes));
+        }
         User::Hash => println!("{}", hash_password(&line()?)?),
     }
     Ok(())

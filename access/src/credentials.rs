@@ -9,6 +9,7 @@
 //! [[user]]
 //! name = "alice"
 //! argon2 = "$argon2id$v=19$m=19456,t=2,p=1$..."
+//! scram = "SCRAM-SHA-256$4096:..."     # for PostgreSQL clients
 //! scopes = ["read"]
 //! ```
 //!
@@ -27,6 +28,7 @@ use catalog::{Error, Result, Secret};
 use subtle::ConstantTimeEq as _;
 use toml::de::{DeTable, DeValue};
 
+use crate::scram::Verifier;
 use crate::{Scope, Scopes};
 
 /// Most entries: every token is compared for every request.
@@ -63,6 +65,7 @@ pub(crate) struct Token {
 pub(crate) struct User {
     pub name: String,
     argon2: String,
+    pub scram: Option<Verifier>,
     pub scopes: Scopes,
 }
 
@@ -138,6 +141,11 @@ impl Credentials {
         self.tokens.iter().fold(None, |found, entry| if entry.sha256.ct_eq(&hash).into() { Some(entry) } else { found })
     }
 
+    /// The token of a name.
+    pub(crate) fn named_token(&self, name: &str) -> Option<&Token> {
+        self.tokens.iter().find(|t| t.name == name)
+    }
+
     /// The user of a name.
     pub(crate) fn user(&self, name: &str) -> Option<&User> {
         self.users.iter().find(|u| u.name == name)
@@ -150,7 +158,7 @@ impl Credentials {
 }
 
 fn token(entry: &DeTable<'_>) -> Result<Token> {
-    let (name, hash, scopes) = fields(entry, "sha256")?;
+    let (name, hash, scopes) = fields(entry, "sha256", &[])?;
     let wrong = || Error::invalid(format!("{name:?}: sha256 must be 64 hex digits; `thalweg token hash` prints them"));
     if hash.len() != 64 || !hash.bytes().all(|b| b.is_ascii_hexdigit()) {
         return Err(wrong());
@@ -163,7 +171,7 @@ fn token(entry: &DeTable<'_>) -> Result<Token> {
 }
 
 fn user(entry: &DeTable<'_>) -> Result<User> {
-    let (name, argon2, scopes) = fields(entry, "argon2")?;
+    let (name, argon2, scopes) = fields(entry, "argon2", &["scram"])?;
     if name.contains(':') {
         return Err(Error::invalid("the name of a user can't hold a colon: basic authentication ends it there"));
     }
@@ -180,13 +188,20 @@ fn user(entry: &DeTable<'_>) -> Result<User> {
             params.t_cost()
         )));
     }
-    Ok(User { name, argon2, scopes })
+    let wrong = || Error::invalid(format!("{name:?}: scram must be a verifier as `thalweg user new` prints it"));
+    let scram = match entry.get("scram").map(|v| v.get_ref().as_str()) {
+        None => None,
+        Some(text) => Some(text.and_then(Verifier::parse).ok_or_else(wrong)?),
+    };
+    Ok(User { name, argon2, scram, scopes })
 }
 
 /// The name, the hash and the scopes of an entry.
-fn fields(entry: &DeTable<'_>, hash: &str) -> Result<(String, String, Scopes)> {
-    if entry.iter().any(|(key, _)| !["name", hash, "scopes"].contains(&key.get_ref().as_ref())) {
-        return Err(Error::invalid(format!("unknown key; name, {hash} and scopes are known")));
+fn fields(entry: &DeTable<'_>, hash: &str, more: &[&str]) -> Result<(String, String, Scopes)> {
+    let known = |key: &str| ["name", hash, "scopes"].contains(&key) || more.contains(&key);
+    if entry.iter().any(|(key, _)| !known(key.get_ref().as_ref())) {
+        let more: String = more.iter().map(|m| format!(", {m}")).collect();
+        return Err(Error::invalid(format!("unknown key; name, {hash}{more} and scopes are known")));
     }
     let text = |key: &str| match entry.get(key).map(|v| v.get_ref().as_str()) {
         Some(Some(text)) if !text.is_empty() => Ok(text.to_owned()),

@@ -18,6 +18,7 @@ use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use crate::credentials::{SECRET_BYTES_MAX, Sha256, User};
+use crate::scram::Verifier;
 use crate::throttle::Throttle;
 use crate::{Credentials, Peer, Scope, Scopes};
 
@@ -283,6 +284,36 @@ impl Access {
         }
         verified.insert(remembered);
         Ok(caller())
+    }
+
+    /// Who has this name, with the verifier of a user that has one.
+    pub(crate) fn entry(&self, name: &str) -> Option<(Option<Verifier>, Caller)> {
+        let loaded = self.0.loaded.load_full()?;
+        let user = loaded.credentials.user(name).map(|u| (u.scram.clone(), u.name.clone(), u.scopes));
+        let token = || loaded.credentials.named_token(name).map(|t| (None, t.name.clone(), t.scopes));
+        user.or_else(token).map(|(verifier, name, scopes)| (verifier, Caller { name, scopes }))
+    }
+
+    /// Bytes that only this process can make out of these.
+    pub(crate) fn keyed(&self, bytes: &[u8]) -> Sha256 {
+        let mut out = Sha256::default();
+        out.copy_from_slice(hmac::sign(&self.0.key, bytes).as_ref());
+        out
+    }
+
+    /// Seconds that an address must wait, if it must.
+    pub(crate) fn wait(&self, peer: IpAddr) -> Option<u32> {
+        self.0.throttle.wait(peer)
+    }
+
+    /// Counts a failure of an address.
+    pub(crate) fn failed(&self, peer: IpAddr) {
+        self.0.throttle.failed(peer);
+    }
+
+    /// Whether a caller may do this.
+    pub(crate) fn permit(&self, caller: &Caller, scope: Scope) -> Result<(), Denied> {
+        if caller.scopes.allow(scope) { Ok(()) } else { Err(Denied::Scope(scope)) }
     }
 
     /// What stands for a name and its password in memory.

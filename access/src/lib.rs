@@ -12,9 +12,11 @@ mod credentials;
 mod decision;
 mod routes;
 mod scope;
+mod scram;
 mod throttle;
 
 pub use credentials::{Credentials, hash_password, hash_token, new_token};
 pub use decision::{Access, Caller, Denied, DeniedTotal};
 pub use routes::{Declared, Peer, Routes};
 pub use scope::{Scope, Scopes};
+pub use scram::{Challenged, Login, MECHANISM, Scram, scram_verifier};
