@@ -103,7 +103,7 @@ settings! {
     /// credentials, on loopback too, except for the probes. It is read again when it changes and on SIGHUP. Empty means
     /// that nobody is asked.
     auth_file: String = String::new();
-    /// PEM file with the certificate chain of the HTTP and gRPC listeners, the server's own first. Empty means no TLS.
+    /// PEM file with the certificate chain of the listeners, the server's own first. Empty means no TLS.
     /// Like `tls_key` and `tls_client_ca` it is read again when it changes and on SIGHUP.
     tls_cert: String = String::new();
     /// PEM file with the private key of the certificate.
@@ -111,6 +111,8 @@ settings! {
     /// PEM file with the certificates of authorities. With it only clients that show a certificate of one of them may
     /// connect; they need credentials all the same if `auth_file` is set.
     tls_client_ca: String = String::new();
+    /// Whether the PostgreSQL listener refuses clients that do not encrypt. It offers TLS to all once `tls_cert` is set.
+    postgres_tls_required: Switch = Switch(false);
     /// Allows listening on addresses that other machines reach although requests aren't authenticated, or passwords
     /// travel without encryption.
     insecure: Switch = Switch(false);
@@ -267,6 +269,10 @@ impl Config {
             // Options that are unknown are refused there, without their values.
             catalog::object::location(&self.object_store).context("object_store")?;
         }
+        ensure!(
+            !self.postgres_tls_required.0 || !self.tls_cert.is_empty(),
+            "postgres_tls_required needs tls_cert and tls_key"
+        );
         if self.insecure.0 {
             return Ok(());
         }
@@ -281,9 +287,14 @@ impl Config {
         }
         if let Some(address) = self.postgres.address() {
             ensure!(
-                self.postgres.is_loopback(),
-                "postgres = {address:?} can be reached by other machines and this endpoint encrypts nothing, passwords \
-                 included; listen on a loopback address such as 127.0.0.1, or accept that with --insecure"
+                self.postgres.is_loopback() || authenticated,
+                "postgres = {address:?} can be reached by other machines and its clients aren't authenticated; \
+                 set auth_file and tls_cert, listen on a loopback address such as 127.0.0.1, or accept that with --insecure"
+            );
+            ensure!(
+                self.postgres.is_loopback() || !self.tls_cert.is_empty(),
+                "postgres = {address:?} can be reached by other machines and this endpoint encrypts nothing without \
+                 tls_cert; set it, listen on a loopback address such as 127.0.0.1, or accept that with --insecure"
             );
         }
         Ok(())

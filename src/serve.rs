@@ -104,7 +104,11 @@ async fn serve(config: &Config) -> Result<()> {
     memory::watch(engine.clone(), stopping.clone()).context("cannot watch the memory")?;
     if let Some(listener) = listeners.postgres {
         let (engine, access, token) = (engine.clone(), access.clone(), stopping.clone());
-        tasks.spawn(async move { Ok(sql::pg::serve(listener, engine, access, token).await?) });
+        let encryption = tls.clone().map(|tls| sql::pg::Encryption {
+            acceptor: Box::new(move || tls.postgres()),
+            required: config.postgres_tls_required.0,
+        });
+        tasks.spawn(async move { Ok(sql::pg::serve(listener, engine, access, encryption, token).await?) });
     }
     if let Some(listener) = listeners.grpc {
         tasks.spawn(grpc(listener, access, tls, stopping.clone()));

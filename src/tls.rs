@@ -1,4 +1,4 @@
-//! TLS of the HTTP and gRPC listeners: certificate, key and, for clients that must show a certificate, their authority.
+//! TLS of the listeners: certificate, key and, for clients that must show a certificate, their authority.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -52,6 +52,13 @@ impl Tls {
     pub fn reload(&self) -> Result<()> {
         self.current.store(Arc::new(self.files.load()?));
         Ok(())
+    }
+
+    /// What agrees on keys with a client of the PostgreSQL protocol.
+    pub fn postgres(&self) -> TlsAcceptor {
+        let mut config = ServerConfig::clone(&self.current.load());
+        config.alpn_protocols = vec![b"postgresql".to_vec()];
+        TlsAcceptor::from(Arc::new(config))
     }
 
     /// Agrees on keys with a client.

@@ -101,7 +101,8 @@ impl Column {
 
     /// Whether the cell is null.
     pub fn is_null(&self, row: usize) -> bool {
-        self.array.is_null(row)
+        // An array of nothing but nulls keeps no list of them.
+        self.array.is_null(row) || *self.array.data_type() == DataType::Null
     }
 
     /// Writes a cell that is not null, as PostgreSQL does in its text format.
@@ -373,6 +374,12 @@ mod tests {
         column.text(0, &mut t).unwrap();
         column.json(0, &mut j).unwrap();
         assert_eq!((t.as_str(), j.as_str()), (text, json));
+    }
+
+    #[test]
+    fn nulls_without_a_type_are_nulls() {
+        let nulls: ArrayRef = Arc::new(arrow::array::NullArray::new(1));
+        assert!(Column::new(&nulls, "UTC").expect("a column").is_null(0));
     }
 
     #[test]

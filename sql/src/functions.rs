@@ -66,6 +66,7 @@ const CONSTANT: &[(&str, Answer)] = &[
     ("pg_get_triggerdef", Answer::NoText),
     ("pg_get_ruledef", Answer::NoText),
     ("pg_get_serial_sequence", Answer::NoText),
+    ("pg_advisory_unlock_all", Answer::NoText),
     ("pg_tablespace_location", Answer::NoText),
     ("inet_server_addr", Answer::NoText),
     ("inet_client_addr", Answer::NoText),

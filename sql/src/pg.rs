@@ -5,12 +5,15 @@
 //! server's shutdown, and for the client going away, and drops the work at once when one of them happens
 //! ([`connection`]). Rows are streamed; none are kept for later ([`answer`]). What a value looks like is [`rows`]'s.
 //!
-//! There is no TLS yet, so the server listens on loopback unless it is told to be insecure. Where credentials are needed
-//! clients are asked for a password in clear text: that of a user, or a token with the token's name as the user.
+//! Where credentials are needed users prove that they know their password with SCRAM-SHA-256. A token, and a user without
+//! a verifier, is sent in clear text, which is taken over TLS and from this machine only.
 
 mod answer;
 mod connection;
+mod copy;
+mod cursor;
 mod frames;
+pub mod functions;
 mod rows;
 
 pub use rows::wire_type;
@@ -25,6 +28,7 @@ use pgwire::api::RandomPidSecretKeyGenerator;
 use pgwire::messages::startup::SecretKey;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::Result;
@@ -39,10 +43,17 @@ const REFUSALS_MAX: usize = 100;
 ///
 /// # Errors
 /// When the SQL side of the engine can't be built.
-pub async fn serve(listener: TcpListener, engine: Engine, access: Access, shutdown: CancellationToken) -> Result<()> {
+pub async fn serve(
+    listener: TcpListener,
+    engine: Engine,
+    access: Access,
+    encryption: Option<Encryption>,
+    shutdown: CancellationToken,
+) -> Result<()> {
     let server = Arc::new(Server {
         frontend: Frontend::new(&engine)?,
         access,
+        encryption,
         running: Mutex::default(),
         keys: RandomPidSecretKeyGenerator::default(),
         shutdown: shutdown.clone(),
@@ -72,10 +83,25 @@ pub async fn serve(listener: TcpListener, engine: Engine, access: Access, shutdo
     Ok(())
 }
 
+/// TLS for clients that ask for it.
+pub struct Encryption {
+    /// What agrees on keys with a client that connects now.
+    pub acceptor: Box<dyn Fn() -> TlsAcceptor + Send + Sync>,
+    /// Whether others are refused.
+    pub required: bool,
+}
+
+impl std::fmt::Debug for Encryption {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Encryption").field("required", &self.required).finish_non_exhaustive()
+    }
+}
+
 /// What connections share.
 struct Server {
     frontend: Arc<Frontend>,
     access: Access,
+    encryption: Option<Encryption>,
     running: Mutex<HashMap<i32, Running>>,
     keys: RandomPidSecretKeyGenerator,
     shutdown: CancellationToken,

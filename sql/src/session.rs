@@ -35,6 +35,9 @@ use crate::variables::Variables;
 /// What SQL calls the database of an engine.
 pub const DATABASE: &str = "thalweg";
 
+/// Most names of tables that are compared with one that does not exist.
+const SUGGESTIONS_MAX: usize = 20_000;
+
 /// What all sessions of an engine share.
 pub struct Frontend {
     engine: Engine,
@@ -75,6 +78,7 @@ impl Frontend {
         let template = SessionContext::new_with_state(state);
         setup_pg_catalog(&template, DATABASE, EmptyContextProvider).map_err(|e| SqlError::from(*e))?;
         functions::register(&template);
+        crate::pg::functions::register(&template);
         Ok(Arc::new(Self { engine: engine.clone(), template, metrics, parser: PostgresCompatibilityParser::new() }))
     }
 
@@ -141,7 +145,29 @@ impl Session {
             options.verify_plan(&plan).map_err(|e| SqlError::new("25006", e.message().into_owned()))?;
             Ok::<_, SqlError>(plan)
         };
-        self.frontend.engine.run(plan).await
+        match self.frontend.engine.run(plan).await {
+            Err(e) if e.code == "42P01" => {
+                self.frontend.metrics.refresh().await?;
+                Err(self.suggest(e))
+            }
+            planned => planned,
+        }
+    }
+
+    /// Names the relation that may have been meant.
+    fn suggest(&self, error: SqlError) -> SqlError {
+        let Some(name) = error.message.strip_prefix("relation \"") else { return error };
+        let schema = match name.split('"').next().unwrap_or_default().rsplit_once('.') {
+            Some((schema, _)) => schema.to_owned(),
+            None => self.variables.lock().schema(),
+        };
+        let tables = self.context.catalog(DATABASE).and_then(|c| c.schema(&schema)).map(|s| s.table_names());
+        let names = tables
+            .unwrap_or_default()
+            .into_iter()
+            .take(SUGGESTIONS_MAX)
+            .map(|t| if schema == "public" { t } else { format!("{schema}.{t}") });
+        error.suggest(names, "the table")
     }
 
     /// Runs a plan. Dropping the stream stops the work.
@@ -149,14 +175,48 @@ impl Session {
     /// # Errors
     /// 53300 when too many queries run; those of planning; the stream ends with those of running.
     pub async fn run(&self, plan: LogicalPlan) -> Result<SendableRecordBatchStream> {
+        self.run_within(plan, self.timeout()).await
+    }
+
+    /// Runs a plan whose rows may be asked for until so long from now.
+    ///
+    /// # Errors
+    /// Those of [`Session::run`].
+    pub async fn run_within(&self, plan: LogicalPlan, timeout: Duration) -> Result<SendableRecordBatchStream> {
         let engine = &self.frontend.engine;
-        let query = engine.begin(QueryLimits { timeout: self.timeout() }).await.map_err(|e| match e.kind() {
+        let query = engine.begin(QueryLimits { timeout }).await.map_err(|e| match e.kind() {
             ErrorKind::Unavailable => SqlError::new("53300", e.to_string()),
             _ => e.into(),
         })?;
         let mut state = self.context.state();
         state.config_mut().options_mut().extensions.insert(Results::default());
         Ok(engine.execute(&state, plan, query).await?)
+    }
+
+    /// How long a client may be idle, within a transaction or outside, before the connection is ended.
+    pub fn idle_timeout(&self, in_transaction: bool) -> Option<Duration> {
+        self.variables.lock().idle_timeout(in_transaction)
+    }
+
+    /// Notes the variables, to which the end of a transaction may lead back.
+    pub fn begin(&self) {
+        self.variables.lock().begin();
+    }
+
+    /// Takes back what was set for the transaction alone, or all that was set in it.
+    pub fn end(&self, committed: bool) {
+        self.variables.lock().end(committed);
+        self.apply();
+    }
+
+    /// Sets a variable until the end of the transaction; see [`Session::set`].
+    ///
+    /// # Errors
+    /// Those of [`Session::set`].
+    pub fn set_local(&self, name: &str, value: Option<&str>) -> Result<Option<(&'static str, String)>> {
+        let reported = self.variables.lock().set_local(name, value)?;
+        self.apply();
+        Ok(reported)
     }
 
     /// How long a statement may run: `statement_timeout`, or else what the server allows.

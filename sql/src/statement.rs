@@ -5,14 +5,16 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use datafusion::sql::sqlparser::ast::{
-    CopyOption, CopySource, CopyTarget, DataType, Expr, FunctionArguments, Ident, ObjectName, OrderBy, OrderByKind,
-    Query, Reset, SelectItem, Set, SetExpr, Statement, Value, VisitMut, VisitorMut,
+    BinaryOperator, CastKind, CloseCursor, ContextModifier, CopyLegacyCsvOption, CopyLegacyOption, CopyOption,
+    CopySource, CopyTarget, DataType, Declare, DiscardObject, Expr, FetchDirection, FunctionArguments, Ident,
+    ObjectName, OrderBy, OrderByKind, Query, Reset, SelectItem, Set, SetExpr, Statement, Value, ValueWithSpan,
+    VisitMut, VisitorMut,
 };
 use datafusion::sql::sqlparser::dialect::PostgreSqlDialect;
 use datafusion::sql::sqlparser::parser::{Parser, ParserError};
 use datafusion_pg_catalog::sql::PostgresCompatibilityParser;
 
-use crate::error::{Result, SqlError};
+use crate::error::{Result, SqlError, character};
 use crate::limits;
 
 /// What a statement asks for.
@@ -29,8 +31,52 @@ pub enum Command {
     CopyOut {
         /// The query whose rows are copied.
         statement: Arc<Statement>,
+        /// What its columns are called.
+        names: Names,
         /// How rows are written.
         format: CopyFormat,
+    },
+    /// `DECLARE ... CURSOR FOR` a query.
+    Declare {
+        /// What the cursor is called.
+        cursor: String,
+        /// The query whose rows it gives.
+        statement: Arc<Statement>,
+        /// What its columns are called.
+        names: Names,
+        /// Whether rows are given in binary form.
+        binary: bool,
+        /// Whether it outlives its transaction.
+        hold: bool,
+    },
+    /// Rows of a cursor.
+    Fetch {
+        /// What the cursor is called.
+        cursor: String,
+        /// Which.
+        rows: Rows,
+        /// Whether they are passed over, as by `MOVE`.
+        skip: bool,
+    },
+    /// Forgets cursors, all or one.
+    CloseCursor(Option<String>),
+    /// Keeps a statement under a name.
+    Prepare {
+        /// The name.
+        name: String,
+        /// The query, where `$1` and its like stand for what is given later.
+        statement: Arc<Statement>,
+        /// What its columns are called.
+        names: Names,
+        /// Types of what is given, as far as they are told.
+        types: Vec<DataType>,
+    },
+    /// Runs a statement that was kept under a name.
+    Execute {
+        /// The name.
+        name: String,
+        /// What is given.
+        arguments: Vec<Expr>,
     },
     /// Sets a session variable, to its default when there is no value.
     Set {
@@ -38,6 +84,8 @@ pub enum Command {
         name: String,
         /// Its new value.
         value: Option<String>,
+        /// Whether only until the end of the transaction.
+        local: bool,
     },
     /// Sets all session variables to their defaults.
     ResetAll,
@@ -47,19 +95,82 @@ pub enum Command {
     Begin(&'static str),
     /// Ends a transaction.
     End(&'static str),
+    /// Goes back to a savepoint: a failed transaction may go on.
+    RollbackTo,
+    /// Forgets all that the session holds and has set.
+    Discard,
     /// Forgets prepared statements, all or one.
     Deallocate(Option<String>),
     /// Nothing to do but to say so.
     Done(&'static str),
 }
 
+/// Rows of a cursor. Cursors go forward only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rows {
+    /// So many of the next.
+    Next(u64),
+    /// All that are left.
+    All,
+    /// The one with this number, from one.
+    At(u64),
+    /// So many are passed over and the next one is given.
+    After(u64),
+}
+
 /// How `COPY` writes rows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CopyFormat {
-    /// CSV instead of PostgreSQL's text format.
-    pub csv: bool,
+    /// Text, CSV or binary.
+    pub kind: CopyKind,
     /// Whether the first line names the columns.
     pub header: bool,
+    /// Stands between values.
+    pub delimiter: char,
+    /// Stands for NULL.
+    pub null: String,
+    /// Around values of CSV that need it.
+    pub quote: char,
+    /// Before quotes within such values.
+    pub escape: char,
+    /// The columns of CSV whose values are always quoted.
+    pub force_quote: ForceQuote,
+}
+
+/// Which of `COPY`'s formats.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CopyKind {
+    /// PostgreSQL's text format.
+    Text,
+    /// CSV.
+    Csv,
+    /// PostgreSQL's binary format.
+    Binary,
+}
+
+/// Columns whose values are always quoted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ForceQuote {
+    /// All.
+    All,
+    /// Those with these names.
+    Named(Vec<String>),
+}
+
+impl CopyFormat {
+    /// The defaults of a format.
+    pub fn new(kind: CopyKind) -> Self {
+        let csv = kind == CopyKind::Csv;
+        Self {
+            kind,
+            header: false,
+            delimiter: if csv { ',' } else { '\t' },
+            null: if csv { "" } else { "\\N" }.to_owned(),
+            quote: '"',
+            escape: '"',
+            force_quote: ForceQuote::Named(Vec::new()),
+        }
+    }
 }
 
 /// What columns are called in a result, where that differs from what the plan calls them: the names of the first
@@ -84,12 +195,154 @@ impl Names {
 /// aren't answered.
 pub fn parse(parser: &PostgresCompatibilityParser, text: &str) -> Result<Vec<Command>> {
     limits::check_text(text)?;
-    let statements = parser.parse(text).map_err(|e| match e {
+    // The parser does not know `MOVE`, which differs from `FETCH` by its answer alone.
+    let start = text.trim_start();
+    let moves = start.get(..4).is_some_and(|w| w.eq_ignore_ascii_case("move"))
+        && start[4..].starts_with(|c: char| c.is_ascii_whitespace());
+    let fetch = if moves { format!("FETCH{}", &start[4..]) } else { String::new() };
+    let statements = parser.parse(if moves { &fetch } else { text }).map_err(|e| match e {
         // The parser's own bound, on what it parses by recursion, is lower.
         ParserError::RecursionLimitExceeded => SqlError::new("54001", "statement is nested too deep"),
-        e => SqlError::new("42601", e.to_string()),
+        e => syntax(text, &e),
     })?;
-    statements.into_iter().map(command).collect()
+    let mut commands = Vec::with_capacity(statements.len());
+    for (i, statement) in statements.into_iter().enumerate() {
+        commands.push(command(statement).map_err(|e| e.within(text, i))?);
+    }
+    if let Some(Command::Fetch { skip, .. }) = commands.first_mut() {
+        *skip = moves;
+    }
+    Ok(commands)
+}
+
+/// What the parser says about a text, in PostgreSQL's words, with the place.
+fn syntax(text: &str, error: &ParserError) -> SqlError {
+    // Errors that tell a place come from the text itself; the parser that made this one has worked on tokens alone.
+    let again = Parser::new(&PostgreSqlDialect {}).try_with_sql(text).and_then(|mut p| p.parse_statements());
+    let message = |e: &ParserError| match e {
+        ParserError::ParserError(m) | ParserError::TokenizerError(m) => m.clone(),
+        ParserError::RecursionLimitExceeded => e.to_string(),
+    };
+    let message = again.as_ref().err().map_or_else(|| message(error), message);
+    let (what, place) = match message.rsplit_once(" at Line: ") {
+        Some((what, place)) => (what, place.split_once(", Column: ")),
+        None => (message.as_str(), None),
+    };
+    let place = place.and_then(|(line, column)| character(text, line.parse().ok()?, column.trim().parse().ok()?));
+    let told = match what
+        .strip_prefix("Expected")
+        .map(|m| m.trim_start_matches(": ").trim_start())
+        .and_then(|m| m.split_once(", found: "))
+    {
+        Some((expected, "EOF")) => format!("syntax error at end of input: expected {expected}"),
+        Some((expected, found)) => format!("syntax error at or near \"{found}\": expected {expected}"),
+        None => what.to_owned(),
+    };
+    let mut error = SqlError::new("42601", told);
+    error.position = place.or_else(|| what.ends_with("found: EOF").then(|| text.chars().count() + 1));
+    error
+}
+
+/// The query of a statement that gives rows, with its columns named.
+fn named(query: &Query) -> Result<(Arc<Statement>, Names)> {
+    if writes(query) {
+        return Err(read_only("this statement"));
+    }
+    let names = names(query);
+    let mut statement = Statement::Query(Box::new(query.clone()));
+    name_columns(&mut statement);
+    Ok((Arc::new(statement), names))
+}
+
+fn declare(declare: &Declare) -> Result<Command> {
+    let (Some(query), [name]) = (&declare.for_query, declare.names.as_slice()) else {
+        return Err(SqlError::unsupported("DECLARE of anything but a cursor"));
+    };
+    if declare.scroll == Some(true) {
+        return Err(SqlError::unsupported("a cursor that goes backwards (SCROLL)"));
+    }
+    let (statement, names) = named(query)?;
+    let (binary, hold) = (declare.binary == Some(true), declare.hold == Some(true));
+    Ok(Command::Declare { cursor: output_case(name), statement, names, binary, hold })
+}
+
+fn fetch(direction: &FetchDirection) -> Result<Rows> {
+    let backwards = || SqlError::new("55000", "cursor can only scan forward");
+    let count = |v: &ValueWithSpan| match &v.value {
+        Value::Number(n, _) => {
+            n.parse::<u64>().map_err(|_| SqlError::new("22023", format!("{n} is no number of rows")))
+        }
+        _ => Err(backwards()),
+    };
+    Ok(match direction {
+        FetchDirection::Next => Rows::Next(1),
+        FetchDirection::Count { limit } => Rows::Next(count(limit)?),
+        FetchDirection::Forward { limit } => Rows::Next(limit.as_ref().map_or(Ok(1), count)?),
+        FetchDirection::All | FetchDirection::ForwardAll => Rows::All,
+        FetchDirection::First => Rows::At(1),
+        FetchDirection::Absolute { limit } => Rows::At(count(limit)?),
+        FetchDirection::Relative { limit } => match count(limit)? {
+            0 => return Err(backwards()),
+            n => Rows::After(n - 1),
+        },
+        _ => return Err(backwards()),
+    })
+}
+
+/// A kept statement with what is given in the place of `$1` and its like.
+///
+/// # Errors
+/// 42601 when too much or too little is given; 54000 and its like when that makes the statement too large.
+pub fn fill(statement: &Statement, types: &[DataType], arguments: &[Expr]) -> Result<Statement> {
+    let typed = arguments.iter().enumerate().map(|(i, argument)| match types.get(i) {
+        Some(data_type) => cast(argument.clone(), data_type.clone()),
+        None => argument.clone(),
+    });
+    let typed: Vec<Expr> = typed.collect();
+    let mut most = types.len();
+    let filled = with_parameters(statement, |number, _| {
+        most = most.max(number);
+        Some(Expr::Nested(Box::new(typed.get(number.checked_sub(1)?)?.clone())))
+    });
+    if most != arguments.len() {
+        let message = format!("the prepared statement takes {most} parameters; {} were given", arguments.len());
+        return Err(SqlError::new("42601", message));
+    }
+    limits::check_text(&filled.to_string())?;
+    limits::check_statement(&filled)?;
+    Ok(filled)
+}
+
+/// The statement with `$1` and its like taken to be of these types, where they have one.
+pub fn with_types(statement: &Statement, types: &[Option<DataType>]) -> Statement {
+    with_parameters(statement, |number, parameter| {
+        let data_type = types.get(number.checked_sub(1)?)?.clone()?;
+        Some(cast(parameter.clone(), data_type))
+    })
+}
+
+/// The statement with other expressions for `$1` and its like.
+fn with_parameters(statement: &Statement, other: impl FnMut(usize, &Expr) -> Option<Expr>) -> Statement {
+    struct Replacer<F>(F);
+    impl<F: FnMut(usize, &Expr) -> Option<Expr>> VisitorMut for Replacer<F> {
+        type Break = ();
+        fn post_visit_expr(&mut self, expr: &mut Expr) -> ControlFlow<()> {
+            if let Expr::Value(ValueWithSpan { value: Value::Placeholder(name), .. }) = expr
+                && let Ok(number) = name.trim_start_matches('$').parse()
+                && let Some(other) = (self.0)(number, expr)
+            {
+                *expr = other;
+            }
+            ControlFlow::Continue(())
+        }
+    }
+    let mut statement = statement.clone();
+    let _ = statement.visit(&mut Replacer(other));
+    statement
+}
+
+fn cast(expr: Expr, data_type: DataType) -> Expr {
+    Expr::Cast { kind: CastKind::Cast, expr: Box::new(expr), data_type, array: false, format: None }
 }
 
 fn command(mut statement: Statement) -> Result<Command> {
@@ -114,11 +367,35 @@ fn command(mut statement: Statement) -> Result<Command> {
         | Statement::ShowColumns { .. }
         | Statement::ShowFunctions { .. }
         | Statement::ExplainTable { .. } => Command::Query { statement: Arc::new(statement), names: Names::default() },
-        Statement::Copy { source, to, target, options, .. } => copy(source, *to, target, options, &statement)?,
+        Statement::Copy { source, to, target, options, legacy_options, .. } => {
+            copy(source, *to, target, (options, legacy_options))?
+        }
+        Statement::Declare { stmts } => match stmts.as_slice() {
+            [one] => declare(one)?,
+            _ => return Err(SqlError::unsupported("more than one DECLARE in a statement")),
+        },
+        Statement::Fetch { name, direction, into: None, .. } => {
+            Command::Fetch { cursor: output_case(name), rows: fetch(direction)?, skip: false }
+        }
+        Statement::Close { cursor } => Command::CloseCursor(match cursor {
+            CloseCursor::All => None,
+            CloseCursor::Specific { name } => Some(output_case(name)),
+        }),
+        Statement::Prepare { name, data_types, statement } => {
+            let Statement::Query(query) = statement.as_ref() else {
+                return Err(SqlError::unsupported("PREPARE of anything but a query"));
+            };
+            let (statement, names) = named(query)?;
+            Command::Prepare { name: output_case(name), statement, names, types: data_types.clone() }
+        }
+        Statement::Execute { name: Some(name), parameters, immediate: false, .. } => {
+            let name = name.0.last().and_then(|p| p.as_ident()).map(output_case).unwrap_or_default();
+            Command::Execute { name, arguments: parameters.clone() }
+        }
         Statement::Set(set) => assignment(set)?,
         Statement::Reset(reset) => match &reset.reset {
             Reset::ALL => Command::ResetAll,
-            Reset::ConfigurationParameter(name) => Command::Set { name: variable(name), value: None },
+            Reset::ConfigurationParameter(name) => Command::Set { name: variable(name), value: None, local: false },
         },
         Statement::ShowVariable { variable } => {
             let name = variable.iter().map(|i| i.value.as_str()).collect::<Vec<_>>().join(".");
@@ -133,10 +410,13 @@ fn command(mut statement: Statement) -> Result<Command> {
         Statement::StartTransaction { begin, .. } => Command::Begin(if *begin { "BEGIN" } else { "START TRANSACTION" }),
         Statement::Commit { .. } => Command::End("COMMIT"),
         Statement::Rollback { savepoint: None, .. } => Command::End("ROLLBACK"),
-        Statement::Rollback { .. } => Command::Done("ROLLBACK"),
+        Statement::Rollback { .. } => Command::RollbackTo,
         Statement::Savepoint { .. } => Command::Done("SAVEPOINT"),
         Statement::ReleaseSavepoint { .. } => Command::Done("RELEASE"),
-        Statement::Discard { .. } => Command::Deallocate(None),
+        Statement::Discard { object_type: DiscardObject::ALL } => Command::Discard,
+        Statement::Discard { .. } => Command::Done("DISCARD"),
+        // Nothing notifies anybody, so there is nothing to end.
+        Statement::UNLISTEN { .. } => Command::Done("UNLISTEN"),
         Statement::Deallocate { name, .. } => {
             Command::Deallocate(Some(name.value.clone()).filter(|n| !n.eq_ignore_ascii_case("all")))
         }
@@ -182,8 +462,7 @@ fn copy(
     source: &CopySource,
     to: bool,
     target: &CopyTarget,
-    options: &[CopyOption],
-    statement: &Statement,
+    (options, legacy): (&[CopyOption], &[CopyLegacyOption]),
 ) -> Result<Command> {
     if !to {
         return Err(read_only("COPY FROM"));
@@ -191,37 +470,99 @@ fn copy(
     if !matches!(target, CopyTarget::Stdout) {
         return Err(SqlError::new("42501", "COPY to a file or a program is not allowed; COPY TO STDOUT is"));
     }
-    let mut format = CopyFormat::default();
-    for option in options {
-        match option {
-            CopyOption::Format(name) if name.value.eq_ignore_ascii_case("csv") => format.csv = true,
-            CopyOption::Format(name) if name.value.eq_ignore_ascii_case("text") => {}
-            CopyOption::Header(header) => format.header = *header,
-            CopyOption::Delimiter(',') if format.csv => {}
-            other => return Err(SqlError::unsupported(format!("COPY option {other}"))),
-        }
-    }
-    // The older form of options has no braces: `COPY ... TO STDOUT CSV HEADER`.
-    let text = statement.to_string().to_uppercase();
-    if let Some((_, legacy)) = text.rsplit_once("TO STDOUT") {
-        let words: Vec<&str> = legacy.split_whitespace().collect();
-        format.csv |= words.contains(&"CSV");
-        format.header |= words.contains(&"HEADER");
-    }
-    let mut query = match source {
-        CopySource::Query(query) if !writes(query) => Statement::Query(query.clone()),
-        CopySource::Query(_) => return Err(read_only("this statement")),
+    let (statement, names) = match source {
+        CopySource::Query(query) => named(query)?,
         CopySource::Table { table_name, columns } => {
             let columns = columns.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
             let columns = if columns.is_empty() { "*" } else { &columns };
             let text = format!("SELECT {columns} FROM {table_name}");
             let mut parsed =
                 Parser::parse_sql(&PostgreSqlDialect {}, &text).map_err(|e| SqlError::new("42601", e.to_string()))?;
-            parsed.pop().ok_or_else(|| SqlError::new("42601", "COPY without a table"))?
+            match parsed.pop() {
+                Some(Statement::Query(query)) => named(&query)?,
+                _ => return Err(SqlError::new("42601", "COPY without a table")),
+            }
         }
     };
-    name_columns(&mut query);
-    Ok(Command::CopyOut { statement: Arc::new(query), format })
+    Ok(Command::CopyOut { statement, names, format: copy_format(options, legacy)? })
+}
+
+/// What the options of `COPY` say, in their present form or in the older one without brackets.
+fn copy_format(options: &[CopyOption], legacy: &[CopyLegacyOption]) -> Result<CopyFormat> {
+    let mut options = options.to_vec();
+    for option in legacy {
+        match option {
+            CopyLegacyOption::Binary => options.push(CopyOption::Format(Ident::new("binary"))),
+            CopyLegacyOption::Delimiter(c) => options.push(CopyOption::Delimiter(*c)),
+            CopyLegacyOption::Null(text) => options.push(CopyOption::Null(text.clone())),
+            CopyLegacyOption::Header => options.push(CopyOption::Header(true)),
+            CopyLegacyOption::Csv(of_csv) => {
+                options.push(CopyOption::Format(Ident::new("csv")));
+                options.extend(of_csv.iter().map(|option| match option {
+                    CopyLegacyCsvOption::Header => CopyOption::Header(true),
+                    CopyLegacyCsvOption::Quote(c) => CopyOption::Quote(*c),
+                    CopyLegacyCsvOption::Escape(c) => CopyOption::Escape(*c),
+                    CopyLegacyCsvOption::ForceQuote(columns) => CopyOption::ForceQuote(columns.clone()),
+                    CopyLegacyCsvOption::ForceNotNull(columns) => CopyOption::ForceNotNull(columns.clone()),
+                }));
+            }
+            other => return Err(SqlError::unsupported(format!("COPY option {other}"))),
+        }
+    }
+    let kind = options.iter().rev().find_map(|o| match o {
+        CopyOption::Format(name) => Some(name.value.to_ascii_lowercase()),
+        _ => None,
+    });
+    let kind = match kind.as_deref() {
+        None | Some("text") => CopyKind::Text,
+        Some("csv") => CopyKind::Csv,
+        Some("binary") => CopyKind::Binary,
+        Some(other) => {
+            let message = format!("COPY format {other:?} not recognized; text, csv and binary are known");
+            return Err(SqlError::new("22023", message));
+        }
+    };
+    let mut format = CopyFormat::new(kind);
+    let mut escape = None;
+    for option in &options {
+        let of_csv = matches!(option, CopyOption::Quote(_) | CopyOption::Escape(_) | CopyOption::ForceQuote(_));
+        let of_text = matches!(option, CopyOption::Delimiter(_) | CopyOption::Null(_) | CopyOption::Header(_));
+        if of_csv && kind != CopyKind::Csv || of_text && kind == CopyKind::Binary {
+            return Err(SqlError::unsupported(format!("COPY option {option} in this format")));
+        }
+        match option {
+            CopyOption::Format(_) | CopyOption::Freeze(false) => {}
+            CopyOption::Header(header) => format.header = *header,
+            CopyOption::Delimiter(c) => format.delimiter = *c,
+            CopyOption::Null(text) => format.null.clone_from(text),
+            CopyOption::Quote(c) => format.quote = *c,
+            CopyOption::Escape(c) => escape = Some(*c),
+            CopyOption::ForceQuote(columns) => {
+                let all = columns.is_empty() || matches!(columns.as_slice(), [one] if one.value == "*");
+                let named = || ForceQuote::Named(columns.iter().map(output_case).collect());
+                format.force_quote = if all { ForceQuote::All } else { named() };
+            }
+            CopyOption::Encoding(name) if name.replace(['-', '_'], "").eq_ignore_ascii_case("utf8") => {}
+            other => return Err(SqlError::unsupported(format!("COPY option {other}"))),
+        }
+    }
+    format.escape = escape.unwrap_or(format.quote);
+    let wrong = |message: String| Err(SqlError::new("22023", message));
+    for (what, c) in [("delimiter", format.delimiter), ("quote", format.quote), ("escape", format.escape)] {
+        if !c.is_ascii() || c == '\n' || c == '\r' {
+            return wrong(format!("COPY {what} {c:?} must be one ASCII character and no end of a line"));
+        }
+    }
+    if kind == CopyKind::Text && (format.delimiter.is_ascii_alphanumeric() || "\\.".contains(format.delimiter)) {
+        return wrong(format!("COPY delimiter cannot be {:?}", format.delimiter));
+    }
+    if kind == CopyKind::Csv && format.delimiter == format.quote {
+        return wrong("COPY delimiter and quote must be different".to_owned());
+    }
+    if format.null.contains(['\n', '\r', format.delimiter]) {
+        return wrong(format!("COPY null {:?} must hold neither the delimiter nor the end of a line", format.null));
+    }
+    Ok(format)
 }
 
 fn variable(name: &ObjectName) -> String {
@@ -230,18 +571,19 @@ fn variable(name: &ObjectName) -> String {
 
 fn assignment(set: &Set) -> Result<Command> {
     Ok(match set {
-        Set::SingleAssignment { variable: name, values, .. } => {
+        Set::SingleAssignment { scope, variable: name, values, .. } => {
             let values: Vec<String> = values.iter().map(setting).collect();
             let value = values.join(", ");
             let value = Some(value).filter(|v| !v.eq_ignore_ascii_case("default"));
-            Command::Set { name: variable(name), value }
+            Command::Set { name: variable(name), value, local: matches!(scope, Some(ContextModifier::Local)) }
         }
-        Set::SetTimeZone { value, .. } => {
+        Set::SetTimeZone { local, value } => {
             let value = Some(setting(value)).filter(|v| !["default", "local"].contains(&&*v.to_ascii_lowercase()));
-            Command::Set { name: "timezone".to_owned(), value }
+            Command::Set { name: "timezone".to_owned(), value, local: *local }
         }
         Set::SetNames { charset_name, .. } => {
-            Command::Set { name: "client_encoding".to_owned(), value: Some(charset_name.value.clone()) }
+            let value = Some(charset_name.value.clone());
+            Command::Set { name: "client_encoding".to_owned(), value, local: false }
         }
         Set::SetTransaction { .. }
         | Set::SetNamesDefault {}
@@ -369,7 +711,7 @@ fn name_columns(statement: &mut Statement) {
             ControlFlow::Continue(())
         }
         fn pre_visit_expr(&mut self, expr: &mut Expr) -> ControlFlow<()> {
-            if let Some(other) = array_of_query(expr).or_else(|| no_options(expr)) {
+            if let Some(other) = array_of_query(expr).or_else(|| no_options(expr)).or_else(|| without_escape(expr)) {
                 *expr = other;
             }
             ControlFlow::Continue(())
@@ -382,6 +724,45 @@ fn name_columns(statement: &mut Statement) {
 fn no_options(expr: &Expr) -> Option<Expr> {
     let Expr::CompoundIdentifier(parts) = expr else { return None };
     if parts.last()?.value == "reloptions" { no_texts() } else { None }
+}
+
+/// `LIKE ... ESCAPE` of another character than the backslash, which alone the planner knows.
+fn without_escape(expr: &Expr) -> Option<Expr> {
+    if !matches!(expr, Expr::Like { escape_char: Some(_), .. } | Expr::ILike { escape_char: Some(_), .. }) {
+        return None;
+    }
+    let mut like = expr.clone();
+    let (Expr::Like { pattern, escape_char, .. } | Expr::ILike { pattern, escape_char, .. }) = &mut like else {
+        return None;
+    };
+    let escape = match &escape_char.take()?.value {
+        Value::SingleQuotedString(escape) if escape != "\\" && escape.chars().count() == 1 => escape.clone(),
+        _ => return None,
+    };
+    fn change(pattern: &mut Expr, escape: &str) -> Option<()> {
+        match pattern {
+            Expr::Value(ValueWithSpan { value: Value::SingleQuotedString(text), .. }) => {
+                // Two of it stand for one of it, which is no escape any more.
+                let doubled = escape.repeat(2);
+                let parts = text.split(&doubled).map(|p| p.replace('\\', "\\\\").replace(escape, "\\"));
+                let changed = parts.collect::<Vec<_>>().join(escape);
+                *text = changed;
+            }
+            Expr::Nested(inner) => change(inner, escape)?,
+            Expr::BinaryOp { left, op: BinaryOperator::StringConcat, right } => {
+                change(left, escape)?;
+                change(right, escape)?;
+            }
+            other => {
+                let escape = escape.replace('\'', "''");
+                let text = format!("replace(replace({other}, '\\', '\\\\'), '{escape}', '\\')");
+                *other = Parser::new(&PostgreSqlDialect {}).try_with_sql(&text).ok()?.parse_expr().ok()?;
+            }
+        }
+        Some(())
+    }
+    change(pattern, &escape)?;
+    Some(like)
 }
 
 fn no_texts() -> Option<Expr> {
@@ -508,6 +889,23 @@ mod tests {
     }
 
     #[test]
+    fn patterns_have_the_backslash_as_their_escape() {
+        let check = |text: &str, expected: &str| match one(text) {
+            Ok(Command::Query { statement, .. }) => assert_eq!(statement.to_string(), expected),
+            other => panic!("{text}: {other:?}"),
+        };
+        check("SELECT a FROM t WHERE a LIKE 'p/_%' ESCAPE '/'", "SELECT a FROM t WHERE a LIKE 'p\\_%'");
+        check(
+            "SELECT a FROM t WHERE a NOT LIKE 'p//' || '%' ESCAPE '/'",
+            "SELECT a FROM t WHERE a NOT LIKE 'p/' || '%'",
+        );
+        check(
+            "SELECT a FROM t WHERE a ILIKE b ESCAPE '!'",
+            "SELECT a FROM t WHERE a ILIKE replace(replace(b, '\\', '\\\\'), '!', '\\')",
+        );
+    }
+
+    #[test]
     fn arrays_of_queries_are_aggregates() {
         let check = |text: &str, expected: &str| match one(text) {
             Ok(Command::Query { statement, .. }) => assert_eq!(statement.to_string(), expected),
@@ -517,6 +915,58 @@ mod tests {
             "SELECT ARRAY(SELECT b FROM t WHERE t.x = u.y ORDER BY b) AS m FROM u",
             "SELECT (SELECT array_agg(b) AS \"array_agg\" FROM t WHERE t.x = u.y) AS m FROM u",
         );
+    }
+
+    #[test]
+    fn options_of_copy() {
+        let format = |options: &str| match one(&format!("COPY (SELECT 1) TO STDOUT {options}")) {
+            Ok(Command::CopyOut { format, .. }) => Ok(format),
+            Ok(other) => panic!("{options}: {other:?}"),
+            Err(e) => Err(e.message),
+        };
+        let csv = CopyFormat { header: true, delimiter: ';', ..CopyFormat::new(CopyKind::Csv) };
+        assert_eq!(format("WITH (FORMAT csv, HEADER, DELIMITER ';')"), Ok(csv.clone()));
+        assert_eq!(format("CSV HEADER"), Ok(CopyFormat { delimiter: ',', ..csv }));
+        assert_eq!(format(""), Ok(CopyFormat::new(CopyKind::Text)));
+        assert_eq!(format("(FORMAT binary)"), Ok(CopyFormat::new(CopyKind::Binary)));
+        let quoted = CopyFormat { quote: '~', escape: '~', null: "-".to_owned(), ..CopyFormat::new(CopyKind::Csv) };
+        assert_eq!(format("(FORMAT csv, QUOTE '~', NULL '-')"), Ok(quoted));
+        let check = |options: &str, expected: &str| assert_eq!(format(options).unwrap_err(), expected);
+        check("(FORMAT json)", "COPY format \"json\" not recognized; text, csv and binary are known");
+        check("(QUOTE '-')", "COPY option QUOTE '-' in this format is not supported");
+        check("(FORMAT binary, HEADER)", "COPY option HEADER in this format is not supported");
+        check("(DELIMITER 'a')", "COPY delimiter cannot be 'a'");
+        check("(FORMAT csv, NULL ',')", "COPY null \",\" must hold neither the delimiter nor the end of a line");
+    }
+
+    #[test]
+    fn parameters_are_filled_in() {
+        let filled = |text: &str, arguments: &str| {
+            let Ok(Command::Prepare { statement, types, .. }) = one(text) else { panic!("{text}") };
+            let Ok(Command::Execute { arguments, .. }) = one(&format!("EXECUTE p{arguments}")) else {
+                panic!("{arguments}")
+            };
+            fill(&statement, &types, &arguments).map(|s| s.to_string()).map_err(|e| e.code)
+        };
+        let check = |text: &str, arguments: &str, expected: Result<&str, &str>| {
+            assert_eq!(filled(text, arguments).as_deref().map_err(|e| *e), expected, "{text} {arguments}");
+        };
+        check("PREPARE p AS SELECT a FROM t WHERE b = $1", "(1 + 2)", Ok("SELECT a FROM t WHERE b = (1 + 2)"));
+        check("PREPARE p (int) AS SELECT a WHERE $1 > 0", "('1')", Ok("SELECT a WHERE (CAST('1' AS INT)) > 0"));
+        check("PREPARE p AS SELECT a WHERE $2 > 0", "(1)", Err("42601"));
+        check("PREPARE p AS SELECT a", "(1)", Err("42601"));
+        check("PREPARE p AS SELECT a", "", Ok("SELECT a"));
+    }
+
+    #[test]
+    fn syntax_errors_tell_where() {
+        let check = |text: &str, expected: &str, position: Option<usize>| {
+            let error = one(text).unwrap_err();
+            assert_eq!((error.code, &*error.message, error.position), ("42601", expected, position), "{text}");
+        };
+        check("SELEC 1", "syntax error at or near \"SELEC\": expected an SQL statement", Some(1));
+        check("SELECT 1,\n  FROM FROM x", "syntax error at or near \"FROM\": expected an expression", Some(18));
+        check("SELECT (1", "syntax error at end of input: expected )", Some(10));
     }
 
     #[test]
@@ -544,18 +994,29 @@ mod tests {
             let got = one(text).map(|c| format!("{c:?}")).unwrap_or_else(|e| e.to_string());
             assert_eq!(got, expected, "{text}");
         };
-        check("SET timezone = 'Europe/Berlin'", "Set { name: \"timezone\", value: Some(\"Europe/Berlin\") }");
-        check("SET TIME ZONE 'UTC'", "Set { name: \"timezone\", value: Some(\"UTC\") }");
-        check("SET statement_timeout = 500", "Set { name: \"statement_timeout\", value: Some(\"500\") }");
-        check("SET search_path TO a, b", "Set { name: \"search_path\", value: Some(\"a, b\") }");
-        check("SET application_name TO DEFAULT", "Set { name: \"application_name\", value: None }");
+        check(
+            "SET timezone = 'Europe/Berlin'",
+            "Set { name: \"timezone\", value: Some(\"Europe/Berlin\"), local: false }",
+        );
+        check("SET TIME ZONE 'UTC'", "Set { name: \"timezone\", value: Some(\"UTC\"), local: false }");
+        check("SET statement_timeout = 500", "Set { name: \"statement_timeout\", value: Some(\"500\"), local: false }");
+        check("SET search_path TO a, b", "Set { name: \"search_path\", value: Some(\"a, b\"), local: false }");
+        check("SET application_name TO DEFAULT", "Set { name: \"application_name\", value: None, local: false }");
         check("RESET ALL", "ResetAll");
         check("SHOW TIME ZONE", "Show(\"timezone\")");
         check("SHOW server_version", "Show(\"server_version\")");
         check("BEGIN", "Begin(\"BEGIN\")");
         check("COMMIT", "End(\"COMMIT\")");
         check("ABORT", "End(\"ROLLBACK\")");
-        check("DISCARD ALL", "Deallocate(None)");
+        check("DISCARD ALL", "Discard");
+        check("SET LOCAL lock_timeout = 1", "Set { name: \"lock_timeout\", value: Some(\"1\"), local: true }");
+        check("ROLLBACK TO SAVEPOINT a", "RollbackTo");
+        check("FETCH 3 FROM c", "Fetch { cursor: \"c\", rows: Next(3), skip: false }");
+        check("move forward all in C;", "Fetch { cursor: \"c\", rows: All, skip: true }");
+        check("FETCH ABSOLUTE 5 FROM \"C\"", "Fetch { cursor: \"C\", rows: At(5), skip: false }");
+        check("FETCH PRIOR FROM c", "cursor can only scan forward");
+        check("CLOSE ALL", "CloseCursor(None)");
+        check("UNLISTEN *", "Done(\"UNLISTEN\")");
         check("DEALLOCATE p1", "Deallocate(Some(\"p1\"))");
     }
 }

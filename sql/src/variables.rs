@@ -9,6 +9,11 @@ use crate::error::{Result, SqlError};
 /// The version of PostgreSQL whose behaviour clients may expect.
 const POSTGRES_VERSION: &str = "15.0";
 
+/// Most variables of names that clients make up.
+const MADE_UP_MAX: usize = 100;
+/// Most bytes of a value, and of a name that a client makes up with its value.
+const VALUE_BYTES_MAX: usize = 8192;
+
 /// A known variable: its name, its default, and what may be done with it.
 struct Known {
     name: &'static str,
@@ -87,12 +92,16 @@ pub struct Variables {
     user: String,
     /// Those that differ from their default, by lower-case name.
     values: BTreeMap<String, String>,
+    /// What a rollback leads back to, within a transaction.
+    before: Option<BTreeMap<String, String>>,
+    /// Those that are set for the transaction alone, with the values to which its end leads back.
+    local: BTreeMap<String, Option<String>>,
 }
 
 impl Variables {
     /// Defaults for a session of `user`.
     pub fn new(user: &str) -> Self {
-        Self { user: user.to_owned(), values: BTreeMap::new() }
+        Self { user: user.to_owned(), values: BTreeMap::new(), before: None, local: BTreeMap::new() }
     }
 
     /// The user.
@@ -137,6 +146,14 @@ impl Variables {
             if !lower.contains('.') {
                 return Err(unknown(name));
             }
+            let made_up = self.values.keys().filter(|k| k.contains('.') && **k != lower).count();
+            let length = lower.len() + value.map_or(0, str::len);
+            if value.is_some() && (made_up >= MADE_UP_MAX || length > VALUE_BYTES_MAX) {
+                let message = format!(
+                    "a session keeps at most {MADE_UP_MAX} parameters of its own, of {VALUE_BYTES_MAX} bytes each"
+                );
+                return Err(SqlError::new("54000", message));
+            }
             match value {
                 Some(value) => self.values.insert(lower, value.to_owned()),
                 None => self.values.remove(&lower),
@@ -151,6 +168,50 @@ impl Variables {
         }
         let told = matches!(known.kind, Kind::Reported | Kind::Zone);
         Ok(told.then(|| (known.name, self.value(known))))
+    }
+
+    /// Begins a transaction.
+    pub fn begin(&mut self) {
+        if self.before.is_none() {
+            self.before = Some(self.values.clone());
+        }
+    }
+
+    /// Ends a transaction.
+    pub fn end(&mut self, committed: bool) {
+        let local = std::mem::take(&mut self.local);
+        match self.before.take() {
+            Some(before) if !committed => self.values = before,
+            _ => {
+                for (name, value) in local {
+                    match value {
+                        Some(value) => self.values.insert(name, value),
+                        None => self.values.remove(&name),
+                    };
+                }
+            }
+        }
+    }
+
+    /// Sets a variable until the end of the transaction; outside of one that is at once.
+    ///
+    /// # Errors
+    /// Those of [`Variables::set`].
+    pub fn set_local(&mut self, name: &str, value: Option<&str>) -> Result<Option<(&'static str, String)>> {
+        let lower = name.to_ascii_lowercase();
+        let before = self.values.get(&lower).cloned();
+        if self.before.is_none() {
+            // The value is checked, and forgotten.
+            self.set(name, value)?;
+            match before {
+                Some(before) => self.values.insert(lower, before),
+                None => self.values.remove(&lower),
+            };
+            return Ok(None);
+        }
+        let told = self.set(name, value)?;
+        self.local.entry(lower).or_insert(before);
+        Ok(told)
     }
 
     /// Sets all variables to their defaults.
@@ -173,6 +234,12 @@ impl Variables {
     pub fn statement_timeout(&self) -> Option<Duration> {
         let value = self.values.get("statement_timeout")?;
         duration(value).filter(|d| !d.is_zero())
+    }
+
+    /// How long a client may be idle, within a transaction or outside; `None` for ever.
+    pub fn idle_timeout(&self, in_transaction: bool) -> Option<Duration> {
+        let name = if in_transaction { "idle_in_transaction_session_timeout" } else { "idle_session_timeout" };
+        duration(self.values.get(name)?).filter(|d| !d.is_zero())
     }
 
     /// The time zone.
@@ -217,6 +284,7 @@ fn checked(known: &Known, value: &str) -> Result<String> {
             let utf8 = ["utf8", "unicode", "auto"].contains(&plain.to_ascii_lowercase().as_str());
             utf8.then(|| "UTF8".to_owned()).ok_or_else(invalid)
         }
+        _ if value.len() > VALUE_BYTES_MAX => Err(invalid()),
         Kind::Free | Kind::Reported => Ok(value.to_owned()),
     }
 }
@@ -258,6 +326,32 @@ mod tests {
     }
 
     #[test]
+    fn the_end_of_a_transaction_takes_settings_back() {
+        let mut v = Variables::new("me");
+        v.set("lock_timeout", Some("1")).unwrap();
+        let check = |v: &Variables, lock: &str, statement: &str| {
+            let get = |name: &str| v.get(name).unwrap().1;
+            assert_eq!((&*get("lock_timeout"), &*get("statement_timeout")), (lock, statement));
+        };
+        v.set_local("lock_timeout", Some("2")).unwrap();
+        check(&v, "1", "0");
+        assert_eq!(v.set_local("lock_timeout", Some("x")).unwrap_err().code, "22023");
+        v.begin();
+        v.set_local("lock_timeout", Some("2")).unwrap();
+        v.set_local("lock_timeout", Some("3")).unwrap();
+        v.set("statement_timeout", Some("4")).unwrap();
+        check(&v, "3", "4");
+        v.end(true);
+        check(&v, "1", "4");
+        v.begin();
+        v.set("lock_timeout", Some("5")).unwrap();
+        v.set_local("statement_timeout", Some("6")).unwrap();
+        check(&v, "5", "6");
+        v.end(false);
+        check(&v, "1", "4");
+    }
+
+    #[test]
     fn variables_are_set_shown_and_reset() {
         let mut v = Variables::new("me");
         assert_eq!(v.get("TIMEZONE").unwrap(), ("TimeZone".to_owned(), "UTC".to_owned()));
@@ -269,11 +363,16 @@ mod tests {
         assert_eq!(v.get("nonsense").unwrap_err().code, "42704");
         v.set("my.own", Some("x")).unwrap();
         assert_eq!(v.get("my.own").unwrap().1, "x");
+        assert_eq!(v.set("my.large", Some(&"x".repeat(9000))).unwrap_err().code, "54000");
+        assert_eq!(v.set("application_name", Some(&"x".repeat(9000))).unwrap_err().code, "22023");
         v.set("statement_timeout", Some("5s")).unwrap();
         assert_eq!(v.statement_timeout(), Some(Duration::from_secs(5)));
         assert_eq!(v.schema(), "public");
         v.set("search_path", Some("\"$user\", prometheus")).unwrap();
         assert_eq!(v.schema(), "prometheus");
+        assert_eq!(v.idle_timeout(false), None);
+        v.set("idle_session_timeout", Some("1min")).unwrap();
+        assert_eq!((v.idle_timeout(false), v.idle_timeout(true)), (Some(Duration::from_secs(60)), None));
         v.reset();
         assert_eq!((v.statement_timeout(), &*v.time_zone(), v.schema().as_str()), (None, "UTC", "public"));
         assert_eq!(v.get("session_authorization").unwrap().1, "me");

@@ -98,6 +98,7 @@ fn mistakes_are_named() {
     check("grpc = \"0.0.0.0:4317\"", &[], "grpc = \"0.0.0.0:4317\" can be reached by other machines");
     check("postgres = \"[::]:5433\"", &[], "postgres = \"[::]:5433\" can be reached by other machines");
     check("postgres = \"[::]:5433\"\nauth_file = \"x\"", &[], "encrypts nothing");
+    check("postgres_tls_required = true", &[], "postgres_tls_required needs tls_cert and tls_key");
     check("memory_limit = \"5 parsecs\"", &[], "allowed units are KiB, MiB, GiB, TiB");
     check("memory_limit = \"99999999999TiB\"", &[], "more than 2^64 bytes");
     check("query_timeout = \"-1s\"", &[], "is not a duration");

@@ -8,34 +8,44 @@ use arrow::datatypes::{DataType, SchemaRef};
 use async_trait::async_trait;
 use bytes::Bytes;
 use datafusion::common::ParamValues;
-use datafusion::logical_expr::LogicalPlan;
+use datafusion::common::tree_node::{TreeNode, TreeNodeRecursion};
+use datafusion::execution::SendableRecordBatchStream;
+use datafusion::logical_expr::{Expr, LogicalPlan};
+use datafusion::sql::sqlparser::ast;
 use futures::{Sink, SinkExt, Stream, StreamExt, TryStreamExt, stream};
 use parking_lot::Mutex;
 use pgwire::api::portal::{Format, Portal, PortalExecutionState};
 use pgwire::api::query::{
-    ExtendedQueryHandler, send_execution_response, send_partial_query_response, send_query_response,
-    send_ready_for_query,
+    ExtendedQueryHandler, send_describe_response, send_execution_response, send_partial_query_response,
+    send_query_response, send_ready_for_query,
 };
-use pgwire::api::results::{CopyResponse, FieldInfo, QueryResponse, Response, Tag};
+use pgwire::api::results::{DescribePortalResponse, FieldInfo, QueryResponse, Response, Tag};
 use pgwire::api::stmt::QueryParser;
 use pgwire::api::store::{Entry, PortalStore};
-use pgwire::api::{ClientInfo, ClientPortalStore, DEFAULT_NAME, PgWireConnectionState, Type, copy};
+use pgwire::api::{ClientInfo, ClientPortalStore, DEFAULT_NAME, PgWireConnectionState, Type};
 use pgwire::error::{ErrorInfo, PgWireError, PgWireResult};
 use pgwire::messages::PgWireBackendMessage;
-use pgwire::messages::copy::CopyData;
-use pgwire::messages::extendedquery::{Bind, Close, Execute, Parse, Sync as EndOfSeries, TARGET_TYPE_BYTE_STATEMENT};
+use pgwire::messages::copy::{CopyData, CopyDone, CopyOutResponse};
+use pgwire::messages::extendedquery::{
+    Bind, Close, Describe, Execute, Parse, Sync as EndOfSeries, TARGET_TYPE_BYTE_PORTAL, TARGET_TYPE_BYTE_STATEMENT,
+};
 use pgwire::messages::response::{EmptyQueryResponse, TransactionStatus};
 use pgwire::messages::startup::ParameterStatus;
 
+use super::copy::Writer;
+use super::cursor::{Cursor, LIFETIME};
 use super::rows;
 use crate::error::SqlError;
-use crate::format::{Column, csv_field};
 use crate::session::Session;
-use crate::statement::{Command, CopyFormat, Names};
+use crate::statement::{self, Command, Names};
 
 /// An error as clients are told.
 pub fn pg_error(e: SqlError) -> PgWireError {
-    PgWireError::UserError(Box::new(ErrorInfo::new("ERROR".to_owned(), e.code.to_owned(), e.message)))
+    let mut info = ErrorInfo::new("ERROR".to_owned(), e.code.to_owned(), e.message);
+    info.severity_nonlocalized = Some("ERROR".to_owned());
+    info.hint = e.hint;
+    info.position = e.position.map(|p| p.to_string());
+    PgWireError::UserError(Box::new(info))
 }
 
 /// The name by which a statement or a portal is kept.
@@ -57,7 +67,9 @@ pub struct Prepared {
 impl Prepared {
     fn names(&self) -> Names {
         match &self.command {
-            Command::Query { names, .. } => names.clone(),
+            Command::Query { names, .. } | Command::CopyOut { names, .. } | Command::Declare { names, .. } => {
+                names.clone()
+            }
             _ => Names::default(),
         }
     }
@@ -67,6 +79,8 @@ impl Prepared {
 const STATEMENTS: Room = Room { what: "prepared statements", count: 1000, bytes: 4 << 20 };
 /// Most portals that a connection keeps, and the bytes of their parameters.
 const PORTALS: Room = Room { what: "portals", count: 100, bytes: 16 << 20 };
+/// Most cursors that a connection keeps open.
+const CURSORS: Room = Room { what: "cursors", count: 100, bytes: 1 << 20 };
 
 #[derive(Debug)]
 struct Room {
@@ -96,6 +110,16 @@ impl Room {
 struct Kept {
     statements: HashMap<String, usize>,
     portals: HashMap<String, usize>,
+    cursors: HashMap<String, Arc<Cursor>>,
+    /// Statements of `PREPARE`; their bytes are among those of `statements`.
+    named: HashMap<String, Command>,
+}
+
+impl Kept {
+    fn cursor(&self, name: &str) -> PgWireResult<Arc<Cursor>> {
+        let missing = || pg_error(SqlError::new("34000", format!("cursor {name:?} does not exist")));
+        self.cursors.get(name).cloned().ok_or_else(missing)
+    }
 }
 
 /// What a connection answers with.
@@ -158,11 +182,37 @@ impl Answers {
         let (name, kind) = (key(message.name.as_deref()), message.target_type);
         self.on_close(client, message).await?;
         let mut kept = self.kept.lock();
-        match kind {
-            TARGET_TYPE_BYTE_STATEMENT => kept.statements.remove(&name),
-            _ => kept.portals.remove(&name),
-        };
+        if kind == TARGET_TYPE_BYTE_STATEMENT {
+            kept.statements.remove(&name);
+            kept.named.remove(&name);
+        } else {
+            kept.portals.remove(&name);
+            kept.cursors.remove(&name);
+        }
         Ok(())
+    }
+
+    /// Tells what a prepared statement, a portal or a cursor is like. To clients a cursor is a portal.
+    pub async fn describe<C>(&self, client: &mut C, message: Describe) -> PgWireResult<()>
+    where
+        C: Client,
+        C::PortalStore: PortalStore<Statement = Arc<Prepared>>,
+    {
+        let name = key(message.name.as_deref());
+        let cursor = self.kept.lock().cursors.get(&name).cloned();
+        match cursor.filter(|_| message.target_type == TARGET_TYPE_BYTE_PORTAL) {
+            Some(cursor) => {
+                let format = if cursor.binary { Format::UnifiedBinary } else { Format::UnifiedText };
+                let fields = rows::fields(&cursor.schema, &cursor.names, &format);
+                send_describe_response(client, &DescribePortalResponse::new(fields)).await
+            }
+            None => self.on_describe(client, message).await,
+        }
+    }
+
+    /// Forgets cursors at the end of a transaction: all, or those that do not outlive it.
+    fn end_cursors(&self, all: bool) {
+        self.kept.lock().cursors.retain(|_, cursor| cursor.hold && !all);
     }
 
     /// Ends a series of messages of the extended protocol.
@@ -175,14 +225,15 @@ impl Answers {
         self.on_sync(client, message).await
     }
 
-    /// Forgets all portals.
-    pub fn forget_portals<C>(&self, client: &C)
+    /// Forgets what a failure ends: all portals, and the cursors of the transaction. They hold on to what they ran.
+    pub fn fail<C>(&self, client: &C)
     where
         C: ClientPortalStore,
         C::PortalStore: PortalStore<Statement = Arc<Prepared>>,
     {
         client.portal_store().clear_portals();
         self.kept.lock().portals.clear();
+        self.end_cursors(false);
     }
 
     /// The session.
@@ -201,12 +252,15 @@ impl Answers {
         if commands.is_empty() {
             client.feed(PgWireBackendMessage::EmptyQueryResponse(EmptyQueryResponse::new())).await?;
         }
-        for command in commands {
-            let prepared = self.prepare(command).await?;
-            let response = self.respond(client, &prepared, prepared.plan.clone(), &Format::UnifiedText).await?;
-            match response {
-                Response::Query(results) => send_query_response(client, results, true).await?,
-                Response::CopyOut(results) => copy::send_copy_out_response(client, results).await?,
+        for (i, command) in commands.into_iter().enumerate() {
+            self.check_transaction(client, &command)?;
+            let prepared = self.prepare(command).await.map_err(|e| pg_error(e.within(text, i)))?;
+            if !prepared.parameters.is_empty() && !matches!(prepared.command, Command::Prepare { .. }) {
+                return Err(pg_error(SqlError::new("42P02", "there is no parameter $1").within(text, i)));
+            }
+            let format = self.cursor_format(&prepared.command);
+            match self.respond(client, &prepared, prepared.plan.clone(), &format).await? {
+                Answer::Rows(results) => send_query_response(client, results, true).await?,
                 other => finish(client, other).await?,
             }
         }
@@ -215,14 +269,61 @@ impl Answers {
         send_ready_for_query(client, status).await
     }
 
-    async fn prepare(&self, command: Command) -> PgWireResult<Prepared> {
-        let (plan, result) = match &command {
-            Command::Query { statement, .. } | Command::CopyOut { statement, .. } => {
-                let plan = self.session.plan(statement).await.map_err(pg_error)?;
-                let schema = plan.schema().inner().clone();
-                (Some(plan), matches!(command, Command::Query { .. }).then_some(schema))
+    /// In the simple protocol the cursor says in which form rows are given.
+    fn cursor_format(&self, command: &Command) -> Format {
+        match command {
+            Command::Fetch { cursor, .. } if self.kept.lock().cursors.get(cursor).is_some_and(|c| c.binary) => {
+                Format::UnifiedBinary
             }
-            Command::Show(name) => (None, Some(self.session.show(name).map_err(pg_error)?.schema())),
+            _ => Format::UnifiedText,
+        }
+    }
+
+    /// In a failed transaction nothing but its end is answered.
+    fn check_transaction<C: Client>(&self, client: &C, command: &Command) -> PgWireResult<()> {
+        let ends = matches!(command, Command::End(_) | Command::RollbackTo);
+        if client.transaction_status() == TransactionStatus::Error && !ends {
+            return Err(pg_error(aborted()));
+        }
+        Ok(())
+    }
+
+    /// The statement with the types that the client tells, for parameters whose types the plan does not tell. Those
+    /// that nobody tells are texts.
+    async fn typed(&self, prepared: Prepared, told: &[Option<Type>]) -> Result<Prepared, SqlError> {
+        let told = |i: usize| told.get(i).and_then(Option::as_ref).map_or(Some(ast::DataType::Text), sql_type);
+        let own = prepared.parameters.iter().enumerate();
+        let types: Vec<_> = own.map(|(i, own)| told(i).filter(|_| own.is_none())).collect();
+        if types.iter().all(Option::is_none) {
+            return Ok(prepared);
+        }
+        let mut command = prepared.command.clone();
+        if let Command::Query { statement, .. }
+        | Command::CopyOut { statement, .. }
+        | Command::Declare { statement, .. } = &mut command
+        {
+            *statement = Arc::new(statement::with_types(statement, &types));
+        }
+        // Where that makes no sense the values themselves may.
+        Ok(self.prepare(command).await.unwrap_or(prepared))
+    }
+
+    async fn prepare(&self, command: Command) -> Result<Prepared, SqlError> {
+        let command = self.filled(command)?;
+        let (plan, result) = match &command {
+            Command::Query { statement, .. } => {
+                let plan = self.session.plan(statement).await?;
+                let schema = plan.schema().inner().clone();
+                (Some(plan), Some(schema))
+            }
+            Command::CopyOut { statement, .. }
+            | Command::Declare { statement, .. }
+            | Command::Prepare { statement, .. } => (Some(self.session.plan(statement).await?), None),
+            Command::Show(name) => (None, Some(self.session.show(name)?.schema())),
+            Command::Fetch { cursor, skip: false, .. } => {
+                // One that is not there may be when the statement runs.
+                (None, self.kept.lock().cursors.get(cursor).map(|c| c.schema.clone()))
+            }
             _ => (None, None),
         };
         let parameters = match &plan {
@@ -232,6 +333,17 @@ impl Answers {
         Ok(Prepared { command, plan, parameters, result })
     }
 
+    /// The query that `EXECUTE` means, or the command itself.
+    fn filled(&self, command: Command) -> Result<Command, SqlError> {
+        let Command::Execute { name, arguments } = &command else { return Ok(command) };
+        let kept = self.kept.lock().named.get(name).cloned();
+        let Some(Command::Prepare { statement, names, types, .. }) = kept else {
+            return Err(SqlError::new("26000", format!("prepared statement {name:?} does not exist")));
+        };
+        let statement = Arc::new(statement::fill(&statement, &types, arguments)?);
+        Ok(Command::Query { statement, names })
+    }
+
     /// Runs a command; `plan` is its plan with the parameters filled in.
     async fn respond<C>(
         &self,
@@ -239,95 +351,222 @@ impl Answers {
         prepared: &Prepared,
         plan: Option<LogicalPlan>,
         format: &Format,
-    ) -> PgWireResult<Response>
+    ) -> PgWireResult<Answer>
     where
         C: Client,
         C::PortalStore: PortalStore<Statement = Arc<Prepared>>,
     {
-        let ends = matches!(prepared.command, Command::End(_));
-        if client.transaction_status() == TransactionStatus::Error && !ends {
-            let message = "current transaction is aborted, commands ignored until end of transaction block";
-            return Err(pg_error(SqlError::new("25P02", message)));
-        }
+        self.check_transaction(client, &prepared.command)?;
+        let plan = || plan.ok_or_else(|| pg_error(SqlError::new("XX000", "a query without its plan")));
+        let zone = self.session.time_zone();
         Ok(match &prepared.command {
-            Command::Query { .. } | Command::CopyOut { .. } => {
-                let plan = plan.ok_or_else(|| pg_error(SqlError::new("XX000", "a query without its plan")))?;
-                let copy = match &prepared.command {
-                    Command::CopyOut { format, .. } => Some(*format),
-                    _ => None,
-                };
-                let names = prepared.names();
+            Command::Query { names, .. } => {
+                let plan = plan()?;
                 let explains = matches!(plan, LogicalPlan::Explain(_) | LogicalPlan::Analyze(_));
                 let batches = self.session.run(plan).await.map_err(pg_error)?;
-                let zone = self.session.time_zone();
-                if let Some(copy) = copy {
-                    return Ok(Response::CopyOut(copy_out(batches, copy, zone)));
-                }
                 let schema = prepared.result.clone().unwrap_or_else(|| batches.schema());
-                let fields = Arc::new(rows::fields(&schema, &names, format));
+                let fields = Arc::new(rows::fields(&schema, names, format));
                 let mut response = QueryResponse::new(fields.clone(), encode(batches, fields, zone));
                 if explains {
                     response.set_command_tag("EXPLAIN");
                 }
-                Response::Query(response)
+                Answer::Rows(response)
             }
+            Command::CopyOut { names, format, .. } => {
+                let batches = self.session.run(plan()?).await.map_err(pg_error)?;
+                let writer = Writer::new(format.clone(), &batches.schema(), names).map_err(pg_error)?;
+                Answer::Copy { batches, writer, zone }
+            }
+            Command::Declare { cursor, names, binary, hold, .. } => {
+                if !*hold && client.transaction_status() == TransactionStatus::Idle {
+                    let message = "DECLARE CURSOR can only be used in transaction blocks";
+                    return Err(pg_error(SqlError::new("25P01", message)));
+                }
+                {
+                    let kept = self.kept.lock();
+                    if kept.cursors.contains_key(cursor) {
+                        let message = format!("cursor {cursor:?} already exists");
+                        return Err(pg_error(SqlError::new("42P03", message)));
+                    }
+                    let lengths = kept.cursors.keys().map(|name| (name.clone(), name.len())).collect();
+                    CURSORS.check(&lengths, cursor, cursor.len())?;
+                }
+                let lifetime = LIFETIME.max(self.session.timeout());
+                let batches = self.session.run_within(plan()?, lifetime).await.map_err(pg_error)?;
+                let opened = Cursor::new(batches, names.clone(), *binary, *hold);
+                self.kept.lock().cursors.insert(cursor.clone(), Arc::new(opened));
+                Answer::Done(Tag::new("DECLARE CURSOR"))
+            }
+            Command::Fetch { cursor, rows, skip } => {
+                let cursor = self.kept.lock().cursor(cursor)?;
+                let batches = cursor.fetch(*rows).await.map_err(pg_error)?;
+                if *skip {
+                    let counts = batches.map_ok(|b| b.num_rows());
+                    let passed = counts.try_fold(0, async |sum, rows| Ok(sum + rows)).await;
+                    let passed = passed.map_err(|e| pg_error(e.into()))?;
+                    return Ok(Answer::Done(Tag::new("MOVE").with_rows(passed)));
+                }
+                let fields = Arc::new(rows::fields(&cursor.schema, &cursor.names, format));
+                let mut response = QueryResponse::new(fields.clone(), encode(batches, fields, zone));
+                response.set_command_tag("FETCH");
+                Answer::Rows(response)
+            }
+            Command::CloseCursor(name) => {
+                match name {
+                    Some(name) => {
+                        self.kept.lock().cursor(name)?;
+                        self.kept.lock().cursors.remove(name);
+                    }
+                    None => self.end_cursors(true),
+                }
+                Answer::Done(Tag::new(if name.is_some() { "CLOSE CURSOR" } else { "CLOSE CURSOR ALL" }))
+            }
+            Command::Prepare { name, statement, .. } => {
+                let mut kept = self.kept.lock();
+                if kept.statements.contains_key(name) {
+                    let message = format!("prepared statement {name:?} already exists");
+                    return Err(pg_error(SqlError::new("42P05", message)));
+                }
+                let bytes = statement.to_string().len();
+                STATEMENTS.check(&kept.statements, name, bytes)?;
+                kept.statements.insert(name.clone(), bytes);
+                kept.named.insert(name.clone(), prepared.command.clone());
+                Answer::Done(Tag::new("PREPARE"))
+            }
+            Command::Execute { .. } => return Err(pg_error(SqlError::new("XX000", "EXECUTE without its statement"))),
             Command::Show(name) => {
                 let batch = self.session.show(name).map_err(pg_error)?;
                 let fields = Arc::new(rows::fields(&batch.schema(), &Names::default(), format));
-                let encoded = encode(stream::iter([Ok(batch)]), fields.clone(), self.session.time_zone());
+                let encoded = encode(stream::iter([Ok(batch)]), fields.clone(), zone);
                 let mut response = QueryResponse::new(fields, encoded);
                 response.set_command_tag("SHOW");
-                Response::Query(response)
+                Answer::Rows(response)
             }
-            Command::Set { name, value } => {
-                let told = self.session.set(name, value.as_deref()).map_err(pg_error)?;
+            Command::Set { name, value, local } => {
+                let set = if *local { Session::set_local } else { Session::set };
+                let told = set(&self.session, name, value.as_deref()).map_err(pg_error)?;
                 if let Some((name, value)) = told {
                     let status = ParameterStatus::new(name.to_owned(), value);
                     client.feed(PgWireBackendMessage::ParameterStatus(status)).await?;
                 }
-                Response::Execution(Tag::new(if value.is_some() { "SET" } else { "RESET" }))
+                Answer::Done(Tag::new(if value.is_some() { "SET" } else { "RESET" }))
             }
             Command::ResetAll => {
-                self.session.reset();
-                for (name, value) in self.session.reported() {
-                    client.feed(PgWireBackendMessage::ParameterStatus(ParameterStatus::new(name, value))).await?;
-                }
-                Response::Execution(Tag::new("RESET"))
+                self.reset(client).await?;
+                Answer::Done(Tag::new("RESET"))
             }
             Command::Deallocate(name) => {
-                let kept = &mut self.kept.lock().statements;
-                let names: Vec<String> =
-                    name.as_ref().map_or_else(|| kept.keys().cloned().collect(), |name| vec![name.clone()]);
-                for name in names {
-                    client.portal_store().rm_statement(&name);
-                    kept.remove(&name);
-                }
-                Response::Execution(Tag::new("DEALLOCATE"))
+                self.deallocate(client, name.as_deref())?;
+                Answer::Done(Tag::new(if name.is_some() { "DEALLOCATE" } else { "DEALLOCATE ALL" }))
             }
-            Command::Begin(tag) => Response::TransactionStart(Tag::new(tag)),
+            Command::Discard => {
+                if client.transaction_status() != TransactionStatus::Idle {
+                    let message = "DISCARD ALL cannot run inside a transaction block";
+                    return Err(pg_error(SqlError::new("25001", message)));
+                }
+                self.deallocate(client, None)?;
+                self.end_cursors(true);
+                self.reset(client).await?;
+                Answer::Done(Tag::new("DISCARD ALL"))
+            }
+            Command::Begin(tag) => {
+                self.session.begin();
+                client.set_transaction_status(client.transaction_status().to_in_transaction_state());
+                Answer::Done(Tag::new(tag))
+            }
             Command::End(tag) => {
                 let failed = client.transaction_status() == TransactionStatus::Error;
-                Response::TransactionEnd(Tag::new(if failed { "ROLLBACK" } else { tag }))
+                let before = self.session.reported();
+                let tag = if failed { "ROLLBACK" } else { tag };
+                self.session.end(tag == "COMMIT");
+                self.end_cursors(false);
+                self.tell_changes(client, &before).await?;
+                client.set_transaction_status(TransactionStatus::Idle);
+                Answer::Done(Tag::new(tag))
             }
-            Command::Done(tag) => Response::Execution(Tag::new(tag)),
+            Command::RollbackTo => {
+                if client.transaction_status() == TransactionStatus::Idle {
+                    let message = "ROLLBACK TO SAVEPOINT can only be used in transaction blocks";
+                    return Err(pg_error(SqlError::new("25P01", message)));
+                }
+                client.set_transaction_status(TransactionStatus::Transaction);
+                Answer::Done(Tag::new("ROLLBACK"))
+            }
+            Command::Done(tag) => Answer::Done(Tag::new(tag)),
         })
+    }
+
+    /// Sets all variables to their defaults.
+    async fn reset<C: Client>(&self, client: &mut C) -> PgWireResult<()> {
+        let before = self.session.reported();
+        self.session.reset();
+        self.tell_changes(client, &before).await
+    }
+
+    /// Tells the client which variables that it follows have changed.
+    async fn tell_changes<C: Client>(&self, client: &mut C, before: &[(String, String)]) -> PgWireResult<()> {
+        for (name, value) in self.session.reported() {
+            if !before.iter().any(|(n, v)| *n == name && *v == value) {
+                client.feed(PgWireBackendMessage::ParameterStatus(ParameterStatus::new(name, value))).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets a prepared statement, or all.
+    fn deallocate<C>(&self, client: &C, name: Option<&str>) -> PgWireResult<()>
+    where
+        C: Client,
+        C::PortalStore: PortalStore<Statement = Arc<Prepared>>,
+    {
+        let mut kept = self.kept.lock();
+        let names: Vec<String> = match name {
+            None => kept.statements.keys().cloned().collect(),
+            Some(name) if kept.statements.contains_key(name) => vec![name.to_owned()],
+            Some(name) => {
+                let message = format!("prepared statement {name:?} does not exist");
+                return Err(pg_error(SqlError::new("26000", message)));
+            }
+        };
+        for name in names {
+            client.portal_store().rm_statement(&name);
+            kept.statements.remove(&name);
+            kept.named.remove(&name);
+        }
+        Ok(())
     }
 }
 
-/// Sends an answer without rows.
-async fn finish<C: Client>(client: &mut C, response: Response) -> PgWireResult<()> {
-    let status = client.transaction_status();
-    let tag = match response {
-        Response::TransactionStart(tag) => {
-            client.set_transaction_status(status.to_in_transaction_state());
-            tag
+/// What a command gives.
+enum Answer {
+    Rows(QueryResponse),
+    Copy { batches: SendableRecordBatchStream, writer: Writer, zone: Arc<str> },
+    Done(Tag),
+}
+
+/// Sends an answer that is no rows.
+async fn finish<C: Client>(client: &mut C, answer: Answer) -> PgWireResult<()> {
+    let tag = match answer {
+        Answer::Done(tag) => tag,
+        Answer::Copy { mut batches, mut writer, zone } => {
+            let (columns, binary) = writer.columns();
+            let format = i8::from(binary);
+            let head = CopyOutResponse::new(format, columns as i16, vec![i16::from(format); columns]);
+            client.feed(PgWireBackendMessage::CopyOutResponse(head)).await?;
+            let mut rows = 0;
+            while let Some(batch) = batches.try_next().await.map_err(|e| pg_error(e.into()))? {
+                for row in writer.rows(&batch, &zone)? {
+                    rows += 1;
+                    client.feed(PgWireBackendMessage::CopyData(CopyData::new(row))).await?;
+                }
+            }
+            if let Some(end) = writer.end() {
+                client.feed(PgWireBackendMessage::CopyData(CopyData::new(end))).await?;
+            }
+            client.feed(PgWireBackendMessage::CopyDone(CopyDone::new())).await?;
+            Tag::new("COPY").with_rows(rows)
         }
-        Response::TransactionEnd(tag) => {
-            client.set_transaction_status(status.to_idle_state());
-            tag
-        }
-        Response::Execution(tag) => tag,
-        _ => return Err(pg_error(SqlError::new("XX000", "an answer that no statement has"))),
+        Answer::Rows(_) => return Err(pg_error(SqlError::new("XX000", "rows where none are expected"))),
     };
     send_execution_response(client, tag).await
 }
@@ -348,81 +587,31 @@ where
         .try_flatten()
 }
 
-/// `COPY` sends a message per batch.
-fn copy_out(
-    batches: datafusion::execution::SendableRecordBatchStream,
-    format: CopyFormat,
-    zone: Arc<str>,
-) -> CopyResponse {
-    let schema = batches.schema();
-    let separator = if format.csv { ',' } else { '\t' };
-    let mut head = String::new();
-    if format.header {
-        for (i, field) in schema.fields().iter().enumerate() {
-            if i > 0 {
-                head.push(separator);
-            }
-            let start = head.len();
-            head.push_str(field.name());
-            if format.csv {
-                csv_field(start, &mut head);
-            }
-        }
-        head.push('\n');
-    }
-    let head = stream::iter((!head.is_empty()).then(|| Ok(CopyData::new(Bytes::from(head)))));
-    let body = batches.map(move |batch| {
-        let batch = batch.map_err(|e| pg_error(e.into()))?;
-        let text = copy_text(&batch, format, &zone).map_err(|e| pg_error(e.into()))?;
-        Ok(CopyData::new(Bytes::from(text)))
-    });
-    CopyResponse::new(0, schema.fields().len(), head.chain(body))
+fn aborted() -> SqlError {
+    let message = "current transaction is aborted, commands ignored until end of transaction block";
+    SqlError::new("25P02", message)
 }
 
-fn copy_text(
-    batch: &arrow::record_batch::RecordBatch,
-    format: CopyFormat,
-    zone: &str,
-) -> datafusion::error::Result<String> {
-    let columns =
-        batch.columns().iter().map(|c| Column::new(c, zone)).collect::<datafusion::error::Result<Vec<_>>>()?;
-    let (mut out, mut cell) = (String::new(), String::new());
-    for row in 0..batch.num_rows() {
-        for (i, column) in columns.iter().enumerate() {
-            if format.csv {
-                if i > 0 {
-                    out.push(',');
-                }
-                column.csv(row, &mut out)?;
-                continue;
-            }
-            if i > 0 {
-                out.push('\t');
-            }
-            if column.is_null(row) {
-                out.push_str("\\N");
-                continue;
-            }
-            cell.clear();
-            column.text(row, &mut cell)?;
-            for c in cell.chars() {
-                match c {
-                    '\\' => out.push_str("\\\\"),
-                    '\t' => out.push_str("\\t"),
-                    '\n' => out.push_str("\\n"),
-                    '\r' => out.push_str("\\r"),
-                    c => out.push(c),
-                }
-            }
-        }
-        out.push('\n');
-    }
-    Ok(out)
+/// The type of a parameter as SQL names it, if it is one that values of every kind can be taken to be.
+fn sql_type(told: &Type) -> Option<ast::DataType> {
+    Some(match *told {
+        Type::BOOL => ast::DataType::Boolean,
+        Type::INT2 => ast::DataType::SmallInt(None),
+        Type::INT4 => ast::DataType::Integer(None),
+        Type::INT8 => ast::DataType::BigInt(None),
+        Type::FLOAT4 => ast::DataType::Real,
+        Type::FLOAT8 => ast::DataType::DoublePrecision,
+        Type::TEXT | Type::VARCHAR | Type::UNKNOWN => ast::DataType::Text,
+        Type::DATE => ast::DataType::Date,
+        Type::TIMESTAMP => ast::DataType::Timestamp(None, ast::TimezoneInfo::None),
+        Type::TIMESTAMPTZ => ast::DataType::Timestamp(None, ast::TimezoneInfo::WithTimeZone),
+        _ => return None,
+    })
 }
 
 /// The types of `$1`, `$2`, ...
-fn parameter_types(plan: &LogicalPlan) -> PgWireResult<Vec<Option<DataType>>> {
-    let types = plan.get_parameter_types().map_err(|e| pg_error(e.into()))?;
+fn parameter_types(plan: &LogicalPlan) -> Result<Vec<Option<DataType>>, SqlError> {
+    let types = plan.get_parameter_types()?;
     let mut all = Vec::new();
     for (name, data_type) in types {
         let number: usize = name
@@ -430,11 +619,31 @@ fn parameter_types(plan: &LogicalPlan) -> PgWireResult<Vec<Option<DataType>>> {
             .parse()
             .ok()
             .filter(|n| (1..=65_535).contains(n))
-            .ok_or_else(|| pg_error(SqlError::new("42P02", format!("there is no parameter {name}"))))?;
+            .ok_or_else(|| SqlError::new("42P02", format!("there is no parameter {name}")))?;
         if all.len() < number {
             all.resize(number, None);
         }
         all[number - 1] = data_type;
+    }
+    // `$1::int8` says what the parameter is.
+    let mut told = Vec::new();
+    plan.apply_with_subqueries(|node| {
+        node.apply_expressions(|e| {
+            e.apply(|e| {
+                if let Expr::Cast(cast) = e
+                    && let Expr::Placeholder(placeholder) = cast.expr.as_ref()
+                    && let Ok(number) = placeholder.id.trim_start_matches('$').parse::<usize>()
+                {
+                    told.push((number, cast.field.data_type().clone()));
+                }
+                Ok(TreeNodeRecursion::Continue)
+            })
+        })
+    })?;
+    for (number, data_type) in told {
+        if let Some(unknown @ None) = number.checked_sub(1).and_then(|i| all.get_mut(i)) {
+            *unknown = Some(data_type);
+        }
     }
     Ok(all)
 }
@@ -443,19 +652,22 @@ fn parameter_types(plan: &LogicalPlan) -> PgWireResult<Vec<Option<DataType>>> {
 impl QueryParser for Answers {
     type Statement = Arc<Prepared>;
 
-    async fn parse_sql<C>(
-        &self,
-        _client: &C,
-        sql: &str,
-        _types: &[Option<Type>],
-    ) -> PgWireResult<Option<Self::Statement>>
+    async fn parse_sql<C>(&self, client: &C, sql: &str, types: &[Option<Type>]) -> PgWireResult<Option<Self::Statement>>
     where
         C: ClientInfo + Unpin + Send + Sync,
     {
         let mut commands = self.session.parse(sql).await.map_err(pg_error)?;
         match (commands.pop(), commands.is_empty()) {
             (None, _) => Ok(None),
-            (Some(command), true) => Ok(Some(Arc::new(self.prepare(command).await?))),
+            (Some(command), true) => {
+                let ends = matches!(command, Command::End(_) | Command::RollbackTo);
+                if client.transaction_status() == TransactionStatus::Error && !ends {
+                    return Err(pg_error(aborted()));
+                }
+                let prepared = self.prepare(command).await.map_err(|e| pg_error(e.within(sql, 0)))?;
+                let prepared = self.typed(prepared, types).await.map_err(|e| pg_error(e.within(sql, 0)))?;
+                Ok(Some(Arc::new(prepared)))
+            }
             (Some(_), false) => {
                 let message = "cannot insert multiple commands into a prepared statement";
                 Err(pg_error(SqlError::new("42601", message)))
@@ -547,8 +759,7 @@ impl Answers {
                 None => None,
             };
             match self.respond(client, prepared, plan, &portal.result_column_format).await? {
-                Response::Query(results) => *state = PortalExecutionState::Suspended(results),
-                Response::CopyOut(results) => return copy::send_copy_out_response(client, results).await,
+                Answer::Rows(results) => *state = PortalExecutionState::Suspended(results),
                 other => return finish(client, other).await,
             }
         }
