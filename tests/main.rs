@@ -29,6 +29,8 @@ mod limits;
 mod operations;
 /// The Debian package, the systemd unit, the Helm chart.
 mod packaging;
+/// The PostgreSQL endpoint through real clients: drivers, `psql`'s commands, logins, TLS, many sessions.
+mod postgres;
 /// Prometheus scrapes, writes to us, and we answer as it does.
 mod prometheus;
 /// The Prometheus API as Grafana and scrapers use it.

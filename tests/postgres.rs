@@ -1,0 +1,356 @@
+//! The PostgreSQL endpoint as its clients see it: `psql` with its commands, psycopg, asyncpg, SQLAlchemy, node-postgres,
+//! the statements that JDBC's driver and Grafana send; logins with SCRAM, TLS, and many sessions at a time.
+
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use crate::harness::programs::{output, python_with};
+use crate::harness::server::signal;
+use crate::harness::{Down, Process, Server, Setup, free_port, now_ms, program, run, series, wait_for};
+
+fn filled() -> Server {
+    let server = Server::start();
+    let start = now_ms() / 60_000 * 60_000 - 3_600_000;
+    let points = |first: f64| (0..60).map(|i| (start + i * 1000, first + i as f64)).collect::<Vec<_>>();
+    server.write(&[
+        series("requests_total", &[("job", "api"), ("instance", "a")], &points(0.0)),
+        series("requests_total", &[("job", "api"), ("instance", "b")], &points(100.0)),
+        series("requests_total", &[("job", "web"), ("instance", "c")], &points(1000.0)),
+    ]);
+    server
+}
+
+fn script(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/postgres").join(name)
+}
+
+/// Runs a script of ours with the server's port; it says when it is done.
+fn python(module: &str, name: &str) {
+    let Some(python) = python_with(module) else { return };
+    let server = filled();
+    let out = run(&python, [script(name).display().to_string(), server.postgres.port().to_string()]);
+    assert_eq!(out.trim(), "done");
+}
+
+#[test]
+fn psycopg_gets_everything() {
+    python("psycopg", "with_psycopg.py");
+}
+
+#[test]
+fn asyncpg_gets_everything() {
+    python("asyncpg", "with_asyncpg.py");
+}
+
+#[test]
+fn sqlalchemy_lists_and_asks() {
+    python("sqlalchemy, psycopg", "with_sqlalchemy.py");
+}
+
+#[test]
+fn node_postgres_gets_everything() {
+    let modules = std::env::var_os("TEST_PYTHON").map(PathBuf::from);
+    let modules = modules.and_then(|p| Some(p.parent()?.parent()?.join("node_modules")));
+    let Some(modules) = modules.filter(|m| m.join("pg").is_dir()) else {
+        eprintln!("skipped: node-postgres is not installed");
+        return;
+    };
+    let Some(node) = program("node") else { return };
+    let server = filled();
+    let mut command = Command::new(node);
+    command.arg(script("with_pg.js")).arg(server.postgres.port().to_string()).env("NODE_PATH", modules);
+    let output = command.output().expect("node runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// `psql` for a server, with its errors in full.
+struct Psql {
+    program: PathBuf,
+    server: Server,
+}
+
+impl Psql {
+    fn new() -> Option<Self> {
+        Some(Self { program: program("psql")?, server: filled() })
+    }
+
+    fn arguments(&self) -> Vec<String> {
+        let port = self.server.postgres.port().to_string();
+        let fixed =
+            ["-X", "-At", "-v", "VERBOSITY=verbose", "-h", "127.0.0.1", "-U", "any", "-d", "thalweg", "-p", &port];
+        fixed.map(str::to_owned).to_vec()
+    }
+
+    /// What it prints for a script on its standard input, errors included.
+    fn run(&self, script: &str) -> String {
+        let mut command = Command::new(&self.program);
+        command.args(self.arguments()).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("psql runs");
+        let mut input = child.stdin.take().expect("a piped input");
+        input.write_all(script.as_bytes()).expect("the script is read");
+        drop(input);
+        let output = child.wait_with_output().expect("psql ends");
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+    }
+}
+
+#[test]
+fn psql_runs_its_commands() {
+    let Some(psql) = Psql::new() else { return };
+    let commands = [
+        "\\l",
+        "\\l+",
+        "\\d",
+        "\\d+",
+        "\\dt",
+        "\\dt+",
+        "\\d samples",
+        "\\d+ samples",
+        "\\d+ prometheus.requests_total",
+        "\\dv",
+        "\\dv+ prometheus.*",
+        "\\df",
+        "\\df pg_*",
+        "\\du",
+        "\\du+",
+        "\\dn",
+        "\\di",
+        "\\da",
+        "\\db",
+        "\\dC",
+        "\\dg",
+        "\\dS",
+        "\\ds",
+        "\\dm",
+        "\\dE",
+        "\\conninfo",
+        "\\encoding",
+        "\\timing",
+        "\\dt *.*",
+    ];
+    for command in commands {
+        let said = psql.run(command);
+        assert!(!said.contains("ERROR") && !said.contains("FATAL"), "{command}: {said}");
+    }
+    let check = |script: &str, expected: &str| {
+        let said = psql.run(script);
+        assert!(said.contains(expected), "{script}: {said}");
+    };
+    check(
+        "SELECT value, ts, metric, tags, series FROM samples \\gdesc",
+        "value|double precision\nts|timestamp with time zone",
+    );
+    check("\\copy (SELECT value FROM samples ORDER BY value LIMIT 2) TO STDOUT WITH CSV HEADER", "value\n0\n1\n");
+    check("\\set FETCH_COUNT 7\nSELECT value FROM samples ORDER BY value;\nSELECT 'still here';", "1059\nstill here");
+    check("\\set AUTOCOMMIT off\nSELECT 1;\nROLLBACK;\nSELECT 2;", "ROLLBACK\n2");
+    check("\\set ON_ERROR_ROLLBACK on\nBEGIN;\nSELECT x;\nSELECT 3;\nCOMMIT;", "3\nCOMMIT");
+}
+
+#[test]
+fn errors_tell_where_and_what_was_meant() {
+    let Some(psql) = Psql::new() else { return };
+    let check = |query: &str, expected: &[&str]| {
+        let said = psql.run(query);
+        for part in expected {
+            assert!(said.contains(part), "{query}: no {part:?} in {said}");
+        }
+    };
+    check(
+        "SELECT instnce FROM prometheus.requests_total;",
+        &["42703: column \"instnce\" does not exist", "LINE 1: SELECT instnce FROM", "Perhaps you meant", "instance"],
+    );
+    check("SELECT cuont(*) FROM samples;", &["42883: function", "LINE 1: SELECT cuont"]);
+    check("SELECT 1;\nSELECT * FROM smples;", &["42P01: relation \"smples\" does not exist", "^", "\"samples\""]);
+    check("SELECT metric, count(*) FROM samples;", &["42803: column \"samples.metric\" must appear", "LINE 1:"]);
+    check("SELECT sum(metric) FROM samples;", &["42883: function sum(text) does not exist", "explicit type casts"]);
+    check("SELECT 1 +;", &["42601: syntax error"]);
+    check("SELECT 'x'::int;", &["22P02: invalid input syntax for type integer: \"x\""]);
+    check("SELECT $1;", &["42P02: there is no parameter $1"]);
+    check("FETCH 1 FROM nothing;", &["34000: cursor \"nothing\" does not exist"]);
+    check("BEGIN;\nSELECT x;\nSELECT 1;\nEND;", &["25P02: current transaction is aborted", "ROLLBACK"]);
+}
+
+#[test]
+fn what_a_session_keeps_is_bounded() {
+    let Some(psql) = Psql::new() else { return };
+    let many = |each: &dyn Fn(usize) -> String| (0..1100).map(each).collect::<String>();
+    let said = psql.run(&many(&|i| format!("PREPARE p{i} AS SELECT 1;\n")));
+    assert!(said.contains("54000: a connection keeps at most 1000 prepared statements"), "{said}");
+    let cursors: String = (0..110).map(|i| format!("DECLARE c{i} CURSOR WITH HOLD FOR SELECT 1;\n")).collect();
+    let said = psql.run(&cursors);
+    assert!(said.contains("54000: a connection keeps at most 100 cursors"), "{said}");
+    let said = psql.run(&many(&|i| format!("SET my.v{i} = 1;\n")));
+    assert!(said.contains("54000: a session keeps at most 100 parameters"), "{said}");
+}
+
+#[test]
+fn what_jdbc_and_grafana_send_is_answered() {
+    let Some(psql) = Psql::new() else { return };
+    // What Grafana's macros expand to.
+    let filter = "ts BETWEEN (now() - interval '2 hours') AND now()";
+    let check = |query: &str, expected: &str| {
+        let said = psql.run(query);
+        assert!(said.contains(expected) && !said.contains("ERROR"), "{query}: {said}");
+    };
+    let group = "floor(extract(epoch from ts)/3600)*3600";
+    check(&format!("SELECT {group} AS \"time\", count(*) FROM samples WHERE {filter} GROUP BY 1 ORDER BY 1;"), "180");
+    let between = "ts BETWEEN '2020-01-01T00:00:00Z' AND '2100-01-01T00:00:00Z'";
+    check(&format!("SELECT count(*) FROM samples WHERE {between};"), "180");
+    check("SELECT count(*) FROM samples WHERE extract(epoch from ts) >= 1577836800;", "180");
+    check("SELECT date_bin('1 hour', ts, timestamptz '2000-01-01') AS t, max(value) FROM samples GROUP BY t;", "1059");
+    check("SELECT current_setting('server_version_num')::int / 100 AS version;", "1500");
+    check("SELECT quote_ident(table_name) FROM information_schema.tables WHERE table_schema = 'public';", "samples");
+    // JDBC's driver.
+    check("SET extra_float_digits = 3;\nSET application_name = 'PostgreSQL JDBC Driver';", "SET");
+    let columns = "SELECT n.nspname, c.relname, a.attname, a.atttypid, t.typname, row_number() OVER (PARTITION BY a.attrelid \
+                   ORDER BY a.attnum) AS attnum FROM pg_catalog.pg_namespace n JOIN pg_catalog.pg_class c ON \
+                   (c.relnamespace = n.oid) JOIN pg_catalog.pg_attribute a ON (a.attrelid = c.oid) JOIN \
+                   pg_catalog.pg_type t ON (a.atttypid = t.oid) WHERE c.relkind IN ('r','p','v','f','m') AND a.attnum > 0 \
+                   AND NOT a.attisdropped AND c.relname LIKE 'samples' ORDER BY nspname, c.relname, attnum;";
+    check(columns, "public|samples|ts|1184|timestamptz|1");
+}
+
+const PASSWORD: &str = "correct horse battery";
+
+/// The entry of a user who may read.
+fn entry() -> String {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_thalweg"))
+        .args(["user", "new", "--name", "alice", "--scope", "read"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("the binary runs");
+    writeln!(child.stdin.take().expect("a piped input"), "{PASSWORD}").expect("the password is read");
+    String::from_utf8(child.wait_with_output().expect("the binary ends").stdout).expect("an entry is text")
+}
+
+/// Whether `psql` gets an answer, and what it prints.
+fn ask(psql: &Path, address: &str, user: &str, password: &str, more: &str) -> (bool, String) {
+    let url = format!("postgres://{user}@{address}/thalweg?{more}");
+    let mut command = Command::new(psql);
+    command.args(["-w", "-X", "-At", "-c", "SELECT 1", "-c", "\\conninfo", &url]).env("PGPASSWORD", password);
+    let output = command.output().expect("psql runs");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    (output.status.success(), text)
+}
+
+#[test]
+fn users_log_in_with_scram() {
+    let Some(psql) = program("psql") else { return };
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let auth = dir.path().join("auth.toml");
+    let reader = entry();
+    let writer = reader.replace("alice", "bob").replace("\"read\"", "\"write\"");
+    std::fs::write(&auth, format!("{reader}\n{writer}")).expect("a file");
+    let environment = vec![("THALWEG_AUTH_FILE".to_owned(), auth.display().to_string())];
+    let server = Down::new(Setup { environment, ..Setup::default() }).start();
+    let check = |user: &str, password: &str, more: &str, right: bool, expected: &str| {
+        let (succeeded, text) = ask(&psql, &server.postgres.to_string(), user, password, more);
+        assert!(succeeded == right && text.contains(expected), "{user}: {text}");
+    };
+    check("alice", PASSWORD, "", true, "1\n");
+    check("alice", "wrong", "", false, "password authentication failed");
+    check("ghost", PASSWORD, "", false, "password authentication failed");
+    check("bob", PASSWORD, "", false, "lack the scope");
+    check("alice", PASSWORD, "sslmode=require", false, "server does not support SSL");
+}
+
+#[test]
+fn connections_are_encrypted_where_that_is_asked() {
+    let Some(psql) = program("psql") else { return };
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let key = rcgen::KeyPair::generate().expect("a key");
+    let names = vec!["localhost".to_owned(), "127.0.0.1".to_owned()];
+    let params = rcgen::CertificateParams::new(names).expect("parameters");
+    let certificate = params.self_signed(&key).expect("a certificate");
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let write = |name: &str, text: &str| std::fs::write(path(name), text).expect("a file");
+    write("cert.pem", &certificate.pem());
+    write("key.pem", &key.serialize_pem());
+    write("auth.toml", &entry());
+    for required in [false, true] {
+        let files = format!("tls_cert = '{}'\ntls_key = '{}'\n", path("cert.pem"), path("key.pem"));
+        let settings = format!("{files}auth_file = '{}'\npostgres_tls_required = {required}\n", path("auth.toml"));
+        write("thalweg.toml", &settings);
+        let address = format!("127.0.0.1:{}", free_port());
+        let (config, data) = (path("thalweg.toml"), path("data"));
+        let arguments = ["serve", "--config", &config, "--data-dir", &data, "--http", "127.0.0.1:0"];
+        let arguments = arguments.into_iter().chain(["--grpc", "off", "--postgres", &address]);
+        let _server = Process::start(Path::new(env!("CARGO_BIN_EXE_thalweg")), arguments, &dir.path().join("log"));
+        let verified = format!("sslmode=verify-full&sslrootcert={}", path("cert.pem"));
+        wait_for("the server", || ask(&psql, &address, "alice", PASSWORD, &verified).0.then_some(()));
+        let check = |password: &str, more: &str, right: bool, expected: &str| {
+            let (succeeded, text) = ask(&psql, &address, "alice", password, more);
+            assert!(succeeded == right && text.contains(expected), "{more}: {text}");
+        };
+        check(PASSWORD, &verified, true, "TLSv1.3");
+        check("wrong", &verified, false, "password authentication failed");
+        let refusal = "only takes connections with TLS";
+        check(PASSWORD, "sslmode=disable", !required, if required { refusal } else { "1\n" });
+    }
+}
+
+#[test]
+fn a_stopping_server_tells_its_clients() {
+    let Some(psql) = Psql::new() else { return };
+    let endless = "SELECT count(*) FROM samples a, samples b, samples c, samples d WHERE a.value + d.value < 0";
+    let mut command = Command::new(&psql.program);
+    command.args(psql.arguments()).args(["-c", endless]).stdout(Stdio::null()).stderr(Stdio::piped());
+    let child = command.spawn().expect("psql runs");
+    let running = || psql.server.client().get("/metrics").text().contains("thalweg_queries_running 1").then_some(());
+    wait_for("the query", running);
+    signal(psql.server.pid(), "TERM");
+    let output = child.wait_with_output().expect("psql ends");
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(text.contains("57P01: terminating connection due to administrator command"), "{text}");
+}
+
+#[test]
+fn a_hundred_sessions_at_a_time_are_answered() {
+    let Some(psql) = Psql::new() else { return };
+    let queries = [
+        "SELECT count(*) FROM samples",
+        "SELECT instance, max(value) FROM prometheus.requests_total GROUP BY instance ORDER BY 1",
+        "SELECT a.value FROM samples a JOIN samples b ON a.ts = b.ts ORDER BY 1",
+        "SELECT table_name FROM information_schema.tables",
+        "COPY samples TO STDOUT",
+        "SELECT * FROM samples a CROSS JOIN samples b ORDER BY a.value + b.value, a.ts, b.ts LIMIT 10",
+        "SELECT nothing FROM samples",
+    ];
+    let children: Vec<_> = (0..100)
+        .map(|i| {
+            let mut command = Command::new(&psql.program);
+            command.args(psql.arguments());
+            for n in 0..5 {
+                command.args(["-c", queries[(i + n) % queries.len()]]);
+            }
+            let (out, err) = (Stdio::null(), Stdio::piped());
+            command.stdin(Stdio::null()).stdout(out).stderr(err).spawn().expect("psql runs")
+        })
+        .collect();
+    for child in children {
+        let output = child.wait_with_output().expect("psql ends");
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        let odd = text.lines().filter(|l| l.contains("ERROR") || l.contains("FATAL") || l.contains("lost"));
+        let odd: Vec<&str> =
+            odd.filter(|l| !l.contains("42703") && !l.contains("53200") && !l.contains("53300")).collect();
+        assert!(odd.is_empty(), "{odd:?}");
+    }
+    assert_eq!(psql.run("SELECT count(*) FROM samples;").trim(), "180");
+}
+
+#[test]
+fn a_server_that_cannot_encrypt_does_not_start() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let config = dir.path().join("thalweg.toml");
+    let check = |settings: &str, expected: &str| {
+        std::fs::write(&config, settings).expect("a file");
+        let arguments = ["serve".to_owned(), "--config".to_owned(), config.display().to_string()];
+        let output = output(Path::new(env!("CARGO_BIN_EXE_thalweg")), arguments);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && text.contains(expected), "{settings}: {text}");
+    };
+    check("postgres_tls_required = true", "postgres_tls_required needs tls_cert and tls_key");
+    check("tls_cert = '/nothing'\ntls_key = '/nothing'", "cannot read");
+}
