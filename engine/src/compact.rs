@@ -186,7 +186,7 @@ fn next_merge(
             files.sort_by_key(|f| (f.seq_max, f.id));
             let over = all || day_is_over(inner, table.schema.id, day);
             // Only neighbours are merged, so a damaged file parts those before it from those after it.
-            for files in files.split(|f| inner.days.is_damaged(f.id)) {
+            for files in files.split(|f| inner.days.is_damaged(f.id) || inner.days.is_wide(f.id)) {
                 let Some(chosen) = choose(files, over, all) else { continue };
                 // Only what holds the whole day is done; the rest is merged once more.
                 let level = if over && chosen.len() == files.len() { 2 } else { 1 };
@@ -236,7 +236,10 @@ fn choose(files: &[Arc<DataFile>], over: bool, all: bool) -> Option<Vec<Arc<Data
 /// A merge that is about to begin.
 struct Inputs<'a> {
     table: &'a Arc<TableSchema>,
+    /// The first of those asked for, as many as have few enough series.
     files: &'a [Arc<DataFile>],
+    /// For the keys.
+    _held: Reservation,
     /// Numbers for its outputs: greater than those of all deletes that it sees, less than those of all others.
     ids: VecDeque<i64>,
     request: Request,
@@ -250,12 +253,22 @@ impl<'a> Inputs<'a> {
             let outputs = 4 + files.iter().map(|f| f.bytes).sum::<u64>() / (file_bytes_max(inner) as u64 / 2).max(1);
             ((0..outputs).map(|_| inner.files.next_id()).collect(), inner.version())
         };
+        let max = merged_keys_max(inner.memory.limit());
+        let mut held = inner.memory.reserve(Kind::Files);
         let mut keys: Vec<Key> = Vec::new();
+        let mut taken = 0;
         for f in files {
-            keys.extend(inner.segments.keys(table, f).await?);
+            let more = inner.segments.keys(table, f).await?;
+            if taken > 0 && keys.len() + more.len() > max {
+                break;
+            }
+            held.force(more.len() * size_of::<Key>());
+            keys.extend(more);
             keys.sort_unstable();
             keys.dedup();
+            taken += 1;
         }
+        let files = &files[..taken];
         let (mut taken, mut start_ms) = (None, i64::MIN);
         if let Some(table) = version.table(table.id) {
             start_ms = table.floors.least();
@@ -273,7 +286,7 @@ impl<'a> Inputs<'a> {
             columns: (1..table.columns.len()).collect(),
             cuts: None,
         };
-        Ok(Self { table, files, ids, request, taken })
+        Ok(Self { table, files, _held: held, ids, request, taken })
     }
 
     fn request(&mut self, file: &DataFile) -> Request {
@@ -347,9 +360,23 @@ impl<'a> Inputs<'a> {
     }
 }
 
-/// Merges files; returns whether deletes or retention may have taken rows out.
+/// How many series a merge may have: their keys are in memory.
+fn merged_keys_max(memory_limit: usize) -> usize {
+    memory_limit / 16 / size_of::<Key>()
+}
+
+/// Merges files, or the first ones if all have too many series; returns whether deletes or retention may have taken rows
+/// out.
 async fn merge(inner: &Arc<Inner>, table: &Arc<TableSchema>, files: &[Arc<DataFile>], level: u8) -> Result<bool> {
     let inputs = Inputs::new(inner, table, files).await?;
+    let level = match inputs.files {
+        [wide] if files.len() > 1 => {
+            inner.days.set_wide(wide.id);
+            return Ok(false);
+        }
+        some if some.len() < files.len() => level.min(1),
+        _ => level,
+    };
     let lost = inputs.taken.is_some();
     inputs.merge(inner, level).await?;
     Ok(lost)
@@ -494,6 +521,14 @@ async fn prune(inner: &Arc<Inner>, mut days: BTreeSet<i32>) -> Result<()> {
 }
 
 async fn prune_now(inner: &Arc<Inner>, version: &Version, day: i32) -> Result<()> {
+    let sets: u64 = version.parts.iter().filter(|p| p.day == day).map(|p| p.sets).sum();
+    if sets > merged_keys_max(inner.memory.limit()) as u64
+        && version.tables.iter().any(|t| t.files.iter().any(|f| f.day == day))
+    {
+        // They cost space; to know which ones have no row would cost memory that is not there.
+        tracing::debug!(day, sets, "tag sets of a day are kept, since they are too many to be looked through");
+        return Ok(());
+    }
     // Now, so that they are at hand while flushes wait.
     codes(inner, version, day).await?;
     let inner = inner.clone();

@@ -39,6 +39,8 @@ const DAYS_AT_ONCE: usize = 32;
 pub(crate) struct Days {
     /// Codes that the tag parts of a day hold.
     written: Mutex<HashMap<i32, Codes>>,
+    /// Files that are too much for a merge.
+    wide: Mutex<HashSet<i64>>,
     /// When a table's day last got a file by a flush, milliseconds since the epoch.
     changed: Mutex<HashMap<(u16, i32), i64>>,
     /// Ids of files and tag parts that failed their checks; they are left out of merges.
@@ -100,6 +102,16 @@ impl Days {
         self.written.lock().remove(&day);
     }
 
+    /// Whether a file has so many series that no merge can have it.
+    pub fn is_wide(&self, id: i64) -> bool {
+        self.wide.lock().contains(&id)
+    }
+
+    /// Leaves a file out of merges from now on, since it has too many series.
+    pub fn set_wide(&self, id: i64) {
+        self.wide.lock().insert(id);
+    }
+
     /// Whether a file or tag part failed its checks since the start.
     pub fn is_damaged(&self, id: i64) -> bool {
         self.damaged.lock().contains(&id)
@@ -114,11 +126,17 @@ impl Days {
         damaged.len()
     }
 
-    fn note(&self, table_id: u16, commit: &Commit, codes: Vec<(i32, Vec<i64>)>, now_ms: i64) {
+    /// Notes what a flush wrote; of tag sets not more than `codes_max` are remembered for each day.
+    fn note(&self, table_id: u16, commit: &Commit, codes: Vec<(i32, Vec<i64>)>, codes_max: usize, now_ms: i64) {
         self.changed.lock().extend(commit.add.iter().map(|f| ((table_id, f.day), now_ms)));
         let mut written = self.written.lock();
         for (day, codes) in codes {
-            written.entry(day).or_default().extend(codes);
+            let known = written.entry(day).or_default();
+            if known.len() + codes.len() > codes_max {
+                // Sets that are forgotten here are written again, and once more be one when parts are merged.
+                *known = Codes::default();
+            }
+            known.extend(codes);
         }
         while written.len() > DAYS_REMEMBERED {
             let Some(oldest) = written.keys().min().copied() else { break };
@@ -156,7 +174,7 @@ pub(crate) async fn write(inner: &Arc<Inner>, table: &Arc<TableSchema>, memtable
     let (table_id, written) = (table.id, memtable.clone());
     let now_ms = inner.now_ms();
     publish(inner, commit, move |inner, version, commit| {
-        inner.days.note(table_id, commit, new_codes, now_ms);
+        inner.days.note(table_id, commit, new_codes, codes_max(inner.memory.limit()), now_ms);
         let mut next = version.with_table(table_id, |t| {
             t.flushing.retain(|m| !Arc::ptr_eq(m, &written));
             t.files = with_files(&t.files, &commit.add, &[]);
@@ -330,7 +348,13 @@ fn by_day(rows: &RecordBatch) -> Result<Vec<(i32, RecordBatch)>> {
     slices.into_iter().map(|(day, slices)| Ok((day, cut(slices)?))).collect()
 }
 
-/// Those of the series that no tag part of the day holds.
+/// How many tag sets of a day are remembered as written.
+fn codes_max(memory_limit: usize) -> usize {
+    // A code takes 9 bytes in a table that is half full at worst.
+    memory_limit / 32 / 18
+}
+
+/// Those of the series that no tag part of the day is known to hold.
 async fn missing_sets<'a>(
     inner: &Inner,
     day: i32,
@@ -339,7 +363,11 @@ async fn missing_sets<'a>(
     if !inner.days.written.lock().contains_key(&day) {
         let parts: Vec<_> = inner.version().parts.iter().filter(|p| p.day == day).cloned().collect();
         let mut codes = Codes::default();
+        let max = codes_max(inner.memory.limit()) as u64;
         for part in parts {
+            if codes.len() as u64 + part.sets > max {
+                continue;
+            }
             let mut held = inner.memory.reserve(Kind::Files);
             let mut admit = |bytes| {
                 held.force(bytes);
