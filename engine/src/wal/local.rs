@@ -218,7 +218,11 @@ impl Local {
     /// Before which position all is in files, and which opening wrote last, as far as intact heads say.
     pub(super) fn heads(&self) -> Result<(u64, u64)> {
         let (mut start, mut owner) = (0, 0);
-        for (_, name) in self.list()? {
+        let names = self.list()?;
+        // A segment that a failed write left and that was deleted must not come back with a loss of power, after this
+        // process has stored or deleted rows elsewhere.
+        self.fs.sync_dir(&self.dir).map_err(|e| Error::from(e).context(format_args!("sync {}", self.dir.display())))?;
+        for (_, name) in names {
             let path = self.dir.join(&name);
             let bytes = self.fs.read_start(&path, Head::BYTES);
             let bytes = bytes.map_err(|e| Error::from(e).context(format_args!("read {}", path.display())))?;
