@@ -4,18 +4,20 @@
 //! step C EXPR` and their `eval_ordered` and `eval_fail` forms ask, with the expected series indented below; `clear`
 //! starts over with an empty server. Within an `eval`, lines such as `expect fail`, `expect ordered`, `expect string
 //! "x"`, `expect warn`, `expect info` and `expect no_warn` say more. Native histograms are written `{{...}}`; of answers,
-//! count, sum and populated buckets are compared. The servers have all features of the language on.
+//! count, sum and populated buckets are compared. A line `series@st OFFSETS` before a series says when its counter began,
+//! as offsets from the times of the samples. The servers have all features of the language on.
 //!
 //! Every script runs twice: with all data in memory, and with a flush after each load.
 
 mod native;
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 
 use serde_json::Value;
 
-use crate::harness::remote_write::{HEADERS, field, message, snappy};
+use crate::harness::remote_write::{HEADERS, HEADERS_V2, field, message, snappy, varint};
 use crate::harness::{Down, Series, Server, Setup};
 use native::Native;
 
@@ -31,6 +33,8 @@ enum Command {
 struct Load {
     floats: Series,
     histograms: Vec<(i64, Native)>,
+    /// When the counter began, by the times of samples.
+    starts: BTreeMap<i64, i64>,
 }
 
 /// A sample.
@@ -114,6 +118,15 @@ fn start() -> Server {
 /// Writes series, which must succeed.
 fn write(server: &Server, series: &[Load]) {
     let mut body = Vec::new();
+    if series.iter().any(|one| !one.starts.is_empty()) {
+        for one in series {
+            let body = snappy(&started(one));
+            let response =
+                server.client().request("POST", "/api/v1/write", &HEADERS_V2, &body).expect("the server is up");
+            assert_eq!(response.status, 204, "{}", response.text());
+        }
+        return;
+    }
     for one in series {
         // A message of one series is a field whose body goes on with the histograms.
         let floats = message(std::slice::from_ref(&one.floats));
@@ -128,6 +141,39 @@ fn write(server: &Server, series: &[Load]) {
     let response =
         server.client().request("POST", "/api/v1/write", &HEADERS, &snappy(&body)).expect("the server is up");
     assert_eq!(response.status, 204, "{}", response.text());
+}
+
+/// A request of remote write 2.0 with one series, which can say when counters began.
+fn started(one: &Load) -> Vec<u8> {
+    let texts: Vec<&String> = one.floats.labels.iter().flat_map(|(name, value)| [name, value]).collect();
+    let start = |body: &mut Vec<u8>, number: u64, ts: &i64| {
+        if let Some(start) = one.starts.get(ts) {
+            varint(body, number << 3);
+            varint(body, *start as u64);
+        }
+    };
+    let mut series = Vec::new();
+    let mut references = Vec::new();
+    (1..=texts.len() as u64).for_each(|i| varint(&mut references, i));
+    field(&mut series, 1, &references);
+    for (ts, value) in &one.floats.samples {
+        let mut sample = vec![1 << 3 | 1];
+        sample.extend_from_slice(&value.to_le_bytes());
+        sample.push(2 << 3);
+        varint(&mut sample, *ts as u64);
+        start(&mut sample, 3, ts);
+        field(&mut series, 2, &sample);
+    }
+    for (ts, h) in &one.histograms {
+        let mut histogram = h.message(*ts);
+        start(&mut histogram, 17, ts);
+        field(&mut series, 3, &histogram);
+    }
+    let mut out = Vec::new();
+    field(&mut out, 4, b"");
+    texts.iter().for_each(|text| field(&mut out, 4, text.as_bytes()));
+    field(&mut out, 5, &series);
+    out
 }
 
 fn check(server: &Server, eval: &Eval) -> Result<(), String> {
@@ -282,9 +328,17 @@ fn parse(text: &str) -> Result<Vec<Command>, String> {
 fn load(head: &str, body: &[&str]) -> Result<Command, String> {
     let step = duration(head.split_whitespace().nth(1).ok_or("load needs a step")?)?;
     let mut all = Vec::new();
+    let mut told = BTreeMap::new();
     for line in body {
+        if let Some((_, rest)) = line.split_once("@st ") {
+            let offsets = rest.split_whitespace().map(offsets).collect::<Result<Vec<_>, _>>()?.concat();
+            let times = (0..).map(|i| i * step).zip(offsets);
+            told = times.filter_map(|(ts, offset)| offset.map(|offset| (ts, ts + offset))).collect();
+            continue;
+        }
         let (labels, rest) = metric(line)?;
-        let mut one = Load { floats: Series { labels, samples: Vec::new() }, histograms: Vec::new() };
+        let starts = std::mem::take(&mut told);
+        let mut one = Load { floats: Series { labels, samples: Vec::new() }, histograms: Vec::new(), starts };
         for (i, point) in values(rest)?.into_iter().enumerate() {
             let ts = i as i64 * step;
             match point {
@@ -529,6 +583,21 @@ fn floats(word: &str) -> Result<Vec<Option<f64>>, String> {
     Ok(out)
 }
 
+/// `-30s`, `-30sx2`, `_x2`, `-30s-1mx2`: one offset or gap for each step.
+fn offsets(word: &str) -> Result<Vec<Option<i64>>, String> {
+    let bad = || format!("{word:?} is no offset");
+    let (item, times) = match word.rsplit_once('x') {
+        Some((item, times)) => (item, Some(times.parse::<usize>().map_err(|_| bad())?)),
+        None => (word, None),
+    };
+    if item == "_" {
+        return Ok(vec![None; times.unwrap_or(1)]);
+    }
+    let at = item.rfind(['+', '-']).filter(|at| *at > 0).unwrap_or(item.len());
+    let (start, increment) = (duration(&item[..at])?, duration(&item[at..])?);
+    Ok((0..=times.unwrap_or(0) as i64).map(|i| Some(start + i * increment)).collect())
+}
+
 fn parse_float(text: &str) -> Option<f64> {
     let digits = text.trim_start_matches(['+', '-']);
     if let Some(hex) = digits.strip_prefix("0x") {
@@ -576,6 +645,9 @@ fn the_script_language_is_read() {
     check("-1e+2-1.5x1", &[Some(-100.0), Some(-101.5)]);
     check("Inf -Inf", &[Some(f64::INFINITY), Some(f64::NEG_INFINITY)]);
     assert!(values("1+x").is_err());
+    assert_eq!(offsets("-30s-1mx1"), Ok(vec![Some(-30_000), Some(-90_000)]));
+    assert_eq!(offsets("_x2"), Ok(vec![None; 2]));
+    assert_eq!(offsets("1msx1"), Ok(vec![Some(1); 2]));
     assert_eq!(duration("1h30m"), Ok(5_400_000));
     assert_eq!(duration("0.5"), Ok(500));
     assert_eq!(duration("250ms"), Ok(250));

@@ -10,6 +10,7 @@ mod exemplars;
 mod histograms;
 mod physical;
 mod samples;
+mod start_timestamps;
 
 use std::sync::{Arc, LazyLock};
 
@@ -162,9 +163,12 @@ pub static HISTOGRAMS: LazyLock<Arc<TableSchema>> = LazyLock::new(|| Arc::new(hi
 /// Exemplars.
 pub static EXEMPLARS: LazyLock<Arc<TableSchema>> = LazyLock::new(|| Arc::new(exemplars::schema()));
 
+/// When the counters of float samples began.
+pub static START_TIMESTAMPS: LazyLock<Arc<TableSchema>> = LazyLock::new(|| Arc::new(start_timestamps::schema()));
+
 /// Every table.
-pub fn all() -> [&'static Arc<TableSchema>; 3] {
-    [&SAMPLES, &HISTOGRAMS, &EXEMPLARS]
+pub fn all() -> [&'static Arc<TableSchema>; 4] {
+    [&SAMPLES, &HISTOGRAMS, &EXEMPLARS, &START_TIMESTAMPS]
 }
 
 /// The table with this number.

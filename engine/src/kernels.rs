@@ -9,8 +9,10 @@
 //! Kernels of ranges expect series without stale markers ([`without_stale`]); [`instant`] understands them.
 
 mod edges;
+mod starts;
 
 pub use edges::{Edges, Reach, range_with_edges, samples_with_edges, smoothed};
+pub use starts::{began_between, count_overlapping, overlapping, starts_before};
 
 /// The NaN that says that a series ended. Any other NaN is a value.
 pub const STALE_NAN: u64 = 0x7ff0_0000_0000_0002;
@@ -130,6 +132,8 @@ pub struct Arguments<'a> {
     pub first_time: i64,
     /// Distance of evaluation times.
     pub time_step: i64,
+    /// When the counter of each sample began, in milliseconds, 0 where that is not known; empty when of none.
+    pub starts: &'a [i64],
 }
 
 impl Arguments<'_> {
@@ -215,25 +219,30 @@ pub fn range(
         valid[i] = true;
     };
     match function {
-        F::Rate => extrapolated(ts, values, windows, true, true, scratch, put),
-        F::Increase => extrapolated(ts, values, windows, true, false, scratch, put),
-        F::Delta => extrapolated(ts, values, windows, false, false, scratch, put),
+        F::Rate => extrapolated(ts, values, Some(arguments.starts), windows, true, scratch, put),
+        F::Increase => extrapolated(ts, values, Some(arguments.starts), windows, false, scratch, put),
+        F::Delta => extrapolated(ts, values, None, windows, false, scratch, put),
         F::Irate | F::Idelta => windows.slide(ts, |i, _, lo, hi| {
             if hi - lo < 2 || ts[hi - 1] == ts[hi - 2] {
                 return;
             }
             let (last, previous) = (values[hi - 1], values[hi - 2]);
-            let reset = function == F::Irate && last < previous;
+            let began = || starts::began_before(ts, arguments.starts, hi - 1);
+            let reset = function == F::Irate && (last < previous || began());
             let v = if reset { last } else { last - previous };
             let seconds = (ts[hi - 1] - ts[hi - 2]) as f64 / 1000.0;
             put(i, if function == F::Irate { v / seconds } else { v });
         }),
         F::Changes => {
-            transitions(values, scratch, |a, b| a != b && !(a.is_nan() && b.is_nan()));
+            transitions(values.len(), scratch, |i| {
+                let (a, b) = (values[i - 1], values[i]);
+                a != b && !(a.is_nan() && b.is_nan())
+            });
             windows.slide(ts, |i, _, lo, hi| put(i, (scratch.indexes[hi - 1] - scratch.indexes[lo]) as f64));
         }
         F::Resets => {
-            transitions(values, scratch, |a, b| b < a);
+            let fell = |i: usize| values[i] < values[i - 1];
+            transitions(values.len(), scratch, |i| fell(i) || starts::began_before(ts, arguments.starts, i));
             windows.slide(ts, |i, _, lo, hi| put(i, (scratch.indexes[hi - 1] - scratch.indexes[lo]) as f64));
         }
         F::Avg => sums(ts, values, windows, scratch, |i, lo, hi, s, c| {
@@ -497,12 +506,12 @@ fn regression(ts: &[i64], values: &[f64], intercept_time: i64) -> (f64, f64) {
     (slope, y / n - slope * x / n)
 }
 
-/// `scratch.indexes[i]`: how many of the steps up to sample `i` satisfy `is`.
-fn transitions(values: &[f64], scratch: &mut Scratch, is: impl Fn(f64, f64) -> bool) {
+/// `scratch.indexes[i]`: how many of the steps to the samples up to `i` satisfy `is`.
+fn transitions(samples: usize, scratch: &mut Scratch, is: impl Fn(usize) -> bool) {
     scratch.indexes.clear();
     let mut n = 0;
-    for i in 0..values.len() {
-        n += usize::from(i > 0 && is(values[i - 1], values[i]));
+    for i in 0..samples {
+        n += usize::from(i > 0 && is(i));
         scratch.indexes.push(n);
     }
 }
@@ -552,11 +561,12 @@ fn newest_best(values: &[f64], as_good: impl Fn(f64, f64) -> bool) -> usize {
     best
 }
 
+/// `rate`, `increase` and `delta`; `counter` holds when a counter's samples began, `None` stands for a gauge.
 fn extrapolated(
     ts: &[i64],
     values: &[f64],
+    counter: Option<&[i64]>,
     windows: &Windows,
-    counter: bool,
     per_second: bool,
     scratch: &mut Scratch,
     mut put: impl FnMut(usize, f64),
@@ -565,13 +575,20 @@ fn extrapolated(
     // the result that of a fresh pass over the window.
     let falls = &mut scratch.indexes;
     falls.clear();
-    if counter {
-        falls.extend((1..values.len()).filter(|i| values[*i] < values[*i - 1]));
+    match counter {
+        None => {}
+        Some([]) => falls.extend((1..values.len()).filter(|i| values[*i] < values[*i - 1])),
+        Some(starts) => {
+            let began = |i: usize| starts::began_before(ts, starts, i);
+            falls.extend((1..values.len()).filter(|i| values[*i] < values[*i - 1] || began(*i)));
+        }
     }
     let mut first_fall = 0;
     let range_seconds = windows.length as f64 / 1000.0;
     windows.slide(ts, |i, end, lo, hi| {
-        if hi - lo < 2 {
+        let start = counter.and_then(|starts| starts.get(lo)).copied().unwrap_or(0);
+        let start = starts_before(start, end.saturating_sub(windows.length), ts[lo]);
+        if hi - lo < 2 && start.is_none() {
             return;
         }
         let first = values[lo];
@@ -587,17 +604,24 @@ fn extrapolated(
         let (first_ts, last_ts) = (ts[lo], ts[hi - 1]);
         let mut to_start = (first_ts - (end - windows.length)) as f64 / 1000.0;
         let mut to_end = (end - last_ts) as f64 / 1000.0;
-        let sampled = (last_ts - first_ts) as f64 / 1000.0;
-        let spacing = sampled / (hi - lo - 1) as f64;
+        let mut sampled = (last_ts - first_ts) as f64 / 1000.0;
+        let spacing = if hi - lo > 1 { sampled / (hi - lo - 1) as f64 } else { 0.0 };
         let threshold = spacing * 1.1;
-        if to_start >= threshold {
-            to_start = spacing / 2.0;
-        }
-        if counter && result > 0.0 && first >= 0.0 {
-            // A counter can't have been negative: not further back than where its line crosses zero.
-            let to_zero = sampled * (first / result);
-            if to_zero < to_start {
-                to_start = to_zero;
+        if let Some(start) = start {
+            // There the counter was zero, so that nothing needs to be guessed.
+            to_start = 0.0;
+            sampled = (last_ts - start) as f64 / 1000.0;
+            result += first;
+        } else {
+            if to_start >= threshold {
+                to_start = spacing / 2.0;
+            }
+            if counter.is_some() && result > 0.0 && first >= 0.0 {
+                // A counter can't have been negative: not further back than where its line crosses zero.
+                let to_zero = sampled * (first / result);
+                if to_zero < to_start {
+                    to_start = to_zero;
+                }
             }
         }
         if to_end >= threshold {

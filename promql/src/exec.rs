@@ -103,8 +103,8 @@ pub struct NodeExec {
 }
 
 impl NodeExec {
-    /// An operation over inputs. Those that read series have the scan of their float samples as input 0, and one of
-    /// histograms over the same series as input 1 when any has some.
+    /// An operation over inputs. Those that read series have the scan of their float samples as input 0, and scans over the
+    /// same series of histograms as input 1 and of start times as input 2 when any has some.
     pub fn new(
         op: Op,
         grid: Grid,
@@ -368,7 +368,8 @@ impl Work {
         Ok(states)
     }
 
-    /// How many of the inputs are scans: none, that of floats, or those of floats and of histograms.
+    /// How many of the inputs are scans: none, or those of floats, of histograms and of start times up to the last that is
+    /// needed.
     fn scans(&self) -> usize {
         let is_scan =
             |input: &&Arc<dyn ExecutionPlan>| input.schema().fields().first().is_some_and(|f| f.name() == "series");

@@ -128,6 +128,8 @@ pub struct Bucket<C> {
 pub struct Histogram<C> {
     /// Whether the counter began again.
     pub hint: Hint,
+    /// When the counter of a sample began, milliseconds since the epoch; 0 where that is not known, as for any result.
+    pub start: i64,
     /// -4 to 8, or [`CUSTOM`].
     pub schema: i32,
     /// Observations up to this far from zero are in the zero bucket.
@@ -169,6 +171,7 @@ impl<C: Default> Default for Histogram<C> {
     fn default() -> Self {
         Self {
             hint: Hint::Unknown,
+            start: 0,
             schema: 0,
             zero_threshold: 0.0,
             zero_count: C::default(),
@@ -341,6 +344,7 @@ impl<C: Cell> Histogram<C> {
         let side = |side: &[Bucket<C>]| side.iter().map(|b| Bucket { index: b.index, count: f(b.count) }).collect();
         Histogram {
             hint: self.hint,
+            start: 0,
             schema: self.schema,
             zero_threshold: self.zero_threshold,
             zero_count: f(self.zero_count),

@@ -76,7 +76,7 @@ fn retention_rules() {
     check(r#"samples{a="x:y;z\"\\", b!='"'} : 1h"#, r#"1 [a Eq x:y;z"\, b Ne "] Some(3600)"#);
     check("samples", "not of the form");
     check("samples: 1d: 2d", "not of the form");
-    check("sample: 1d", "there are samples, histograms, exemplars");
+    check("sample: 1d", "there are samples, histograms, exemplars, start_timestamps");
     check(r#"{a="b"}: 1d"#, "does not begin with a table");
     check("samples: 1y", "\"1y\" is not a duration");
     check("samples{: 1d", "parse error");

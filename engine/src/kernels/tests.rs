@@ -38,7 +38,7 @@ const ALL: [RangeFunction; 26] = {
 
 fn run(f: RangeFunction, ts: &[i64], values: &[f64], w: Windows, args: [&[f64]; 2]) -> Vec<Option<f64>> {
     let (mut out, mut valid) = (vec![0.0; w.count], vec![false; w.count]);
-    let arguments = Arguments { args, first_time: w.first_end, time_step: w.step };
+    let arguments = Arguments { args, first_time: w.first_end, time_step: w.step, starts: &[] };
     range(f, ts, values, &w, &arguments, &mut Scratch::default(), &mut out, &mut valid);
     out.into_iter().zip(valid).map(|(v, ok)| ok.then_some(v)).collect()
 }

@@ -708,7 +708,8 @@ async fn sets_of_two_tables_are_read_together() {
         let samples = fixture.select(&SAMPLES, named(MatchOp::Re, "[19]"), NOON, NOON + HOUR).await;
         let exemplars = fixture.select(&EXEMPLARS, named(MatchOp::Eq, "2"), NOON, NOON + HOUR).await.with_rows();
         assert_eq!(numbers(&exemplars), ["2"]);
-        let (samples, exemplars) = SeriesSet::aligned(samples, Arc::new(exemplars));
+        let mut aligned = SeriesSet::aligned(vec![samples, Arc::new(exemplars)]).into_iter();
+        let (samples, exemplars) = aligned.next().zip(aligned.next()).unwrap();
         assert_eq!(numbers(&samples), numbers(&exemplars));
         assert_eq!(scan(&fixture.engine, samples).await.len(), 3);
         assert_eq!(scan(&fixture.engine, exemplars).await.len(), 2);

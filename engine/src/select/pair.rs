@@ -1,4 +1,4 @@
-//! Selections that are read from two tables at a time, such as the float samples and the histograms of the same series.
+//! Selections that are read from several tables at a time, such as the float samples and the histograms of the same series.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -29,19 +29,19 @@ impl SeriesSet {
         self.pick(&kept)
     }
 
-    /// Both over the series of either, in one order: an index then means the same series in scans of both, and the scans
-    /// are cut into partitions at the same series.
+    /// All over the series of any, in one order: an index then means the same series in scans of each, and the scans are
+    /// cut into partitions at the same series.
     #[must_use]
-    pub fn aligned(a: Arc<Self>, b: Arc<Self>) -> (Arc<Self>, Arc<Self>) {
-        if a.keys == b.keys {
-            return (a, b);
+    pub fn aligned(sets: Vec<Arc<Self>>) -> Vec<Arc<Self>> {
+        if sets.windows(2).all(|pair| pair[0].keys == pair[1].keys) {
+            return sets;
         }
-        let mut all: Vec<(Key, Ordinal, &Arc<Series>)> = Vec::with_capacity(a.series.len().max(b.series.len()));
-        for set in [&a, &b] {
+        let mut all: Vec<(Key, Ordinal, &Arc<Series>)> = Vec::with_capacity(sets[0].series.len());
+        for set in &sets {
             let series = set.keys.iter().zip(&set.ordinals).zip(&set.series);
             all.extend(series.map(|((key, ordinal), series)| (*key, *ordinal, series)));
         }
-        // Of two that are equal the one with an ordinal comes first.
+        // Of those that are equal one with an ordinal comes first.
         all.sort_unstable_by_key(|(key, ordinal, _)| (*key, *ordinal));
         all.dedup_by_key(|(key, ..)| *key);
         let keys = Arc::new(all.iter().map(|s| s.0).collect::<Vec<_>>());
@@ -51,6 +51,6 @@ impl SeriesSet {
             ordinals: all.iter().map(|s| s.1).collect(),
             ..set.pick(&[])
         };
-        (Arc::new(over_all(&a)), Arc::new(over_all(&b)))
+        sets.iter().map(|set| Arc::new(over_all(set))).collect()
     }
 }

@@ -80,9 +80,12 @@ pub(super) async fn read(engine: &Engine, selection: &Selection) -> Result<(Rows
     for batch in batches {
         let series = batch.column(0).as_primitive::<UInt32Type>();
         let ts = batch.column(1).as_primitive::<TimestampMillisecondType>();
-        let values = batch.column(2).as_primitive::<Float64Type>();
+        let values = batch.column(2);
         for i in 0..batch.num_rows() {
-            let bits = values.value(i).to_bits();
+            let bits = match values.as_primitive_opt::<Float64Type>() {
+                Some(values) => values.value(i).to_bits(),
+                None => values.as_primitive::<Int64Type>().value(i) as u64,
+            };
             let proven = match batch.columns().get(3) {
                 None => true,
                 Some(proof) if proof.data_type() == &DataType::Int64 => {

@@ -13,7 +13,7 @@ use arrow::datatypes::{
 };
 use datafusion::error::Result as DfResult;
 use datafusion::execution::SendableRecordBatchStream;
-use engine::kernels::{RangeFunction, Windows, is_stale};
+use engine::kernels::{self, RangeFunction, Windows, is_stale};
 use futures::TryStreamExt;
 
 use super::annotations::{Annotation, Combining, NotesAt};
@@ -48,6 +48,9 @@ pub(super) const COLUMNS: [&str; 18] = [
     "custom_values",
     "reset_hint",
 ];
+
+/// The column that is read after [`COLUMNS`] when it matters when counters began.
+pub(super) const START: &str = "start_ts";
 
 fn primitive<T: ArrowPrimitiveType>(batch: &RecordBatch, at: usize) -> DfResult<&PrimitiveArray<T>> {
     let column = batch.columns().get(at).and_then(|c| c.as_primitive_opt::<T>());
@@ -117,6 +120,7 @@ pub(super) fn histograms(batch: &RecordBatch, rows: Range<usize>, out: &mut Vec<
     let (positive, negative) = (Side::new(batch, 9)?, Side::new(batch, 13)?);
     let custom: Lists<'_, Float64Type> = Lists::new(batch, 17)?;
     let hint = primitive::<Int8Type>(batch, 18)?;
+    let start = if batch.num_columns() > 19 { Some(primitive::<Int64Type>(batch, 19)?) } else { None };
     // Mostly the same from sample to sample, so that they are kept once.
     let mut bounds: Arc<[f64]> = out.last().map_or_else(Arc::default, |h| h.custom.clone());
     out.reserve(rows.len());
@@ -130,6 +134,7 @@ pub(super) fn histograms(batch: &RecordBatch, rows: Range<usize>, out: &mut Vec<
         };
         out.push(FloatHistogram {
             hint: Hint::of(hint.value(row)),
+            start: start.filter(|s| s.is_valid(row)).map_or(0, |s| s.value(row)),
             schema: schema.value(row),
             // A threshold that is no number would never be reconciled with another.
             zero_threshold: zero_threshold.value(row).max(0.0),
@@ -148,6 +153,76 @@ pub(super) fn histograms(batch: &RecordBatch, rows: Range<usize>, out: &mut Vec<
 pub(super) fn floats(batch: &RecordBatch, rows: Range<usize>, out: &mut Vec<f64>) -> DfResult<()> {
     out.extend_from_slice(&primitive::<Float64Type>(batch, 2)?.values()[rows]);
     Ok(())
+}
+
+/// Appends the starts of some rows of the table `start_timestamps`.
+pub(super) fn start_times(batch: &RecordBatch, rows: Range<usize>, out: &mut Vec<i64>) -> DfResult<()> {
+    out.extend_from_slice(&primitive::<Int64Type>(batch, 2)?.values()[rows]);
+    Ok(())
+}
+
+/// Float samples of a series.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Floats<'a> {
+    pub(super) ts: &'a [i64],
+    pub(super) values: &'a [f64],
+    /// When the counter of each began, 0 where that is not known; empty when of none.
+    pub(super) starts: &'a [i64],
+}
+
+impl Floats<'_> {
+    fn range(&self, range: Range<usize>) -> Self {
+        let starts = self.starts.get(range.clone()).unwrap_or_default();
+        Self { ts: &self.ts[range.clone()], values: &self.values[range], starts }
+    }
+
+    fn samples(&self) -> impl Iterator<Item = (i64, f64, i64)> {
+        let starts = self.starts.iter().copied().chain(std::iter::repeat(0));
+        self.ts.iter().zip(self.values).zip(starts).map(|((t, v), start)| (*t, *v, start))
+    }
+
+    /// The times, values and starts of the samples that are no stale markers.
+    pub(super) fn live(&self) -> (Vec<i64>, Vec<f64>, Vec<i64>) {
+        let (mut ts, mut values, mut starts) = (Vec::new(), Vec::new(), Vec::new());
+        for (t, v, start) in self.samples().filter(|s| !is_stale(s.1)) {
+            ts.push(t);
+            values.push(v);
+            starts.push(start);
+        }
+        if self.starts.is_empty() {
+            starts.clear();
+        }
+        (ts, values, starts)
+    }
+}
+
+/// The starts of samples at some times, 0 where there is none; empty without any.
+pub(super) fn starts_of(ts: &[i64], (start_ts, starts): (Vec<i64>, Vec<i64>)) -> Vec<i64> {
+    if starts.is_empty() {
+        return starts;
+    }
+    let mut known = start_ts.into_iter().zip(starts).peekable();
+    let start = |t: &i64| {
+        // What is left of a sample that is gone.
+        while known.next_if(|k| k.0 < *t).is_some() {}
+        known.next_if(|k| k.0 == *t).map_or(0, |k| k.1)
+    };
+    ts.iter().map(start).collect()
+}
+
+/// When the counter of the newest sample of each window began, in seconds.
+pub(super) fn newest_start(
+    windows: &Windows,
+    floats: Floats<'_>,
+    (histogram_ts, histograms): (&[i64], &[FloatHistogram]),
+    (out, valid): (&mut [f64], &mut [bool]),
+) {
+    let seconds = |start: i64, v: f64| if is_stale(v) { v } else { start as f64 / 1000.0 };
+    let mut all: Vec<(i64, f64)> = floats.samples().map(|(t, v, start)| (t, seconds(start, v))).collect();
+    all.extend(histogram_ts.iter().zip(histograms).map(|(t, h)| (*t, seconds(h.start, h.sum))));
+    all.sort_by_key(|s| s.0);
+    let (ts, starts): (Vec<i64>, Vec<f64>) = all.into_iter().unzip();
+    kernels::instant(&ts, &starts, windows, out, valid);
 }
 
 /// The samples of one series: its index, times, values.
@@ -294,13 +369,19 @@ pub(super) struct Ranges<'a> {
 struct Window<'a> {
     end: i64,
     length: i64,
-    floats: (&'a [i64], &'a [f64]),
+    floats: Floats<'a>,
     histograms: (&'a [i64], &'a [&'a FloatHistogram]),
 }
 
 /// A sample of either kind.
+struct Sample<'a> {
+    ts: i64,
+    start: i64,
+    value: Value<'a>,
+}
+
 #[derive(Clone, Copy)]
-enum Sample<'a> {
+enum Value<'a> {
     Float(f64),
     Histogram(&'a FloatHistogram),
 }
@@ -309,13 +390,13 @@ impl Ranges<'_> {
     /// Computes the function for windows with histograms; `out` and `valid` come with what the floats alone give.
     pub(super) fn run(
         &self,
-        (ts, values): (&[i64], &[f64]),
+        all: Floats<'_>,
         (histogram_ts, histograms): (&[i64], &[&FloatHistogram]),
         (out, valid): (&mut [f64], &mut [bool]),
         pace: &mut Pace,
     ) -> DfResult<Vec<(usize, FloatHistogram)>> {
         let (mut native, mut stopped) = (Vec::new(), Ok(()));
-        slide(&self.windows, ts, histogram_ts, |i, end, floats, range| {
+        slide(&self.windows, all.ts, histogram_ts, |i, end, floats, range| {
             if range.is_empty() || stopped.is_err() {
                 return;
             }
@@ -324,7 +405,7 @@ impl Ranges<'_> {
             let window = Window {
                 end,
                 length: self.windows.length,
-                floats: (&ts[floats.clone()], &values[floats]),
+                floats: all.range(floats),
                 histograms: (&histogram_ts[range.clone()], &histograms[range]),
             };
             match self.answer(&window) {
@@ -353,10 +434,10 @@ impl Ranges<'_> {
 
     fn answer(&self, w: &Window<'_>) -> Answer {
         use RangeFunction as F;
-        let mixed = !w.floats.0.is_empty();
+        let mixed = !w.floats.ts.is_empty();
         let float = |v: f64| Answer::Float(v);
         let histogram = |h: Option<FloatHistogram>| h.map_or(Answer::Nothing, Answer::Histogram);
-        let ((ts, _), (histogram_ts, histograms)) = (w.floats, w.histograms);
+        let (ts, (histogram_ts, histograms)) = (w.floats.ts, w.histograms);
         let (first, last) = (histogram_ts[0], histogram_ts[histogram_ts.len() - 1]);
         match self.function {
             F::Rate | F::Increase | F::Delta | F::Sum | F::Avg if mixed => {
@@ -439,15 +520,15 @@ impl Ranges<'_> {
     /// `irate` and `idelta`.
     fn last_two(&self, w: &Window<'_>) -> Answer {
         let mut newest = w.merged().rev();
-        let (Some((t2, b)), Some((t1, a))) = (newest.next(), newest.next()) else { return Answer::Nothing };
-        if t1 == t2 {
+        let (Some(second), Some(first)) = (newest.next(), newest.next()) else { return Answer::Nothing };
+        if first.ts == second.ts {
             return Answer::Nothing;
         }
         let rate = self.function == RangeFunction::Irate;
-        match (a, b) {
+        match (first.value, second.value) {
             // The two newest are floats, which is all that the function looks at.
-            (Sample::Float(_), Sample::Float(_)) => Answer::OfFloats,
-            (Sample::Histogram(a), Sample::Histogram(b)) => {
+            (Value::Float(_), Value::Float(_)) => Answer::OfFloats,
+            (Value::Histogram(a), Value::Histogram(b)) => {
                 let gauges = [a, b].map(is_gauge);
                 if rate && gauges != [false; 2] {
                     self.note(Annotation::NotCounter(self.metric));
@@ -456,7 +537,7 @@ impl Ranges<'_> {
                     self.note(Annotation::NotGauge(self.metric));
                 }
                 let mut result = b.clone();
-                if !rate || !b.is_reset_after(a) {
+                if !rate || !(first.began_before(&second) || b.is_reset_after(a)) {
                     match result.sub(a) {
                         Ok(added) => self.added(added, Combining::Subtraction),
                         Err(_) => {
@@ -468,7 +549,7 @@ impl Ranges<'_> {
                 result.hint = Hint::Gauge;
                 result.compact();
                 if rate {
-                    result.div((t2 - t1) as f64 / 1000.0);
+                    result.div((second.ts - first.ts) as f64 / 1000.0);
                 }
                 Answer::Histogram(result)
             }
@@ -479,23 +560,47 @@ impl Ranges<'_> {
         }
     }
 
-    /// `rate`, `increase` and `delta` of at least two histograms.
+    /// `rate`, `increase` and `delta` of at least two histograms, or of one whose counter began in the window.
     fn extrapolated(&self, w: &Window<'_>, counter: bool, per_second: bool) -> Option<FloatHistogram> {
         let (ts, histograms) = w.histograms;
         let first = histograms.first()?;
-        let mut result = self.difference(histograms, counter)?;
         let (first_ts, last_ts) = (ts[0], ts[ts.len() - 1]);
+        let start = if counter { first.start } else { 0 };
+        let start = kernels::starts_before(start, w.end - w.length, first_ts);
+        let several = ts.len() > 1;
+        let mut result = match start {
+            _ if several => self.difference(w.histograms, counter)?,
+            Some(_) => FloatHistogram::empty_like(first),
+            None => return None,
+        };
         let mut to_start = (first_ts - (w.end - w.length)) as f64 / 1000.0;
         let mut to_end = (w.end - last_ts) as f64 / 1000.0;
-        let sampled = (last_ts - first_ts) as f64 / 1000.0;
-        let spacing = sampled / (ts.len() - 1) as f64;
+        let mut sampled = (last_ts - first_ts) as f64 / 1000.0;
+        let spacing = if several { sampled / (ts.len() - 1) as f64 } else { 0.0 };
         let threshold = spacing * 1.1;
-        if to_start >= threshold {
-            to_start = spacing / 2.0;
-        }
-        if counter && result.count > 0.0 && first.count >= 0.0 {
-            // As for floats: not further back than where the count would be zero.
-            to_start = to_start.min(sampled * (first.count / result.count));
+        if let Some(start) = start {
+            // As for floats: there the counter was zero.
+            to_start = 0.0;
+            sampled = (last_ts - start) as f64 / 1000.0;
+            if several {
+                match result.add(first) {
+                    Ok(added) => self.added(added, Combining::Addition),
+                    Err(_) => {
+                        self.note(Annotation::MixedSchemas(self.metric));
+                        return None;
+                    }
+                }
+            } else {
+                result = FloatHistogram::clone(first);
+            }
+        } else {
+            if to_start >= threshold {
+                to_start = spacing / 2.0;
+            }
+            if counter && result.count > 0.0 && first.count >= 0.0 {
+                // As for floats: not further back than where the count would be zero.
+                to_start = to_start.min(sampled * (first.count / result.count));
+            }
         }
         if to_end >= threshold {
             to_end = spacing / 2.0;
@@ -509,8 +614,10 @@ impl Ranges<'_> {
     }
 
     /// Last minus first, and for a counter what it had before it began again.
-    fn difference(&self, histograms: &[&FloatHistogram], counter: bool) -> Option<FloatHistogram> {
+    fn difference(&self, (ts, histograms): (&[i64], &[&FloatHistogram]), counter: bool) -> Option<FloatHistogram> {
         let [first, between @ .., last] = histograms else { return None };
+        let told = |i: usize| (histograms[i].start, ts[i]);
+        let began = |i: usize| kernels::began_between(told(i - 1), told(i));
         if counter && (is_gauge(first) || is_gauge(last)) {
             self.note(Annotation::NotCounter(self.metric));
         }
@@ -518,7 +625,7 @@ impl Ranges<'_> {
         let empty;
         let second = histograms[1];
         let mut previous: &FloatHistogram = first;
-        if counter && second.is_reset_after(first) {
+        if counter && (began(1) || second.is_reset_after(first)) {
             empty = FloatHistogram::empty_like(second);
             previous = &empty;
         }
@@ -536,8 +643,11 @@ impl Ranges<'_> {
         result.reduce_resolution(schema);
         self.added(result.sub(previous).ok()?, Combining::Subtraction);
         if counter {
-            for h in &histograms[1..] {
-                if h.is_reset_after(previous) {
+            if (1..ts.len()).any(|i| kernels::overlapping(told(i - 1), histograms[i].start)) {
+                self.notes.notes.overlapping(self.notes.at, self.metric, 1);
+            }
+            for (i, h) in histograms.iter().enumerate().skip(1) {
+                if began(i) || h.is_reset_after(previous) {
                     self.added(result.add(previous).ok()?, Combining::Addition);
                 }
                 previous = h;
@@ -551,20 +661,28 @@ impl Ranges<'_> {
     }
 }
 
+impl Sample<'_> {
+    /// Whether a counter began between this and the next, as told with the samples.
+    fn began_before(&self, next: &Self) -> bool {
+        kernels::began_between((self.start, self.ts), (next.start, next.ts))
+    }
+}
+
 /// Whether a sample is another than the one before.
-fn differ(before: Sample<'_>, after: Sample<'_>) -> bool {
-    match (before, after) {
-        (Sample::Float(a), Sample::Float(b)) => a != b && !(a.is_nan() && b.is_nan()),
-        (Sample::Histogram(a), Sample::Histogram(b)) => a != b,
+fn differ(before: &Sample<'_>, after: &Sample<'_>) -> bool {
+    match (before.value, after.value) {
+        (Value::Float(a), Value::Float(b)) => a != b && !(a.is_nan() && b.is_nan()),
+        (Value::Histogram(a), Value::Histogram(b)) => a != b,
         _ => true,
     }
 }
 
 /// Whether a counter began again between two samples.
-fn fell(before: Sample<'_>, after: Sample<'_>) -> bool {
-    match (before, after) {
-        (Sample::Float(a), Sample::Float(b)) => b < a,
-        (Sample::Histogram(a), Sample::Histogram(b)) => b.is_reset_after(a),
+fn fell(before: &Sample<'_>, after: &Sample<'_>) -> bool {
+    let began = before.began_before(after);
+    match (before.value, after.value) {
+        (Value::Float(a), Value::Float(b)) => began || b < a,
+        (Value::Histogram(a), Value::Histogram(b)) => began || b.is_reset_after(a),
         _ => true,
     }
 }
@@ -575,17 +693,18 @@ fn is_gauge(h: &FloatHistogram) -> bool {
 
 impl<'a> Window<'a> {
     /// All samples in the order of their times.
-    fn merged(&self) -> std::vec::IntoIter<(i64, Sample<'a>)> {
-        let floats = self.floats.0.iter().zip(self.floats.1).map(|(t, v)| (*t, Sample::Float(*v)));
-        let histograms = self.histograms.0.iter().zip(self.histograms.1).map(|(t, h)| (*t, Sample::Histogram(h)));
-        let mut all: Vec<(i64, Sample<'a>)> = floats.chain(histograms).collect();
-        all.sort_by_key(|s| s.0);
+    fn merged(&self) -> std::vec::IntoIter<Sample<'a>> {
+        let floats = self.floats.samples().map(|(ts, v, start)| Sample { ts, start, value: Value::Float(v) });
+        let histograms = self.histograms.0.iter().zip(self.histograms.1);
+        let histograms = histograms.map(|(ts, h)| Sample { ts: *ts, start: h.start, value: Value::Histogram(h) });
+        let mut all: Vec<Sample<'a>> = floats.chain(histograms).collect();
+        all.sort_by_key(|s| s.ts);
         all.into_iter()
     }
 
     /// How many steps from a sample to the next satisfy `is`.
-    fn steps(&self, is: impl Fn(Sample<'a>, Sample<'a>) -> bool) -> f64 {
-        let all: Vec<(i64, Sample<'a>)> = self.merged().collect();
-        all.windows(2).filter(|w| is(w[0].1, w[1].1)).count() as f64
+    fn steps(&self, is: impl Fn(&Sample<'a>, &Sample<'a>) -> bool) -> f64 {
+        let all: Vec<Sample<'a>> = self.merged().collect();
+        all.windows(2).filter(|w| is(&w[0], &w[1])).count() as f64
     }
 }

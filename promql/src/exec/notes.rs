@@ -24,6 +24,8 @@ pub struct Notes {
     warnings: Mutex<HashMap<String, Position>>,
     infos: Mutex<HashMap<String, Position>>,
     forced: Mutex<HashMap<String, (Position, Forced)>>,
+    /// Of metrics whose counters began before the sample before: where, and how often.
+    overlapping: Mutex<HashMap<String, (Position, u64)>>,
     /// Samples read.
     pub samples: AtomicU64,
     /// Series selected.
@@ -82,6 +84,15 @@ impl Notes {
         }
     }
 
+    /// Adds that counters of a metric, as told with their samples, began before the sample before, so many times.
+    pub(super) fn overlapping(&self, at: Position, metric: &str, times: u64) {
+        let mut all = self.overlapping.lock();
+        if times > 0 && (all.len() < KEPT_MAX || all.contains_key(metric)) {
+            let (place, count) = all.entry_ref(metric).or_insert((at, 0));
+            (*place, *count) = (at.max(*place), *count + times);
+        }
+    }
+
     /// Warns of quantiles that are none.
     pub(super) fn check_quantile(&self, at: Position, q: &[f64]) {
         let mut bad: Vec<f64> = q.iter().copied().filter(|q| !(0.0..=1.0).contains(q)).collect();
@@ -97,7 +108,17 @@ impl Notes {
         for (metric, (at, seen)) in self.forced.lock().drain() {
             infos.insert(forced_text(&metric, &seen), at);
         }
-        (shown("warning", std::mem::take(&mut self.warnings.lock())), shown("info", infos))
+        let mut warnings = std::mem::take(&mut *self.warnings.lock());
+        for (metric, (at, times)) in self.overlapping.lock().drain() {
+            let metric = go::quote(&metric);
+            let mut text =
+                format!("sample has start time that overlaps with previous sample timestamp for metric {metric}");
+            if times > 1 {
+                let _ = write!(text, " ({times} occurrences)");
+            }
+            warnings.insert(text, at);
+        }
+        (shown("warning", warnings), shown("info", infos))
     }
 
     /// Counts samples that are held in memory until the query ends.

@@ -7,7 +7,7 @@ use arrow::array::{Array, AsArray, FixedSizeListArray, ListArray, RecordBatch};
 use arrow::datatypes::{DataType, Float64Type, Int64Type};
 use async_trait::async_trait;
 use catalog::TableSchema;
-use catalog::tables::{HISTOGRAMS, SAMPLES};
+use catalog::tables::{HISTOGRAMS, SAMPLES, START_TIMESTAMPS};
 use datafusion::catalog::Session;
 use datafusion::error::{DataFusionError, Result as DfResult};
 use datafusion::execution::context::QueryPlanner;
@@ -97,16 +97,24 @@ async fn physical(
         if let Some(source) = &selector.source {
             return of_table(&engine, (node, selector, source), inputs, session).await;
         }
-        let (samples, histograms) = series(&engine, selector, &node.grid, &stop).await?;
+        // As in Prometheus, values at the edges of a window don't go with it.
+        let needs_starts = match &node.op {
+            Op::Select { reading, .. } => reading.needs_starts() && selector.edges.is_none(),
+            _ => false,
+        };
+        let sets = series(&engine, selector, &node.grid, needs_starts, &stop).await?;
+        let samples = sets.first().ok_or_else(|| internal("no set of samples"))?;
         if let Some(notes) = session.config().get_extension::<Notes>() {
             notes.series.fetch_add(samples.series.len() as u64, Ordering::Relaxed);
         }
         if samples.series.is_empty() && !matches!(node.op, Op::Samples(_)) {
             return Ok(Arc::new(NodeExec::new(Op::Nothing, node.grid, node.place, vec![], None)));
         }
-        inputs.insert(0, Arc::new(scan(samples, &["ts", "value"])?));
-        if let Some(histograms) = histograms {
-            inputs.insert(1, Arc::new(scan(histograms, &native::COLUMNS)?));
+        let mut histograms = native::COLUMNS.to_vec();
+        histograms.extend(needs_starts.then_some(native::START));
+        let columns = [vec!["ts", "value"], histograms, vec!["ts", native::START]];
+        for (at, (set, columns)) in sets.into_iter().zip(columns).enumerate() {
+            inputs.insert(at, Arc::new(scan(set, &columns)?));
         }
     }
     Ok(Arc::new(NodeExec::new(node.op.clone(), node.grid, node.place, inputs, None)))
@@ -160,25 +168,29 @@ fn floats(scan: Arc<dyn ExecutionPlan>) -> DfResult<Arc<dyn ExecutionPlan>> {
     Ok(plan)
 }
 
-/// The series of a selector as sets of both tables; no set of histograms when none has any.
+/// The series of a selector as sets of the tables of samples, histograms and start times; the later ones are left out
+/// when no series has rows there.
 async fn series(
     engine: &Engine,
     selector: &Selector,
     grid: &Grid,
+    needs_starts: bool,
     stop: &Stop,
-) -> DfResult<(Arc<SeriesSet>, Option<Arc<SeriesSet>>)> {
+) -> DfResult<Vec<Arc<SeriesSet>>> {
     let external = |e: engine::Error| DataFusionError::External(Box::new(e));
     let matchers = selector.matchers.clone();
     let (start_ms, end_ms) = selector.reach(grid);
     let mut selection = Selection { table: SAMPLES.clone(), matchers, start_ms, end_ms };
     let samples = engine.select(&selection, stop).await.map_err(external)?;
-    selection.table = HISTOGRAMS.clone();
-    let histograms = engine.select(&selection, stop).await.map_err(external)?.with_rows();
-    if histograms.series.is_empty() {
-        return Ok((samples, None));
+    let mut sets = vec![samples];
+    for table in [&HISTOGRAMS, &START_TIMESTAMPS].into_iter().take(1 + usize::from(needs_starts)) {
+        selection.table = Arc::clone(table);
+        sets.push(Arc::new(engine.select(&selection, stop).await.map_err(external)?.with_rows()));
     }
-    let (samples, histograms) = SeriesSet::aligned(samples, Arc::new(histograms));
-    Ok((samples, Some(histograms)))
+    while sets.len() > 1 && sets.last().is_some_and(|set| set.series.is_empty()) {
+        sets.pop();
+    }
+    Ok(SeriesSet::aligned(sets))
 }
 
 fn scan(set: Arc<SeriesSet>, columns: &[&str]) -> DfResult<SeriesScanExec> {

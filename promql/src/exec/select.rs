@@ -6,11 +6,13 @@ use std::sync::atomic::Ordering;
 use arrow::array::{Array, AsArray, BinaryBuilder, Float64Builder, Int64Builder, ListBuilder, RecordBatch};
 use arrow::datatypes::{DataType, Field, Float64Type, SchemaRef, TimestampMillisecondType, UInt32Type};
 use datafusion::error::{DataFusionError, Result as DfResult};
+use datafusion::execution::SendableRecordBatchStream;
+use datafusion::physical_plan::EmptyRecordBatchStream;
 use engine::kernels::{self, Arguments, Edges, RangeFunction, Reach, Scratch, Windows};
 use futures::{StreamExt, TryStreamExt, stream};
 
 use super::annotations::NotesAt;
-use super::native::{self, Glimpse, Ranges, SeriesRuns};
+use super::native::{self, Floats, Glimpse, Ranges, SeriesRuns};
 use super::{Batches, Notes, Pace, SeriesLabels, Work, internal};
 use crate::QueryError;
 use crate::block::{BlockBuilder, Name, Row};
@@ -57,23 +59,29 @@ pub(super) fn execute(work: Work, partition: usize, labels: SeriesLabels) -> DfR
     Ok(stream::once(batches).try_flatten().boxed())
 }
 
-/// Reads series from both tables, one after another.
+/// Reads series from all their tables, one after another.
 fn with_histograms(work: Work, partition: usize, labels: SeriesLabels) -> DfResult<Batches> {
     let floats = SeriesRuns::new(work.stream(0, partition)?, native::floats);
     let histograms = SeriesRuns::new(work.stream(1, partition)?, native::histograms);
+    let starts: SendableRecordBatchStream = match work.scans() {
+        2 => Box::pin(EmptyRecordBatchStream::new(work.schema.clone())),
+        _ => work.stream(2, partition)?,
+    };
+    let starts = SeriesRuns::new(starts, native::start_times);
     let batches = async move {
         let (notes, memory) = (work.notes.clone(), work.memory.clone());
         let reader = Reader::new(&work, labels).await?;
+        let tables = (floats, histograms, starts);
         let output =
-            stream::try_unfold((floats, histograms, Some(reader)), move |(mut floats, mut histograms, reader)| {
+            stream::try_unfold((tables, Some(reader)), move |((mut floats, mut histograms, mut starts), reader)| {
                 let (notes, memory) = (notes.clone(), memory.clone());
                 async move {
                     let Some(mut reader) = reader else { return Ok::<_, DataFusionError>(None) };
                     let mut ready = Vec::new();
                     while ready.is_empty() {
-                        let next = [floats.peek().await?, histograms.peek().await?];
+                        let next = [floats.peek().await?, histograms.peek().await?, starts.peek().await?];
                         let Some(index) = next.into_iter().flatten().min() else {
-                            return Ok(Some((reader.finish()?, (floats, histograms, None))));
+                            return Ok(Some((reader.finish()?, ((floats, histograms, starts), None))));
                         };
                         let ((ts, values), (histogram_ts, mut all)) = (floats.take(index), histograms.take(index));
                         if let Some(glimpse) = &reader.without_buckets {
@@ -86,9 +94,11 @@ fn with_histograms(work: Work, partition: usize, labels: SeriesLabels) -> DfResu
                             memory.try_grow((ts.len() + weight) * 2 * size_of::<f64>())?;
                         }
                         notes.samples.fetch_add((ts.len() + histogram_ts.len()) as u64, Ordering::Relaxed);
-                        reader.series_of_both(index, (&ts, &values), (&histogram_ts, &all), &mut ready)?;
+                        let starts = native::starts_of(&ts, starts.take(index));
+                        let floats = Floats { ts: &ts, values: &values, starts: &starts };
+                        reader.series_of_all(index, floats, (&histogram_ts, &all), &mut ready)?;
                     }
-                    Ok(Some((ready, (floats, histograms, Some(reader)))))
+                    Ok(Some((ready, ((floats, histograms, starts), Some(reader)))))
                 }
             });
         let batches = output.map_ok(|ready| stream::iter(ready.into_iter().map(Ok))).try_flatten();
@@ -127,8 +137,8 @@ pub(super) fn subquery(work: Work, partition: usize) -> DfResult<Batches> {
                 histograms.push(h);
             });
             let (out, valid) = builder.push(|out| name.apply(row.labels, row.drop_name, out));
-            let native =
-                kernel.run_all(row.labels, (&ts, &values), (&histogram_ts, &histograms), (out, valid), pace)?;
+            let floats = Floats { ts: &ts, values: &values, starts: &[] };
+            let native = kernel.run_all(row.labels, floats, (&histogram_ts, &histograms), (out, valid), pace)?;
             put_all(&mut builder, native);
             builder.pop_if_empty();
         }
@@ -211,22 +221,27 @@ impl Kernel {
         })
     }
 
-    /// As [`Kernel::run`] for a series that may have histograms; those of the result are returned.
+    /// As [`Kernel::run`] for a series that may have histograms and start times; histograms of the result are returned.
     fn run_all(
         &mut self,
         labels: &[u8],
-        (ts, values): (&[i64], &[f64]),
+        floats: Floats<'_>,
         (histogram_ts, histograms): (&[i64], &[FloatHistogram]),
         (out, valid): (&mut [f64], &mut [bool]),
         pace: &mut Pace,
     ) -> DfResult<Vec<(usize, FloatHistogram)>> {
-        if histograms.is_empty() {
-            self.run(ts, values, out, valid, pace)?;
+        if self.reading == Reading::StartTimestamp {
+            native::newest_start(&self.windows, floats, (histogram_ts, histograms), (out, valid));
+            return Ok(Vec::new());
+        }
+        let Floats { ts, starts, .. } = floats;
+        if histograms.is_empty() && starts.is_empty() {
+            self.run(floats, out, valid, pace)?;
             return Ok(Vec::new());
         }
         let metric = labels::get(labels, "__name__");
         let Reading::Range(function) = self.reading else {
-            self.run(ts, values, out, valid, pace)?;
+            self.run(floats, out, valid, pace)?;
             if let Reading::Smoothed(reach) = self.reading {
                 let notes = NotesAt { notes: &self.notes, at: self.at };
                 let windows = (&self.windows, reach);
@@ -235,25 +250,28 @@ impl Kernel {
             let timestamp = self.reading == Reading::Timestamp;
             return Ok(native::instant(&self.windows, ts, (histogram_ts, histograms), timestamp, out, valid));
         };
-        let stale = |v: f64| kernels::is_stale(v);
-        let floats: (Vec<i64>, Vec<f64>) = ts.iter().zip(values).filter(|(_, v)| !stale(**v)).unzip();
-        let live = histogram_ts.iter().zip(histograms).filter(|(_, h)| !stale(h.sum));
+        let live = histogram_ts.iter().zip(histograms).filter(|(_, h)| !kernels::is_stale(h.sum));
         let histograms: (Vec<i64>, Vec<&FloatHistogram>) = live.unzip();
-        self.run(&floats.0, &floats.1, out, valid, pace)?;
+        let (ts, values, starts) = floats.live();
+        let floats = Floats { ts: &ts, values: &values, starts: &starts };
+        self.run(floats, out, valid, pace)?;
+        if matches!(function, RangeFunction::Rate | RangeFunction::Increase) {
+            let times = kernels::count_overlapping(&ts, &starts, &self.windows);
+            self.notes.overlapping(self.at, metric, times);
+        }
         let notes = NotesAt { notes: &self.notes, at: self.at };
         let ranges = Ranges { function, windows: self.windows, metric, notes };
         if let Some(reach) = self.reach {
-            let (floats, histograms) = ((&floats.0[..], &floats.1[..]), (&histograms.0[..], &histograms.1[..]));
-            return ranges.run_with_edges(reach, floats, histograms, (out, valid), pace);
+            let histograms = (&histograms.0[..], &histograms.1[..]);
+            return ranges.run_with_edges(reach, (&ts, &values), histograms, (out, valid), pace);
         }
-        ranges.run((&floats.0, &floats.1), (&histograms.0, &histograms.1), (out, valid), pace)
+        ranges.run(floats, (&histograms.0, &histograms.1), (out, valid), pace)
     }
 
     #[inline]
     fn run(
         &mut self,
-        ts: &[i64],
-        values: &[f64],
+        Floats { ts, values, starts }: Floats<'_>,
         out: &mut [f64],
         valid: &mut [bool],
         pace: &mut Pace,
@@ -263,6 +281,10 @@ impl Kernel {
             Reading::Instant => kernels::instant(ts, values, &self.windows, out, valid),
             Reading::Timestamp | Reading::FloatTimestamp => {
                 kernels::instant_timestamp(ts, values, &self.windows, out, valid);
+            }
+            Reading::StartTimestamp => {
+                kernels::instant_timestamp(ts, values, &self.windows, out, valid);
+                out.fill(0.0);
             }
             Reading::Smoothed(reach) => {
                 let (ts, values) = kernels::without_stale(ts, values, &mut self.ts, &mut self.values);
@@ -290,6 +312,7 @@ impl Kernel {
                         args: [argument(0), argument(1)],
                         first_time: self.grid.start_ms + first as i64 * self.grid.step_ms,
                         time_step: self.grid.step_ms,
+                        starts,
                     };
                     let windows = Windows { first_end: self.windows.end(first), count: range.len(), ..self.windows };
                     let (out, valid) = (&mut out[range.clone()], &mut valid[range]);
@@ -447,7 +470,7 @@ impl Reader {
             Sink::Blocks { kernel, builder, name, counters } => {
                 let rows = builder.len();
                 let (out, valid) = builder.push(|out| name.apply(labels, false, out));
-                kernel.run(ts, values, out, valid, &mut self.pace)?;
+                kernel.run(Floats { ts, values, starts: &[] }, out, valid, &mut self.pace)?;
                 builder.pop_if_empty();
                 if let Some(counters) = counters
                     && builder.len() > rows
@@ -463,11 +486,11 @@ impl Reader {
         Ok(())
     }
 
-    /// A series with samples of both kinds.
-    fn series_of_both(
+    /// A series with samples of both kinds, and when its counter began.
+    fn series_of_all(
         &mut self,
         index: u32,
-        floats: (&[i64], &[f64]),
+        floats: Floats<'_>,
         histograms: (&[i64], &[FloatHistogram]),
         ready: &mut Vec<RecordBatch>,
     ) -> DfResult<()> {
@@ -487,7 +510,7 @@ impl Reader {
                     ready.push(builder.finish()?);
                 }
             }
-            Sink::Runs(runs) => runs.add(labels, floats, histograms)?,
+            Sink::Runs(runs) => runs.add(labels, (floats.ts, floats.values), histograms)?,
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! The form in which histograms travel in batches: fixed fields, then indices, counts and custom bounds, little-endian.
+//! The form in which histograms travel in batches, without the start of the counter: fixed fields, then indices, counts and custom bounds, little-endian.
 
 use super::{Bucket, FloatHistogram, Hint};
 
@@ -48,7 +48,7 @@ pub fn decode(bytes: &[u8]) -> Option<FloatHistogram> {
     let positive = all.by_ref().take(positive).collect();
     let negative = all.collect();
     let custom = bounds.as_chunks::<8>().0.iter().map(|b| f64::from_le_bytes(*b)).collect();
-    Some(FloatHistogram { hint, schema, zero_threshold, zero_count, count, sum, positive, negative, custom })
+    Some(FloatHistogram { hint, start: 0, schema, zero_threshold, zero_count, count, sum, positive, negative, custom })
 }
 
 fn take<const N: usize>(from: &mut &[u8]) -> Option<[u8; N]> {

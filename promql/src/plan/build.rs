@@ -263,7 +263,8 @@ impl Builder<'_> {
             }
         };
         let distinct = has_one_name(&selector);
-        let name = if reading != Reading::Timestamp { Name::Keep } else { self.dropping() };
+        let keeps = !matches!(reading, Reading::Timestamp | Reading::StartTimestamp);
+        let name = if keeps { Name::Keep } else { self.dropping() };
         let op = Op::Select { selector, reading, name };
         match name {
             Name::Keep => Ok(Built { plan: self.node(op, grid, vec![])?, distinct }),
@@ -547,11 +548,14 @@ impl Builder<'_> {
                 self.renaming(op, grid, inputs, false, false)
             }
             "info" => self.info(first()?, args.get(1).copied(), grid),
-            // Start timestamps are not stored.
-            "start_timestamp" => {
-                self.expr(first()?, grid)?;
-                self.leaf(Op::Nothing, grid)
-            }
+            "start_timestamp" => match &first()?.bare().kind {
+                Kind::Selector(v) => self.vector_selector(v, grid, Reading::StartTimestamp),
+                // The result of an operation never began.
+                _ => {
+                    self.expr(first()?, grid)?;
+                    self.leaf(Op::Nothing, grid)
+                }
+            },
             _ => Err(QueryError::bad_data(format!("parse error: unknown function with name \"{name}\""))),
         }
     }

@@ -118,10 +118,20 @@ pub enum Reading {
     Timestamp,
     /// As `Timestamp`, but a histogram stays one.
     FloatTimestamp,
+    /// When the counter of the newest sample began; 0 where nobody said.
+    StartTimestamp,
     /// The value between the samples around, of samples up to this many milliseconds away.
     Smoothed(i64),
     /// A function over the samples of the window; scalar arguments are the node's inputs.
     Range(RangeFunction),
+}
+
+impl Reading {
+    /// Whether it looks at when counters began.
+    pub fn needs_starts(self) -> bool {
+        use RangeFunction as F;
+        matches!(self, Self::StartTimestamp | Self::Range(F::Rate | F::Increase | F::Irate | F::Resets))
+    }
 }
 
 /// A function over the windows of an inner expression.

@@ -12,7 +12,7 @@ use arrow::array::{
 use arrow::buffer::{NullBuffer, OffsetBuffer, ScalarBuffer};
 use arrow::datatypes::{DataType, Float64Type, Int32Type, Int64Type};
 use arrow::record_batch::RecordBatch;
-use catalog::tables::{EXEMPLARS, HISTOGRAMS, SAMPLES};
+use catalog::tables::{EXEMPLARS, HISTOGRAMS, SAMPLES, START_TIMESTAMPS};
 use catalog::{Error, Result, TableSchema, TagRef};
 use engine::Batch;
 
@@ -33,7 +33,11 @@ pub struct Rows {
     samples: Samples,
     histograms: Histograms,
     exemplars: Exemplars,
+    /// When the counters of some samples began: the sample's place among all, milliseconds since the epoch.
+    starts: Vec<(usize, i64)>,
     mark: Mark,
+    /// How many of `starts` there were when the series was begun.
+    starts_mark: usize,
 }
 
 /// Numbers of rows by table.
@@ -92,6 +96,7 @@ impl Rows {
     /// Begins a series.
     pub fn begin(&mut self) {
         self.mark = self.len();
+        self.starts_mark = self.starts.len();
     }
 
     /// Rows so far.
@@ -131,6 +136,7 @@ impl Rows {
         self.samples.value.truncate(self.mark.samples);
         self.histograms.truncate(self.mark.histograms);
         self.exemplars.truncate(self.mark.exemplars);
+        self.starts.truncate(self.starts_mark);
     }
 
     /// Appends a float sample.
@@ -145,6 +151,11 @@ impl Rows {
         self.samples.ts.push(ts);
         self.samples.value.push(value);
         Ok(())
+    }
+
+    /// Says when the counter of the sample that was appended last began.
+    pub fn start(&mut self, start_ts: i64) {
+        self.starts.push((self.samples.ts.len() - 1, start_ts));
     }
 
     /// Appends an exemplar; `labels` is the JSON text.
@@ -179,8 +190,11 @@ impl Rows {
         Ok(())
     }
 
-    /// Gives the series' histograms that have none this start time, milliseconds since the epoch.
+    /// Gives the series' samples and histograms that have none this start time, milliseconds since the epoch.
     pub fn default_start(&mut self, start_ts: i64) {
+        let mut own = self.starts.split_off(self.starts_mark).into_iter().peekable();
+        let pending = self.mark.samples..self.samples.ts.len();
+        self.starts.extend(pending.map(|i| own.next_if(|own| own.0 == i).unwrap_or((i, start_ts))));
         for start in &mut self.histograms.start_ts[self.mark.histograms..] {
             start.get_or_insert(start_ts);
         }
@@ -202,7 +216,8 @@ impl Rows {
     /// # Errors
     /// `Internal` when the columns don't fit the table's schema, which would be a bug.
     pub fn finish(self) -> Result<Vec<Batch>> {
-        let mut batches = Vec::with_capacity(3);
+        let mut batches = Vec::with_capacity(4);
+        let starts = self.starts_of_samples();
         let Samples { series, ts, value } = self.samples;
         if !ts.is_empty() {
             let columns = vec![
@@ -227,7 +242,19 @@ impl Rows {
             ];
             batches.push(batch(&EXEMPLARS, columns)?);
         }
+        if !self.starts.is_empty() {
+            batches.push(batch(&START_TIMESTAMPS, starts)?);
+        }
         Ok(batches)
+    }
+
+    /// The columns of the start times.
+    fn starts_of_samples(&self) -> Vec<ArrayRef> {
+        let rows = || self.starts.iter();
+        let series = UInt32Array::from_iter_values(rows().map(|(i, _)| self.samples.series[*i]));
+        let ts = TimestampMillisecondArray::from_iter_values(rows().map(|(i, _)| self.samples.ts[*i]));
+        let start_ts = Int64Array::from_iter_values(rows().map(|(_, start)| *start));
+        vec![Arc::new(series), Arc::new(ts.with_timezone("UTC")), Arc::new(start_ts)]
     }
 }
 

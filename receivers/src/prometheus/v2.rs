@@ -268,9 +268,12 @@ fn series<'a>(
                 in_one_piece = false;
             }
             SAMPLE => {
-                let (ts, value) = sample(c.message()?)?;
+                let (ts, value, start) = sample(c.message()?)?;
                 if request.in_time(ts) {
                     request.rows.sample(ts, value)?;
+                    if start != 0 {
+                        request.rows.start(start);
+                    }
                 } else {
                     request.out_of_time("samples", ts, || text_of(symbols, &message));
                 }
@@ -294,7 +297,7 @@ fn series<'a>(
         }
     }
     request.end();
-    if created != 0 && request.rows.pending().histograms > 0 {
+    if created != 0 {
         request.rows.default_start(created);
     }
     let described = metadata.kind != 0 || metadata.help != 0 || metadata.unit != 0;
@@ -358,21 +361,21 @@ fn keep_ref(refs: &mut Vec<u32>, r: u64) {
     }
 }
 
-fn sample(mut c: Cursor<'_>) -> wire::Result<(i64, f64)> {
+/// A sample: its time, its value, and when its counter began, 0 if that is not said.
+fn sample(mut c: Cursor<'_>) -> wire::Result<(i64, f64, i64)> {
     const VALUE: u32 = fixed64_key(1);
     const TS: u32 = varint_key(2);
-    // When the counter began; the table of float samples has no column for it.
     const START: u32 = varint_key(3);
-    let (mut ts, mut value) = (0, 0.0);
+    let (mut ts, mut value, mut start) = (0, 0.0, 0);
     while let Some(key) = c.key()? {
         match key {
             VALUE => value = c.double()?,
             TS => ts = c.varint()? as i64,
-            START => drop(c.varint()?),
+            START => start = c.varint()? as i64,
             key => c.skip(key, 1..=3)?,
         }
     }
-    Ok((ts, value))
+    Ok((ts, value, start))
 }
 
 fn exemplar(request: &mut Request<'_>, symbols: &Symbols<'_>, mut c: Cursor<'_>, series: &Cursor<'_>) -> Result<()> {

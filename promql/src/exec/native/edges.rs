@@ -4,8 +4,8 @@ use datafusion::error::Result as DfResult;
 use engine::kernels::{Edges, RangeFunction, Reach, Windows};
 
 use super::{
-    Added, Annotation, Answer, BUCKETS, Combining, FloatHistogram, Hint, NotesAt, Pace, Ranges, Sample, Window, differ,
-    fell, is_gauge, is_stale, slide,
+    Added, Annotation, Answer, BUCKETS, Combining, FloatHistogram, Floats, Hint, NotesAt, Pace, Ranges, Sample, Window,
+    differ, fell, is_gauge, is_stale, slide,
 };
 use crate::histogram::Incompatible;
 
@@ -39,7 +39,7 @@ impl Ranges<'_> {
             let window = Window {
                 end: windows.end(i),
                 length: windows.length,
-                floats: (&ts[floats.clone()], &values[floats]),
+                floats: Floats { ts: &ts[floats.clone()], values: &values[floats], starts: &[] },
                 histograms: (&histogram_ts[range.clone()], &histograms[range]),
             };
             match self.answer_with_edges(&window, smoothed) {
@@ -61,7 +61,7 @@ impl Ranges<'_> {
         match self.function {
             F::Changes => w.steps_from_anchor(differ),
             F::Resets => w.steps_from_anchor(fell),
-            _ if !w.floats.0.is_empty() => {
+            _ if !w.floats.ts.is_empty() => {
                 self.note(Annotation::MixedFloatsHistograms(self.metric));
                 Answer::Nothing
             }
@@ -212,15 +212,15 @@ fn interpolated(
 
 impl Window<'_> {
     /// How many steps satisfy `is` from the last sample at or before the start on.
-    fn steps_from_anchor(&self, is: impl Fn(Sample<'_>, Sample<'_>) -> bool) -> Answer {
+    fn steps_from_anchor(&self, is: impl Fn(&Sample<'_>, &Sample<'_>) -> bool) -> Answer {
         let start = self.end.saturating_sub(self.length);
-        let all: Vec<(i64, Sample<'_>)> = self.merged().collect();
-        let after = all.partition_point(|s| s.0 <= start);
+        let all: Vec<Sample<'_>> = self.merged().collect();
+        let after = all.partition_point(|s| s.ts <= start);
         if after == all.len() {
             return Answer::Nothing;
         }
         let used = &all[after.saturating_sub(1)..];
-        Answer::Float(used.windows(2).filter(|w| is(w[0].1, w[1].1)).count() as f64)
+        Answer::Float(used.windows(2).filter(|w| is(&w[0], &w[1])).count() as f64)
     }
 }
 

@@ -61,7 +61,8 @@ impl Glimpse {
             }
         }
         for (h, hint) in histograms.iter_mut().zip(hints) {
-            *h = FloatHistogram { hint, schema: h.schema, count: h.count, sum: h.sum, ..FloatHistogram::default() };
+            let (start, schema, count, sum) = (h.start, h.schema, h.count, h.sum);
+            *h = FloatHistogram { hint, start, schema, count, sum, ..FloatHistogram::default() };
         }
     }
 

@@ -16,28 +16,34 @@ struct Expected {
     samples: Vec<String>,
     histograms: Vec<String>,
     exemplars: Vec<String>,
+    starts: Vec<String>,
     metadata: Vec<String>,
     refused: BTreeMap<&'static str, u64>,
 }
 
 impl Expected {
     fn rows(&self) -> Vec<String> {
-        [&self.samples, &self.histograms, &self.exemplars, &self.metadata].into_iter().flatten().cloned().collect()
+        let tables = [&self.samples, &self.histograms, &self.exemplars, &self.starts, &self.metadata];
+        tables.into_iter().flatten().cloned().collect()
     }
 
     fn refuse(&mut self, reason: Reason) {
         *self.refused.entry(reason.name()).or_default() += 1;
     }
 
-    /// A series by its labels; true when it is accepted.
-    fn series(&mut self, labels: &[(String, String)], body: v1::TimeSeries) -> bool {
+    /// A series by its labels, with the start of each sample if any is told; true when it is accepted.
+    fn series(&mut self, labels: &[(String, String)], body: v1::TimeSeries, start_of: &[i64]) -> bool {
+        let mut starts = Vec::new();
         let mut samples = Vec::new();
         let mut histograms = Vec::new();
         let mut exemplars = Vec::new();
         let in_time = |ts: i64| (TS_MIN..=NOW + LIMITS.future_max_ms).contains(&ts);
         let set: BTreeMap<_, _> = labels.iter().filter(|l| !l.1.is_empty()).cloned().collect();
         let mut latest = None;
-        for s in &body.samples {
+        for (i, s) in body.samples.iter().enumerate() {
+            if let Some(start) = start_of.get(i).filter(|start| **start != 0 && in_time(s.timestamp)) {
+                starts.push(format!("start_timestamps {set:?} ts={} start_ts={start}", s.timestamp));
+            }
             if in_time(s.timestamp) {
                 samples.push(format!("samples {set:?} ts={} value={}", s.timestamp, double(s.value)));
                 latest = latest.max(Some(s.timestamp));
@@ -80,6 +86,7 @@ impl Expected {
         self.samples.extend(samples);
         self.histograms.extend(histograms);
         self.exemplars.extend(exemplars);
+        self.starts.extend(starts);
         true
     }
 }
@@ -236,7 +243,7 @@ fn expected_v1(request: &v1::WriteRequest) -> Expected {
         let labels: Vec<_> = s.labels.iter().map(|l| (l.name.clone(), l.value.clone())).collect();
         let mut body = s.clone();
         body.histograms.iter_mut().for_each(|h| h.start_timestamp = 0);
-        out.series(&labels, body);
+        out.series(&labels, body, &[]);
     }
     for m in &request.metadata {
         if m.metric_family_name.is_empty() {
@@ -298,7 +305,9 @@ fn check_v2(request: &v2::Request, body: &[u8]) -> Result<(), TestCaseError> {
                 .collect(),
         };
         // No name at all is refused for the same reason.
-        let accepted = expected.series(&pairs(&s.labels_refs).unwrap_or_default(), body);
+        let told = |start: i64| if start == 0 { s.created_timestamp } else { start };
+        let starts: Vec<i64> = s.samples.iter().map(|s| told(s.start_timestamp)).collect();
+        let accepted = expected.series(&pairs(&s.labels_refs).unwrap_or_default(), body, &starts);
         let m = s.metadata.clone().unwrap_or_default();
         if !accepted || m == v2::Metadata::default() {
             continue;
@@ -482,6 +491,7 @@ proptest! {
         for (s, (kind, help_ref, unit_ref, created, odd)) in request.timeseries.iter_mut().zip(extra) {
             s.metadata = (kind < 5).then_some(v2::Metadata { kind, help_ref, unit_ref });
             s.created_timestamp = created;
+            s.samples.iter_mut().skip(1).step_by(2).for_each(|sample| sample.start_timestamp = NOW - i64::from(kind));
             if odd {
                 s.labels_refs.push(help_ref * 3);
             }

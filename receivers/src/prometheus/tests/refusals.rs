@@ -246,15 +246,28 @@ fn start_times() {
         symbols: ["", "__name__", "m"].map(str::to_owned).to_vec(),
         timeseries: vec![v2::TimeSeries {
             labels_refs: vec![1, 2],
-            samples: vec![v2::Sample { value: 1.0, timestamp: NOW, start_timestamp: NOW - 7 }],
+            samples: vec![
+                v2::Sample { value: 1.0, timestamp: NOW, start_timestamp: NOW - 7 },
+                v2::Sample { value: 2.0, timestamp: NOW + 1, start_timestamp: 0 },
+            ],
             histograms: vec![Histogram { start_timestamp: NOW - 5, ..int_histogram() }, int_histogram()],
             created_timestamp: NOW - 9,
             ..Default::default()
         }],
     };
     let (rows, _) = decode(decode_v2, &request.encode_to_vec()).unwrap();
-    assert!(rows[1].ends_with(&format!("start_ts={}", NOW - 5)), "{}", rows[1]);
-    assert!(rows[2].ends_with(&format!("start_ts={}", NOW - 9)), "{}", rows[2]);
+    let starts: Vec<&str> = rows.iter().filter_map(|row| row.split_once("start_ts=")).map(|(_, start)| start).collect();
+    assert_eq!(starts, [5, 9, 7, 9].map(|ago| (NOW - ago).to_string()), "{rows:#?}");
+    let untold = v2::Request {
+        symbols: ["", "__name__", "m"].map(str::to_owned).to_vec(),
+        timeseries: vec![v2::TimeSeries {
+            labels_refs: vec![1, 2],
+            samples: vec![v2::Sample { value: 1.0, timestamp: NOW, start_timestamp: 0 }],
+            ..Default::default()
+        }],
+    };
+    let (rows, _) = decode(decode_v2, &untold.encode_to_vec()).unwrap();
+    assert_eq!(rows.len(), 1, "nothing is stored for a start that nobody told: {rows:#?}");
 }
 
 #[test]
