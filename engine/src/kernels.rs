@@ -8,6 +8,7 @@
 //!
 //! Kernels of ranges expect series without stale markers ([`without_stale`]); [`instant`] understands them.
 
+pub mod buckets;
 mod edges;
 mod starts;
 
