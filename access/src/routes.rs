@@ -95,7 +95,7 @@ impl Routes {
 }
 
 /// Lets a request through to its handler, or answers it.
-async fn check(scope: Scope, request: Request, next: Next) -> Response {
+async fn check(scope: Scope, mut request: Request, next: Next) -> Response {
     let Some(access) = request.extensions().get::<Access>() else {
         // Only a listener without `Routes::behind` comes here.
         return StatusCode::INTERNAL_SERVER_ERROR.into_response();
@@ -107,6 +107,8 @@ async fn check(scope: Scope, request: Request, next: Next) -> Response {
                 let (caller, path) = (caller.name(), request.uri().path());
                 tracing::info!(caller, path, method = %request.method(), "administration request");
             }
+            // A handler may allow more to some than to others.
+            request.extensions_mut().insert(caller);
             next.run(request).await
         }
         Err(denied) => {
