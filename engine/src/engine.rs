@@ -31,8 +31,8 @@ use crate::telemetry::Metrics;
 use crate::version::Version;
 use crate::wal::{Item, Record, Replay, Storage, Wal};
 use crate::{
-    Extensions, LogStore, MetricMetadata, Query, QueryLimits, Selection, SeriesSet, Settings, SqlCatalog, Stop,
-    Telemetry, Write, session, upkeep,
+    Activities, Extensions, LogStore, MetricMetadata, Query, QueryLimits, Selection, SeriesSet, Settings, SqlCatalog,
+    Stop, Telemetry, Write, session, upkeep,
 };
 
 /// The objects that an engine works with; never mixed with [`Settings`].
@@ -362,7 +362,13 @@ impl Engine {
     pub async fn begin(&self, limits: QueryLimits) -> Result<Query> {
         let inner = self.inner();
         inner.memory.check(Kind::Queries).inspect_err(|_| inner.metrics.limit("query_memory"))?;
-        inner.turns.begin(limits).await.inspect_err(|_| inner.metrics.limit("queries"))
+        let query = inner.turns.begin(limits).await.inspect_err(|_| inner.metrics.limit("queries"))?;
+        Ok(query.at(inner.now_ms()))
+    }
+
+    /// The queries that run and that ran last.
+    pub fn activities(&self) -> &Arc<Activities> {
+        self.inner().turns.activities()
     }
 
     /// How many queries run at a time.

@@ -4,6 +4,7 @@
 //! [`Engine::select`] for the series that matchers mean, build plans over [`SeriesScanExec`], and run them with
 //! [`Engine::execute`]. Inside, tags are integers.
 
+pub mod activity;
 pub mod backup;
 pub mod batch;
 pub mod codec;
@@ -37,6 +38,7 @@ mod upkeep;
 mod version;
 mod wal;
 
+pub use activity::{Activities, Activity, Description};
 pub use arrivals::Arrival;
 pub use batch::{Batch, MetricMetadata, Write};
 pub use catalog::{Error, ErrorKind, Result};
@@ -47,5 +49,5 @@ pub use retention::{Retention, RetentionRule};
 pub use scan::SeriesScanExec;
 pub use select::{Selection, SeriesSet};
 pub use session::{Extensions, error_of};
-pub use settings::{LogStore, Settings, SqlCatalog};
+pub use settings::{ListedSetting, LogStore, Settings, SqlCatalog};
 pub use telemetry::Telemetry;

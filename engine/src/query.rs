@@ -17,6 +17,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
 use crate::Settings;
+use crate::activity::{Activities, Activity, Description, Underway};
 use crate::memory::Memory;
 
 /// Queries that run at a time, for each thread, unless a setting says otherwise. More would not be done sooner and take
@@ -41,10 +42,20 @@ struct State {
     raised: AtomicBool,
     /// Why it was ended for the sake of others.
     shed: OnceLock<String>,
-    /// Told then, for work that does wait.
+    /// Told then and when it is canceled, for work that does wait.
     shedding: Notify,
     deadline: Instant,
     timeout: Duration,
+}
+
+impl State {
+    /// The error of a query that was ended.
+    fn ended(&self) -> Error {
+        match self.shed.get() {
+            Some(why) => Error::limit_exceeded(why.clone()),
+            None => Error::canceled("the query was canceled"),
+        }
+    }
 }
 
 impl Stop {
@@ -73,10 +84,7 @@ impl Stop {
     /// When it is to stop.
     pub fn check(&self) -> Result<()> {
         match &self.0 {
-            Some(state) if state.raised.load(Ordering::Relaxed) => Err(match state.shed.get() {
-                Some(why) => Error::limit_exceeded(why.clone()),
-                None => Error::canceled("the query was stopped"),
-            }),
+            Some(state) if state.raised.load(Ordering::Relaxed) => Err(state.ended()),
             Some(state) if Instant::now() >= state.deadline => Err(self.timed_out()),
             _ => Ok(()),
         }
@@ -93,12 +101,12 @@ impl Stop {
         Error::timeout(format!("query ran for longer than its limit of {timeout:?}"))
     }
 
-    /// Waits until the query is ended for the sake of others; only one may wait.
+    /// Waits until the query is canceled or ended for the sake of others; only one may wait.
     pub(crate) async fn shed(&self) -> Error {
         match &self.0 {
             Some(state) => {
                 state.shedding.notified().await;
-                Error::limit_exceeded(state.shed.get().cloned().unwrap_or_default())
+                state.ended()
             }
             None => std::future::pending().await,
         }
@@ -117,6 +125,19 @@ impl Stop {
 
     fn state(&self) -> Weak<State> {
         self.0.as_ref().map_or_else(Weak::new, Arc::downgrade)
+    }
+
+    /// Stops the query because somebody wants it to.
+    pub(crate) fn cancel(&self) {
+        self.raise();
+        if let Some(state) = &self.0 {
+            state.shedding.notify_one();
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn within_a_minute() -> Self {
+        Self::within(Duration::from_secs(60))
     }
 }
 
@@ -211,9 +232,24 @@ pub struct Query {
     /// `None` while it waits for its reader.
     turn: Option<OwnedSemaphorePermit>,
     queued: Duration,
+    activities: Arc<Activities>,
+    now_ms: i64,
+    /// What [`Query::describe`] said; ended with it.
+    underway: Option<Underway>,
 }
 
 impl Query {
+    /// Says what the query is, so that it is listed among those that run and ran.
+    pub fn describe(&mut self, description: Description) {
+        let activity = self.activities.begin(description, self.now_ms, self.stop.clone());
+        self.underway = Some(Underway { activity, all: self.activities.clone() });
+    }
+
+    /// What is counted of it, if it was described.
+    pub fn activity(&self) -> Option<&Arc<Activity>> {
+        self.underway.as_ref().map(|u| &u.activity)
+    }
+
     /// What its loops look at.
     pub fn stop(&self) -> &Stop {
         &self.stop
@@ -227,6 +263,12 @@ impl Query {
     /// What stops it when dropped.
     pub fn guard(&self) -> Guard {
         Guard(self.stop.clone())
+    }
+
+    /// Notes when it had its turn.
+    pub(crate) fn at(mut self, now_ms: i64) -> Self {
+        self.now_ms = now_ms;
+        self
     }
 
     /// How long it waited for its turn.
@@ -259,6 +301,7 @@ pub(crate) struct Turns {
     memory: Memory,
     /// What one query may hold.
     memory_max: usize,
+    activities: Arc<Activities>,
 }
 
 impl Turns {
@@ -278,7 +321,13 @@ impl Turns {
             within: settings.query_wait_max,
             memory,
             memory_max,
+            activities: Arc::default(),
         }
+    }
+
+    /// The queries that run and ran.
+    pub fn activities(&self) -> &Arc<Activities> {
+        &self.activities
     }
 
     /// How many queries run at a time.
@@ -314,7 +363,9 @@ impl Turns {
         all.push(stop.state());
         drop(all);
         let memory = self.memory.of_query(self.memory_max);
-        Ok(Query { stop, memory, turns: self.turns.clone(), turn: Some(turn), queued: begun.elapsed() })
+        let queued = begun.elapsed();
+        let (turns, activities) = (self.turns.clone(), self.activities.clone());
+        Ok(Query { stop, memory, turns, turn: Some(turn), queued, activities, now_ms: 0, underway: None })
     }
 
     /// Ends the oldest query for this reason: what asks for little is done before it is the oldest. While one that was

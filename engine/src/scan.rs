@@ -25,9 +25,10 @@ use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use datafusion::physical_plan::{DisplayAs, DisplayFormatType, ExecutionPlan, Partitioning, PlanProperties};
 
 use crate::SeriesSet;
+use crate::activity::Activity;
 use crate::cut::{Cuts, Taken};
 use crate::memtable::{Memtable, read_schema};
-use crate::segment::{Cursor, Request};
+use crate::segment::{Cursor, Reads, Request};
 use crate::select::NO_ORDINAL;
 use merge::{MemoryCursor, Merge, Source};
 
@@ -52,6 +53,8 @@ pub struct SeriesScanExec {
     /// What is left out of rows in memory.
     memory_cuts: Option<Arc<Cuts>>,
     deletes: usize,
+    /// Files of the table that can hold none of the rows.
+    files_pruned: usize,
     metrics: ExecutionPlanMetricsSet,
 }
 
@@ -60,7 +63,7 @@ impl SeriesScanExec {
     pub fn new(set: Arc<SeriesSet>, columns: Vec<usize>) -> Self {
         let schema = read_schema(&set.table, &columns);
         let (mut memtables, mut files) = (vec![], vec![]);
-        let (mut memory_cuts, mut deletes) = (None, 0);
+        let (mut memory_cuts, mut deletes, mut files_pruned) = (None, 0, 0);
         if let Some(table) = set.version.table(set.table.id).filter(|_| !set.series.is_empty()) {
             let metrics = set.keys.first().map_or(0, |k| k.metric)..=set.keys.last().map_or(0, |k| k.metric);
             memtables.extend(table.memtables().filter(|m| m.overlaps(set.start_ms, set.end_ms)).cloned());
@@ -81,6 +84,7 @@ impl SeriesScanExec {
                 let nothing_left = |c: &Arc<Cuts>| c.cover_all(file.ts_min.max(start), file.ts_max.min(end));
                 (!cuts.as_ref().is_some_and(nothing_left)).then_some((file, cuts))
             }));
+            files_pruned = table.files.len() - files.len();
         }
         let partitions = (set.series.len() / PARTITION_SERIES).clamp(1, set.threads);
         let properties = PlanProperties::new(
@@ -92,7 +96,7 @@ impl SeriesScanExec {
         .with_scheduling_type(datafusion::physical_plan::execution_plan::SchedulingType::Cooperative);
         let metrics = ExecutionPlanMetricsSet::new();
         let properties = Arc::new(properties);
-        Self { set, columns, schema, properties, memtables, files, memory_cuts, deletes, metrics }
+        Self { set, columns, schema, properties, memtables, files, memory_cuts, deletes, files_pruned, metrics }
     }
 
     /// The series that are read.
@@ -105,7 +109,20 @@ impl SeriesScanExec {
         &self.columns
     }
 
-    fn merge(&self, series: Range<usize>) -> Merge {
+    /// What is counted of the files that a partition reads.
+    fn reads(&self, partition: usize, context: &TaskContext) -> Arc<Reads> {
+        let count = |name: &'static str| MetricBuilder::new(&self.metrics).counter(name, partition);
+        Arc::new(Reads {
+            bytes: count("bytes_scanned"),
+            row_groups: count("row_groups"),
+            row_groups_pruned: count("row_groups_pruned"),
+            pages: count("pages"),
+            pages_pruned: count("pages_pruned"),
+            activity: context.session_config().get_extension::<Activity>(),
+        })
+    }
+
+    fn merge(&self, series: Range<usize>, reads: &Arc<Reads>) -> Merge {
         let set = &self.set;
         let mut columns = self.columns.clone();
         let sources = self.files.len() + self.memtables.len();
@@ -131,7 +148,8 @@ impl SeriesScanExec {
                 None => request.clone(),
                 cuts => Arc::new(Request { cuts: cuts.clone(), ..Request::clone(&request) }),
             };
-            Source::File(Box::new(Cursor::new(set.segments.clone(), file.clone(), request)))
+            let cursor = Cursor::new(set.segments.clone(), file.clone(), request);
+            Source::File(Box::new(cursor.counted(reads.clone())))
         };
         let memory = |m: &Arc<Memtable>| {
             let wanted: Vec<(u32, Ordinal)> = series
@@ -217,12 +235,14 @@ impl ExecutionPlan for SeriesScanExec {
         Some(self.metrics.clone_inner())
     }
 
-    fn execute(&self, partition: usize, _context: Arc<TaskContext>) -> DfResult<SendableRecordBatchStream> {
+    fn execute(&self, partition: usize, context: Arc<TaskContext>) -> DfResult<SendableRecordBatchStream> {
         let partitions = self.properties.partitioning.partition_count();
         let n = self.set.series.len();
-        let merge = self.merge(n * partition / partitions..n * (partition + 1) / partitions);
+        let reads = self.reads(partition, &context);
+        let merge = self.merge(n * partition / partitions..n * (partition + 1) / partitions, &reads);
         let baseline = BaselineMetrics::new(&self.metrics, partition);
         MetricBuilder::new(&self.metrics).counter("files", partition).add(self.files.len());
+        MetricBuilder::new(&self.metrics).counter("files_pruned", partition).add(self.files_pruned);
         MetricBuilder::new(&self.metrics).counter("memtables", partition).add(self.memtables.len());
         let width = self.schema.fields().len();
         let schema = self.schema.clone();

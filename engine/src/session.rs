@@ -35,6 +35,7 @@ use tokio::time::Sleep;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::Settings;
+use crate::activity::{Activity, NotedPool};
 use crate::memory::{Memory, QueryPool};
 use crate::query::{Guard, Query, Stop};
 use crate::telemetry::{Metrics, OutcomeLabel};
@@ -169,20 +170,33 @@ pub(crate) async fn execute(
     let mut state = state.clone();
     let (stop, guard) = (query.stop().clone(), query.guard());
     state.config_mut().options_mut().extensions.insert(stop.clone());
+    let activity = query.activity().cloned();
+    if let Some(activity) = &activity {
+        // Scans find it there.
+        state.config_mut().set_extension(activity.clone());
+    }
     let (task_stop, memory) = (stop.clone(), query.memory().clone());
     let task = async move {
         metrics.queries_running.inc();
-        let mut outcome = Outcome { metrics, begun: std::time::Instant::now(), label: "canceled" };
+        let mut outcome =
+            Outcome { metrics, begun: std::time::Instant::now(), label: "canceled", activity: activity.clone() };
         let mut schema_to = Some(schema_to);
         let run = async {
             let plan = state.create_physical_plan(&plan).await?;
             let context = TaskContext::from(&state);
-            let runtime = runtime(&context.runtime_env(), &memory);
+            let mut runtime = runtime(&context.runtime_env(), &memory);
+            if let Some(activity) = &activity {
+                let (common, activity) = (runtime.memory_pool.clone(), activity.clone());
+                runtime.memory_pool = Arc::new(NotedPool { common, activity });
+            }
             let mut stream = execute_stream(plan, Arc::new(context.with_runtime(Arc::new(runtime))))?;
             if let Some(to) = schema_to.take() {
                 let _ = to.send(Ok(stream.schema()));
             }
             while let Some(batch) = stream.next().await.transpose()? {
+                if let Some(activity) = &activity {
+                    activity.gave(batch.num_rows());
+                }
                 if !hand_over(&batches_to, batch, &mut query).await {
                     return Ok(false);
                 }
@@ -236,6 +250,7 @@ fn outcome_of(e: &DataFusionError) -> &'static str {
     match e.find_root() {
         DataFusionError::External(inner) => match inner.downcast_ref::<Error>().map(Error::kind) {
             Some(ErrorKind::Timeout) => "timeout",
+            Some(ErrorKind::Canceled) => "canceled",
             _ => "error",
         },
         _ => "error",
@@ -247,11 +262,15 @@ struct Outcome {
     metrics: Arc<Metrics>,
     begun: std::time::Instant,
     label: &'static str,
+    activity: Option<Arc<Activity>>,
 }
 
 impl Drop for Outcome {
     fn drop(&mut self) {
         self.metrics.queries_running.dec();
+        if let Some(activity) = &self.activity {
+            activity.end(self.label);
+        }
         self.metrics.queries.get_or_create(&OutcomeLabel { outcome: self.label }).inc();
         self.metrics.query.observe(self.begun.elapsed().as_secs_f64());
     }

@@ -76,6 +76,21 @@ pub struct Settings {
     /// Whether work has threads of its own. Without, all of it runs on the runtime that opens the engine, as
     /// simulations need.
     pub own_threads: bool,
+    /// The settings of the whole server as `catalog.settings` lists them. Nothing here follows from them.
+    pub listed: Vec<ListedSetting>,
+}
+
+/// A setting as it is listed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ListedSetting {
+    /// Its name in the file.
+    pub name: String,
+    /// Its value, secrets left out.
+    pub value: String,
+    /// Its default.
+    pub default: String,
+    /// What it means.
+    pub description: String,
 }
 
 impl Default for Settings {
@@ -102,6 +117,7 @@ impl Default for Settings {
             query_series_max: 1_000_000,
             cpu_threads: 2,
             own_threads: true,
+            listed: Vec::new(),
         }
     }
 }

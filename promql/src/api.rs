@@ -29,7 +29,7 @@ use access::{Routes, Scope};
 use axum::extract::{Path, State};
 use axum::http::{Method, header};
 use axum::routing::{MethodRouter, get, post};
-use engine::{Engine, Query, QueryLimits};
+use engine::{Description, Engine, Query, QueryLimits};
 use futures::future::BoxFuture;
 use tower_http::CompressionLevel;
 use tower_http::compression::CompressionLayer;
@@ -225,12 +225,19 @@ where
 async fn begin(api: &Api, form: &Form) -> Result<Query> {
     let longest = api.engine.settings().query_timeout;
     let timeout = form.timeout()?.map_or(longest, |t| t.min(longest));
-    api.engine.begin(QueryLimits { timeout }).await.map_err(|e| match QueryError::from(e) {
+    let begun = api.engine.begin(QueryLimits { timeout }).await;
+    let mut query = begun.map_err(|e| match QueryError::from(e) {
         QueryError { kind: QueryErrorKind::Timeout, .. } => {
             QueryError::new(QueryErrorKind::Timeout, "query timed out in query queue")
         }
         e => e,
-    })
+    })?;
+    let text = match form.get("query") {
+        "" => form.all("match[]").collect::<Vec<_>>().join(", "),
+        text => text.to_owned(),
+    };
+    query.describe(Description { language: "promql", user: form.user.clone(), text });
+    Ok(query)
 }
 
 /// As Prometheus words it.

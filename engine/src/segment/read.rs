@@ -12,6 +12,7 @@ use bytes::Bytes;
 use catalog::files::DataFile;
 use catalog::tables::Layout;
 use catalog::{Error, ErrorKind, Part, Result, TableSchema};
+use datafusion::physical_plan::metrics::Count;
 use object_store::path::Path as ObjectPath;
 use object_store::{ObjectStore, ObjectStoreExt};
 use parquet::arrow::ProjectionMask;
@@ -28,6 +29,7 @@ use super::footer::{self, Group, Manifest};
 use super::runs::{Piece, Run};
 use super::write::with_type;
 use super::{BATCH_ROWS, Key, RunIndex};
+use crate::activity::Activity;
 use crate::cut::Cuts;
 use crate::layout::{self, Params, RUN_ROWS_MAX};
 use crate::memtable::read_schema;
@@ -196,6 +198,7 @@ impl Segments {
         group: usize,
         physical: &[usize],
         selected: Option<&[Range<usize>]>,
+        reads: Option<&Reads>,
     ) -> Result<ParquetRecordBatchReader> {
         let meta = footer.meta.metadata();
         let schema = meta.file_metadata().schema_descr();
@@ -204,6 +207,7 @@ impl Segments {
         let bad = || Error::corrupt("segment has a damaged page index");
         // (start, end, expected CRC) of the pages to fetch.
         let mut pages: Vec<(Range<u64>, u32)> = Vec::new();
+        let mut pruned = 0;
         for leaf in (0..schema.num_columns()).filter(|l| roots.contains(&schema.get_column_root_idx(*l))) {
             let all = footer::pages(meta, group, leaf)?;
             let sums = &footer.manifest.sums[group][leaf];
@@ -213,6 +217,7 @@ impl Segments {
                 if let (Some(selected), Some(page)) = (selected, i.checked_sub(dictionary)) {
                     let row = |p: usize| index.page_locations.get(p).map_or(rows, |l| l.first_row_index as usize);
                     if !overlaps(selected, row(page)..row(page + 1)) {
+                        pruned += 1;
                         continue;
                     }
                 }
@@ -229,6 +234,9 @@ impl Segments {
                 Some(last) if last.end == page.start => last.end = page.end,
                 _ => ranges.push(page.clone()),
             }
+        }
+        if let Some(reads) = reads {
+            reads.pages(pages.len(), pruned, ranges.iter().map(|r| r.end - r.start).sum());
         }
         let fetched = self.fetch(file, &ranges).await?;
         let mut parts = Vec::with_capacity(pages.len());
@@ -263,6 +271,7 @@ impl Segments {
         file: &DataFile,
         footer: &Footer,
         group: usize,
+        reads: Option<&Reads>,
     ) -> Result<Arc<RunIndex>> {
         if let Some(index) = self.indexes.get(&(file.id, group)) {
             return Ok(index);
@@ -277,7 +286,7 @@ impl Segments {
         if physical.iter().any(|i| footer.roots[*i].is_none()) {
             return Err(Error::corrupt("segment lacks a column that every segment of its table has"));
         }
-        let reader = self.open(file, footer, group, &physical, None).await?;
+        let reader = self.open(file, footer, group, &physical, None, reads).await?;
         let mut builder = IndexBuilder { stride: physical.len().saturating_sub(4) / 4, ..IndexBuilder::default() };
         for batch in reader {
             builder.add(&in_order(batch.map_err(undecodable)?, footer, &physical)?)?;
@@ -296,7 +305,7 @@ impl Segments {
             let footer = self.footer(table, file).await?;
             let mut keys: Vec<Key> = Vec::new();
             for group in 0..footer.manifest.groups.len() {
-                let index = self.index(table, file, &footer, group).await?;
+                let index = self.index(table, file, &footer, group, None).await?;
                 let again = usize::from(keys.last().is_some_and(|k| Some(k) == index.keys.first()));
                 keys.extend_from_slice(&index.keys[again..]);
             }
@@ -311,7 +320,7 @@ impl Segments {
         let work = async {
             let footer = self.footer(&request.table, file).await?;
             for group in 0..footer.manifest.groups.len() {
-                let index = self.index(&request.table, file, &footer, group).await?;
+                let index = self.index(&request.table, file, &footer, group, None).await?;
                 let pieces = index.plan(&request.keys, request.range.clone(), i64::MIN, i64::MAX);
                 let run = |p: &Piece| index.runs[p.run as usize];
                 if pieces.iter().any(|p| cuts.touch(p.key as usize, run(p).ts_first, run(p).ts_last)) {
@@ -515,6 +524,30 @@ pub(crate) struct Cursor {
     schema: SchemaRef,
     group: usize,
     reading: Option<GroupReader>,
+    reads: Option<Arc<Reads>>,
+}
+
+/// What scans count of what they read of files.
+#[derive(Debug)]
+pub(crate) struct Reads {
+    pub bytes: Count,
+    pub row_groups: Count,
+    pub row_groups_pruned: Count,
+    pub pages: Count,
+    pub pages_pruned: Count,
+    /// The query whose scan it is.
+    pub activity: Option<Arc<Activity>>,
+}
+
+impl Reads {
+    fn pages(&self, read: usize, pruned: usize, bytes: u64) {
+        self.pages.add(read);
+        self.pages_pruned.add(pruned);
+        self.bytes.add(bytes as usize);
+        if let Some(activity) = &self.activity {
+            activity.read(bytes);
+        }
+    }
 }
 
 struct GroupReader {
@@ -530,7 +563,12 @@ struct GroupReader {
 impl Cursor {
     pub fn new(segments: Arc<Segments>, file: Arc<DataFile>, request: Arc<Request>) -> Self {
         let schema = read_schema(&request.table, &request.columns);
-        Self { segments, file, request, schema, group: 0, reading: None }
+        Self { segments, file, request, schema, group: 0, reading: None, reads: None }
+    }
+
+    /// The same, counting what it reads.
+    pub fn counted(self, reads: Arc<Reads>) -> Self {
+        Self { reads: Some(reads), ..self }
     }
 
     /// The next rows: `series` and the asked-for columns; `None` at the end.
@@ -560,6 +598,9 @@ impl Cursor {
             if self.may_hold(group) {
                 self.reading = self.open(footer.clone(), at).await?;
             }
+            if let Some(reads) = self.reads.as_ref().filter(|_| self.reading.is_none()) {
+                reads.row_groups_pruned.add(1);
+            }
         }
     }
 
@@ -573,7 +614,8 @@ impl Cursor {
 
     async fn open(&mut self, footer: Arc<Footer>, group: usize) -> Result<Option<GroupReader>> {
         let r = &self.request;
-        let index = self.segments.index(&r.table, &self.file, &footer, group).await?;
+        let reads = self.reads.as_deref();
+        let index = self.segments.index(&r.table, &self.file, &footer, group, reads).await?;
         let mut pieces = index.plan(&r.keys, r.range.clone(), r.start_ms, r.end_ms);
         if let Some(cuts) = &r.cuts {
             let run = |p: &Piece| index.runs[p.run as usize];
@@ -598,7 +640,10 @@ impl Cursor {
                 c.column == Some(1) || wanted && matches!(c.part, Part::Whole | Part::Residual | Part::Double)
             })
             .collect();
-        let reader = self.segments.open(&self.file, &footer, group, &physical, Some(&selected)).await?;
+        let reader = self.segments.open(&self.file, &footer, group, &physical, Some(&selected), reads).await?;
+        if let Some(reads) = reads {
+            reads.row_groups.add(1);
+        }
         Ok(Some(GroupReader { reader, footer, index, physical, pieces: pieces.into(), done: 0 }))
     }
 }

@@ -3,6 +3,7 @@
 //! A name may occur in both places: the body's come first, as in Go's `http.Request.FormValue`, whose behaviour clients
 //! of Prometheus rely on (vmalert sends a POST whose parameters are all in the URL and whose content type is JSON).
 
+use access::Caller;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,6 +43,8 @@ pub(super) struct Form {
     pairs: Vec<(String, String)>,
     /// Of the body.
     memory: Option<Reservation>,
+    /// Who asks.
+    pub(super) user: String,
 }
 
 impl FromRequest<Arc<Api>> for Form {
@@ -49,7 +52,8 @@ impl FromRequest<Arc<Api>> for Form {
 
     async fn from_request(request: Request, api: &Arc<Api>) -> Result<Self, Failure> {
         let (parts, body) = request.into_parts();
-        let mut form = Self::default();
+        let user = parts.extensions.get::<Caller>().map(|c| c.name().to_owned()).unwrap_or_default();
+        let mut form = Self { user, ..Self::default() };
         let content_type = parts.headers.get(CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or("");
         let media_type = content_type.split(';').next().unwrap_or("").trim();
         if media_type.eq_ignore_ascii_case("application/x-www-form-urlencoded") {

@@ -41,7 +41,7 @@ impl Segments {
         let physical: Vec<usize> = (0..table.physical().len()).collect();
         for (number, group) in footer.manifest.groups.iter().enumerate() {
             let mut found = Group::empty();
-            for batch in self.open(file, &footer, number, &physical, None).await? {
+            for batch in self.open(file, &footer, number, &physical, None, None).await? {
                 let columns = in_order(batch.map_err(undecodable)?, &footer, &physical)?;
                 walk.batch(table, &columns, &mut found)?;
                 // Queries share these threads.
