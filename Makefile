@@ -7,7 +7,7 @@ VENV := $(TARGET_DIR)/venv
 
 # What the tests run beside the server: real clients and a real Prometheus.
 PACKAGES := libfaketime prometheus prometheus-node-exporter postgresql postgresql-client python3-venv
-PYTHON_PACKAGES := duckdb==1.5.5 duckdb-extension-ducklake==1.5.5 duckdb-extension-sqlite-scanner==1.5.5 duckdb-extension-postgres-scanner==1.5.5 moto[server]==5.2.5 psycopg[binary]==3.3.9 asyncpg==0.32.0 sqlalchemy==2.1.9
+PYTHON_PACKAGES := duckdb==1.5.5 duckdb-extension-ducklake==1.5.5 duckdb-extension-sqlite-scanner==1.5.5 duckdb-extension-postgres-scanner==1.5.5 moto[server]==5.2.5 psycopg[binary]==3.3.9 asyncpg==0.32.0 sqlalchemy==2.1.9 adbc-driver-flightsql==1.13.0 adbc-driver-manager==1.13.0 pyarrow==26.0.1
 
 .PHONY: run build test lint deny clients
 

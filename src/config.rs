@@ -92,7 +92,7 @@ settings! {
     catalog: Secret = Secret::default();
     /// Address of the HTTP listener: remote write, the Prometheus API, SQL over HTTP, `/metrics` and administration.
     http: Listen = Listen::at("127.0.0.1:7300");
-    /// Address of the gRPC listener, or `off`. It answers the health service; receivers join it as they are added.
+    /// Address of the gRPC listener, or `off`. It answers the health service and Arrow Flight SQL; receivers join them.
     grpc: Listen = Listen::at("127.0.0.1:4317");
     /// Address of the PostgreSQL listener, or `off`.
     postgres: Listen = Listen::at("127.0.0.1:5433");

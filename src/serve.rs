@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use axum::routing::any_service;
 use catalog::fs::Disk;
 use catalog::{FileSystem, SystemClock, SystemEntropy};
-use engine::{Components, Engine, LogStore, Retention, Settings, SqlCatalog, Telemetry};
+use engine::{Components, Engine, ListedSetting, LogStore, Retention, Settings, SqlCatalog, Telemetry};
 use receivers::body::Bodies;
 use receivers::prometheus::Replicas;
 use tokio::net::TcpListener;
@@ -111,7 +111,7 @@ async fn serve(config: &Config) -> Result<()> {
         tasks.spawn(async move { Ok(sql::pg::serve(listener, engine, access, encryption, token).await?) });
     }
     if let Some(listener) = listeners.grpc {
-        tasks.spawn(grpc(listener, access, tls, stopping.clone()));
+        tasks.spawn(grpc(listener, sql::flight::routes(&engine)?, access, tls, stopping.clone()));
     }
     gate.open(routes(&engine, config)?, config);
     tracing::info!("ready");
@@ -257,8 +257,23 @@ pub fn settings(config: &Config) -> Result<Settings> {
         query_memory_max: config.query_memory_max.0 as usize,
         query_series_max: config.query_series_max as usize,
         cpu_threads: threads,
+        listed: listed(config),
         ..Settings::default()
     })
+}
+
+/// All settings as SQL lists them.
+fn listed(config: &Config) -> Vec<ListedSetting> {
+    let values = config.shown().into_iter().map(|(_, value)| value);
+    let described = Config::fields().into_iter().zip(values);
+    described
+        .map(|(field, value)| ListedSetting {
+            name: field.name.to_owned(),
+            value,
+            default: field.default,
+            description: field.doc.split_whitespace().collect::<Vec<_>>().join(" "),
+        })
+        .collect()
 }
 
 /// Creates the data folder and takes it for this process alone. The kernel gives it back when the process ends,
@@ -299,7 +314,9 @@ impl Listeners {
             println!("        SQL, PostgreSQL clients   postgres://{address}/thalweg");
         }
         if let Some(grpc) = &self.grpc {
-            println!("health  gRPC                      {}", grpc.local_addr()?);
+            let address = grpc.local_addr()?;
+            println!("        SQL, Arrow Flight         grpc://{address}");
+            println!("health  gRPC                      {address}");
         }
         let objects = match config.object_store.as_str() {
             "" => data_dir.join("objects").display().to_string(),
@@ -318,14 +335,21 @@ async fn bind(name: &str, listen: &Listen) -> Result<Option<TcpListener>> {
     Ok(Some(listener))
 }
 
-/// The gRPC listener: the health service, until receivers join it.
+/// The gRPC listener: the health service and Arrow Flight SQL, until receivers join them.
 ///
 /// gRPC clients read an HTTP status where there is no gRPC status, so that unknown methods and denied requests need
 /// nothing of their own.
-async fn grpc(listener: TcpListener, access: Access, tls: Option<Arc<Tls>>, stopping: CancellationToken) -> Result<()> {
+async fn grpc(
+    listener: TcpListener,
+    flight: Routes,
+    access: Access,
+    tls: Option<Arc<Tls>>,
+    stopping: CancellationToken,
+) -> Result<()> {
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
-    let routes = Routes::new().route(Scope::Public, "/grpc.health.v1.Health/{method}", any_service(health));
+    let routes =
+        Routes::new().route(Scope::Public, "/grpc.health.v1.Health/{method}", any_service(health)).merge(flight);
     http::serve(listener, routes.behind(access), tls, stopping).await;
     Ok(())
 }

@@ -19,6 +19,8 @@ mod deletes;
 mod differential;
 /// DuckDB attaches the file catalog while the server runs and sees what our SQL sees.
 mod duckdb;
+/// Arrow record batches to Python, through an ADBC driver and over HTTP.
+mod flight;
 /// Folders of earlier versions open and answer as they did; newer ones are refused by name.
 mod formats;
 /// The history of a real Prometheus, imported from its folder and over remote read.

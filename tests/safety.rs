@@ -373,6 +373,32 @@ fn no_statement_opens_a_file_or_a_url() {
     assert_eq!(accepted, Err(std::io::ErrorKind::WouldBlock), "the server called a URL");
 }
 
+#[test]
+fn sql_shows_a_reader_no_settings_and_no_queries_of_others() {
+    let guarded = Guarded::start("", &[]);
+    let ask = |query: &str, token: &str| {
+        let path = format!("/api/v1/sql?format=csv&query={}", query.replace(' ', "+").replace('%', "%25"));
+        let answer = guarded.ask("GET", &path, Some(&bearer(token)));
+        (answer.status, answer.text())
+    };
+    let settings = "SELECT least(count(*), 10) AS n FROM catalog.settings";
+    let (status, text) = ask(settings, READER);
+    assert!(status == 400 && text.contains("permission denied") && text.contains("42501"), "{status} {text}");
+    assert_eq!(ask(settings, ADMIN), (200, "n\n10\n".to_owned()));
+    let users = "SELECT DISTINCT username FROM catalog.queries ORDER BY 1";
+    assert_eq!(ask(users, READER), (200, "username\nreader\n".to_owned()));
+    assert_eq!(ask(users, ADMIN), (200, "username\nadmin\nreader\n".to_owned()));
+    let Some(python) = crate::harness::programs::python_with("adbc_driver_flightsql.dbapi, pyarrow") else { return };
+    for (token, expected) in [("wrong", "unauth"), (WRITER, "permission")] {
+        let (out, err) = crate::flight::ask(&python, &guarded.server, token);
+        assert!(out.is_empty() && err.to_lowercase().contains(expected), "{out}{err}");
+    }
+    for credentials in [READER.to_owned(), format!("root:{PASSWORD}")] {
+        let (out, err) = crate::flight::ask(&python, &guarded.server, &credentials);
+        assert!(out.is_empty() && err.contains("relation"), "who is let in finds no such metric: {out}{err}");
+    }
+}
+
 fn thalweg(arguments: &[&str], environment: &[(&str, &str)]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_thalweg"));
     command.args(arguments).envs(environment.iter().copied()).output().expect("the binary runs")

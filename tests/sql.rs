@@ -208,6 +208,127 @@ fn control_c_and_going_away_stop_a_query() {
 }
 
 #[test]
+fn rates_of_buckets_are_those_of_promql() {
+    let Some(psql) = Psql::new() else { return };
+    fill(&psql.server);
+    let first: f64 =
+        psql.run(&["SELECT extract(epoch FROM min(ts)) FROM prometheus.requests_total"])[0].parse().expect("a number");
+    let at = first + 59.999;
+    for function in ["rate", "increase", "delta"] {
+        let query = format!(
+            "SELECT count(*), max(abs(s.r - p.value)) < 1e-9 FROM (SELECT time_bucket('1 minute', ts) AS t, job, instance, \
+             {function}(ts, value) AS r FROM prometheus.requests_total GROUP BY t, job, instance) AS s \
+             JOIN promql('{function}(requests_total[1m])', {at}, {at}, '1m') AS p ON s.instance = p.tags['instance']"
+        );
+        assert_eq!(psql.run(&[&query]), ["3|t"], "{query}");
+    }
+    let check = |query: &str, expected: &[&str]| assert_eq!(psql.run(&[query]), expected, "{query}");
+    check(
+        "SELECT instance, last(value, ts), uniq(value), percentile(value, 50) FROM prometheus.requests_total GROUP BY instance ORDER BY 1",
+        &["a|59|60|29.5", "b|159|60|129.5", "c|1059|60|1029.5"],
+    );
+    check("SELECT topk(instance, 2), uniq(job) FROM prometheus.requests_total", &["{a,b}|2"]);
+    check("SELECT count(*) FROM samples WHERE tags @> '{\"job\":\"api\"}' AND tags ? 'instance'", &["120"]);
+    // Of the three buckets only the first has values below 20.
+    let (from, to) = (first, first + 60.0);
+    check(
+        &format!(
+            "SELECT count(*), count(n), sum(f) FROM (SELECT time_bucket_gapfill('20 s', ts) AS t, instance, count(*) AS n, \
+             locf(max(value)) AS f FROM prometheus.requests_total WHERE ts >= to_timestamp({from}) \
+             AND ts < to_timestamp({to}) AND value < 20 GROUP BY t, instance) AS g"
+        ),
+        &["3|1|57"],
+    );
+    check("SELECT key, value, series FROM catalog.tags WHERE key = 'job' ORDER BY 2", &["job|api|3", "job|web|2"]);
+}
+
+#[test]
+fn queries_are_listed_with_what_they_cost_and_can_be_cancelled() {
+    let Some(psql) = Psql::new() else { return };
+    fill(&psql.server);
+    psql.server.flush();
+    psql.run(&["SELECT count(DISTINCT value) FROM samples"]);
+    let cost = "SELECT state, rows, bytes_scanned > 0, memory > 0, seconds > 0, language FROM catalog.queries \
+                WHERE query LIKE 'SELECT count(DISTINCT value)%'";
+    assert_eq!(psql.run(&[cost]), ["ok|1|t|t|t|sql"]);
+    let child = psql.endless().stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("psql starts");
+    let running = "SELECT id FROM catalog.queries WHERE state = 'running' AND query LIKE '%CROSS JOIN%' \
+                   AND query NOT LIKE '%catalog.%'";
+    let id = wait_for("the query", || psql.run(&[running]).pop());
+    assert_eq!(psql.run(&[&format!("SELECT catalog.cancel({id})")]), ["t"]);
+    let output = child.wait_with_output().expect("psql ends");
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(message.contains("cancel"), "{message}");
+    assert_eq!(psql.run(&[&format!("SELECT state FROM catalog.queries WHERE id = {id}")]), ["canceled"]);
+    assert_eq!(psql.run(&[&format!("SELECT catalog.cancel({id})")]), ["f"]);
+}
+
+#[test]
+fn a_plan_shows_codes_and_what_was_pruned() {
+    let Some(psql) = Psql::new() else { return };
+    fill(&psql.server);
+    psql.server.flush();
+    let plan = psql
+        .run(&["EXPLAIN ANALYZE SELECT instance, avg(value) FROM prometheus.requests_total WHERE job LIKE 'ap%' \
+                           AND ts > now() - interval '2 hours' GROUP BY 1"]);
+    let plan = plan.join("\n");
+    for part in [
+        "codes=2 of 3",
+        "gby=[instance@",
+        "instance#",
+        "tag_text(instance@",
+        "files_pruned=0",
+        "row_groups=1",
+        "row_groups_pruned=0",
+        "pages=",
+        "pages_pruned=",
+        "bytes_scanned=",
+    ] {
+        assert!(plan.contains(part), "{part} is missing:\n{plan}");
+    }
+    // The names of what is grouped are looked up above the aggregate.
+    let at = |part: &str| plan.find(part).unwrap_or_else(|| panic!("{part} is missing:\n{plan}"));
+    assert!(at("tag_text(instance@") < at("AggregateExec"), "{plan}");
+}
+
+#[test]
+fn http_answers_in_the_form_that_is_asked_for() {
+    let server = Server::start();
+    fill(&server);
+    let mut client = server.client();
+    let mut post = |headers: &[(&str, &str)], body: &str| {
+        let answer = client.post("/api/v1/sql", headers, body.as_bytes());
+        let header = |name: &str| answer.header(name).unwrap_or_default().to_owned();
+        (answer.status, header("content-type"), header("thalweg-truncated"), answer.text())
+    };
+    const JSON: (&str, &str) = ("Content-Type", "application/json");
+    let query = "SELECT instance, count(*), count(*) FROM prometheus.requests_total GROUP BY 1 ORDER BY 1";
+    let lines = ("Accept", "application/x-ndjson");
+    let expected =
+        "{\"instance\":\"a\",\"count\":60,\"count_1\":60}\n{\"instance\":\"b\",\"count\":60,\"count_1\":60}\n";
+    let limited = format!("{{\"query\":{query:?},\"limit\":2}}");
+    let answer = post(&[JSON, lines], &limited);
+    assert_eq!(answer, (200, "application/x-ndjson".to_owned(), "true".to_owned(), expected.to_owned()));
+    let answer = post(&[JSON], &limited.replace("\"limit\":2", "\"limit\":3"));
+    assert!(answer.2 == "false" && answer.3.ends_with("],\"truncated\":false}\n"), "{answer:?}");
+    let parameters = "{\"query\":\"SELECT count(*) FROM prometheus.requests_total WHERE job = $1 AND value >= $2\",\
+                      \"parameters\":[\"api\",150],\"format\":\"csv\"}";
+    assert_eq!(post(&[JSON], parameters).3, "count\n10\n");
+    let named = parameters.replace("$1", "$job").replace("$2", "$least");
+    let named = named.replace("[\"api\",150]", "{\"job\":\"api\",\"least\":150}");
+    assert_eq!(post(&[JSON], &named).3, "count\n10\n");
+    for wrong in [
+        parameters.replace("[\"api\",150]", "[\"api\"]"),
+        parameters.replace("[\"api\",150]", "[[],150]"),
+        parameters.replace("[\"api\",150]", "7"),
+        parameters.replace("csv", "xml"),
+        "{\"query\":\"SELECT 1\",\"limit\":\"x\"}".to_owned(),
+    ] {
+        assert_eq!(post(&[JSON], &wrong).0 / 100, 4, "{wrong}");
+    }
+}
+
+#[test]
 fn scripts_hold() {
     let Some(psql) = Psql::new() else { return };
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/sql");

@@ -77,6 +77,10 @@ const GROWING: &[(&str, Growth)] = &[
     ("encode", Growth::Sum(2)),
     ("generate_series", Growth::Range),
     ("initcap", Growth::Sum(3)),
+    ("json_extract_path", Growth::Sum(1)),
+    ("json_extract_path_text", Growth::Sum(1)),
+    ("json_object_field", Growth::Sum(1)),
+    ("json_object_field_text", Growth::Sum(1)),
     ("lower", Growth::Sum(3)),
     ("lpad", Growth::Pad),
     ("make_array", Growth::Sum(1)),
@@ -98,6 +102,10 @@ const GROWING: &[(&str, Growth)] = &[
 /// Aggregates that keep all that they are given. Over a window they give all of it again for each row; grouped, their
 /// memory is that of the query.
 const COLLECTING: [&str; 2] = ["array_agg", "string_agg"];
+
+/// Aggregates that look at all that they were given for each of their results. Over a window that would be all rows for
+/// each row, between two of which nothing looks whether the statement is to stop.
+const GROUPED_ONLY: [&str; 6] = ["apdex", "delta", "histogram_quantile", "increase", "rate", "topk"];
 
 /// What lives of the large results of a statement's functions; it travels with the statement's configuration.
 #[derive(Debug, Clone, Default)]
@@ -165,7 +173,7 @@ impl AnalyzerRule for BoundedResults {
             let names = NamePreserver::new(&plan);
             plan.map_expressions(|expr| {
                 let name = names.save(&expr);
-                Ok(expr.transform_up(|e| Ok(bounded(e)))?.update_data(|e| name.restore(e)))
+                Ok(expr.transform_up(bounded)?.update_data(|e| name.restore(e)))
             })
         };
         plan.transform_up_with_subqueries(bound).map(|t| t.data)
@@ -176,8 +184,8 @@ impl AnalyzerRule for BoundedResults {
     }
 }
 
-fn bounded(expr: Expr) -> Transformed<Expr> {
-    match expr {
+fn bounded(expr: Expr) -> Result<Transformed<Expr>> {
+    Ok(match expr {
         Expr::ScalarFunction(call) => match growth(call.func.name()) {
             Some(growth) if !call.func.inner().is::<Bounded>() => {
                 let func = Bounded { inner: call.func.clone(), growth };
@@ -191,6 +199,10 @@ fn bounded(expr: Expr) -> Transformed<Expr> {
             let func = Arc::new(ScalarUDF::new_from_impl(Bounded { inner, growth: Growth::Sum(1) }));
             Transformed::yes(Expr::ScalarFunction(ScalarFunction { func, args: vec![*left, *right] }))
         }
+        Expr::WindowFunction(call) if GROUPED_ONLY.contains(&call.fun.name()) => {
+            let message = format!("{} is an aggregate for GROUP BY; OVER is not supported", call.fun.name());
+            return Err(DataFusionError::NotImplemented(message));
+        }
         Expr::WindowFunction(mut call) => match &call.fun {
             WindowFunctionDefinition::AggregateUDF(inner) if COLLECTING.contains(&inner.name()) => {
                 let collected = AggregateUDF::new_from_impl(Collected { inner: inner.clone() });
@@ -200,7 +212,7 @@ fn bounded(expr: Expr) -> Transformed<Expr> {
             _ => Transformed::no(Expr::WindowFunction(call)),
         },
         other => Transformed::no(other),
-    }
+    })
 }
 
 fn growth(name: &str) -> Option<Growth> {

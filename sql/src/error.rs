@@ -205,7 +205,9 @@ fn known(e: &DataFusionError) -> Option<SqlError> {
             ArrowError::ComputeError(m) | ArrowError::InvalidArgumentError(m) => SqlError::new("22000", m.clone()),
             _ => return None,
         },
-        DataFusionError::External(inner) => return known(inner.downcast_ref()?),
+        DataFusionError::External(inner) => {
+            return inner.downcast_ref::<SqlError>().cloned().or_else(|| known(inner.downcast_ref()?));
+        }
         _ => return None,
     })
 }

@@ -1,4 +1,12 @@
-//! Functions and operators that PostgreSQL's clients expect and DataFusion does not have.
+//! Functions and operators that DataFusion does not have: those of TimescaleDB, DeepFlow and PromQL that observability asks for,
+//! in modules by kind, and those that PostgreSQL's clients expect.
+
+pub mod aggregates;
+pub mod bucket;
+pub mod gapfill;
+pub mod grouped;
+pub mod json;
+pub mod samples;
 
 use std::sync::Arc;
 
@@ -9,10 +17,12 @@ use datafusion::common::{DFSchema, ScalarValue};
 use datafusion::error::{DataFusionError, Result};
 use datafusion::execution::{FunctionRegistry, SessionState};
 use datafusion::logical_expr::planner::{ExprPlanner, PlannerResult, RawBinaryExpr};
+use datafusion::logical_expr::utils::conjunction;
 use datafusion::logical_expr::{
-    ColumnarValue, Expr, ExprSchemable, ScalarFunctionArgs, ScalarUDF, ScalarUDFImpl, Signature, Volatility,
+    AggregateUDF, ColumnarValue, Expr, ExprSchemable, ScalarFunctionArgs, ScalarUDF, ScalarUDFImpl, Signature,
+    Volatility,
 };
-use datafusion::prelude::{SessionContext, get_field};
+use datafusion::prelude::{SessionContext, get_field, lit};
 use datafusion::sql::sqlparser::ast::BinaryOperator;
 use parking_lot::Mutex;
 
@@ -21,25 +31,68 @@ use crate::variables::{self, Variables};
 
 /// Teaches the SQL planner our operators.
 pub fn register_planners(state: &mut SessionState) -> Result<(), SqlError> {
-    Ok(state.register_expr_planner(Arc::new(MapOperators))?)
+    Ok(state.register_expr_planner(Arc::new(JsonOperators))?)
 }
 
-/// `tags -> 'key'` and `tags ->> 'key'`, as on PostgreSQL's `jsonb`.
+/// The operators of PostgreSQL's `json` and `jsonb`, on `tags` and on text.
 #[derive(Debug)]
-struct MapOperators;
+struct JsonOperators;
 
-impl ExprPlanner for MapOperators {
+impl ExprPlanner for JsonOperators {
     fn plan_binary_op(&self, expr: RawBinaryExpr, schema: &DFSchema) -> Result<PlannerResult<RawBinaryExpr>> {
-        if !matches!(expr.op, BinaryOperator::Arrow | BinaryOperator::LongArrow)
-            || !matches!(expr.left.get_type(schema)?, DataType::Map(..))
-        {
+        use BinaryOperator::{Arrow, AtArrow, HashArrow, HashLongArrow, LongArrow, Question};
+        if !matches!(expr.op, Arrow | LongArrow | HashArrow | HashLongArrow | Question | AtArrow) {
             return Ok(PlannerResult::Original(expr));
         }
-        match expr.right {
-            Expr::Literal(ScalarValue::Utf8(Some(key)), _) => Ok(PlannerResult::Planned(get_field(expr.left, key))),
-            _ => Ok(PlannerResult::Original(expr)),
-        }
+        let planned = match (expr.left.get_type(schema)?, &expr.right) {
+            (DataType::Map(..), Expr::Literal(ScalarValue::Utf8(Some(text)), _)) => of_tags(&expr, text)?,
+            (DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View, _) => of_text(&expr)?,
+            _ => None,
+        };
+        Ok(planned.map_or(PlannerResult::Original(expr), PlannerResult::Planned))
     }
+}
+
+/// An operator on `tags`, in terms of single tags, which scans answer before they read a row.
+fn of_tags(expr: &RawBinaryExpr, text: &str) -> Result<Option<Expr>> {
+    let tag = |key: &str| get_field(expr.left.clone(), key);
+    Ok(match expr.op {
+        BinaryOperator::Arrow | BinaryOperator::LongArrow => Some(tag(text)),
+        BinaryOperator::Question => Some(tag(text).is_not_null()),
+        BinaryOperator::AtArrow => {
+            let wrong =
+                || DataFusionError::Plan(format!("{text} is no JSON object of texts, which tags could contain"));
+            let wanted: serde_json::Value = serde_json::from_str(text).map_err(|_| wrong())?;
+            let wanted = wanted.as_object().ok_or_else(wrong)?;
+            let mut all = Vec::with_capacity(wanted.len());
+            for (key, value) in wanted {
+                all.push(tag(key).eq(lit(value.as_str().ok_or_else(wrong)?)));
+            }
+            Some(conjunction(all).unwrap_or_else(|| lit(true)))
+        }
+        _ => None,
+    })
+}
+
+fn of_text(expr: &RawBinaryExpr) -> Result<Option<Expr>> {
+    let name = match expr.op {
+        BinaryOperator::Arrow => "json_object_field",
+        BinaryOperator::LongArrow => "json_object_field_text",
+        BinaryOperator::HashArrow => "json_extract_path",
+        BinaryOperator::HashLongArrow => "json_extract_path_text",
+        BinaryOperator::Question => "jsonb_exists",
+        BinaryOperator::AtArrow => "jsonb_contains",
+        _ => return Ok(None),
+    };
+    let mut args = vec![expr.left.clone()];
+    match (name.starts_with("json_extract"), &expr.right) {
+        (false, right) => args.push(right.clone()),
+        (true, Expr::Literal(ScalarValue::Utf8(Some(path)), _)) => args.extend(json::path(path)?.into_iter().map(lit)),
+        (true, other) => return Err(DataFusionError::Plan(format!("a path of JSON is a constant, not {other}"))),
+    }
+    let operator = json::FUNCTIONS.iter().find(|(n, _)| *n == name).map(|(_, operator)| *operator);
+    let function = |operator| ScalarUDF::new_from_impl(json::JsonFunction::new(name, operator));
+    Ok(operator.map(|operator| function(operator).call(args)))
 }
 
 /// Functions that answer the same whatever they are asked: there are no comments, no roles and no indexes here.
@@ -163,6 +216,22 @@ fn size(bytes: f64) -> String {
 pub fn register(context: &SessionContext) {
     for (name, answer) in CONSTANT {
         context.register_udf(ScalarUDF::new_from_impl(Constant::new(name, *answer)));
+    }
+    for (name, operator) in json::FUNCTIONS {
+        context.register_udf(ScalarUDF::new_from_impl(json::JsonFunction::new(name, operator)));
+    }
+    context.register_udf(ScalarUDF::new_from_impl(bucket::TimeBucket::new(bucket::TIME_BUCKET)));
+    for function in gapfill::functions() {
+        context.register_udf(function);
+    }
+    for (name, function) in samples::OVER_SAMPLES {
+        context.register_udaf(AggregateUDF::new_from_impl(samples::OverSamples::new(name, function)));
+    }
+    for aggregate in aggregates::InOtherWords::all() {
+        context.register_udaf(AggregateUDF::new_from_impl(aggregate));
+    }
+    for aggregate in aggregates::OwnAggregate::all() {
+        context.register_udaf(AggregateUDF::new_from_impl(aggregate));
     }
     context.register_udf(ScalarUDF::new_from_impl(Constant::new("version", Answer::Version)));
     context.register_udf(ScalarUDF::new_from_impl(Constant::new("pg_size_pretty", Answer::SizePretty)));

@@ -1,25 +1,34 @@
 //! SQL over HTTP: `POST /api/v1/sql` with the statement as the body, as a form field or as a JSON member `query`, and
-//! `GET /api/v1/sql?query=`.
+//! `GET /api/v1/sql?query=`. `parameters` are the values of `$1` and so on, a JSON array, or those of `$name`, an object.
 //!
-//! The answer is JSON, `{"columns":[{"name":..,"type":..}],"rows":[[..]]}`, or CSV when `Accept` or `format` says so,
-//! and is streamed. An error before the first row has a status and `{"error":..,"code":SQLSTATE}` as its body; an
-//! error after it breaks the transfer off, so that a part is never taken for the whole.
+//! The answer is JSON, `{"columns":[{"name":..,"type":..}],"rows":[[..]]}`; or, when `Accept` or `format` says so, CSV, a
+//! JSON object per line, or a stream of Arrow record batches. It is streamed. An error before the first row has a status
+//! and `{"error":..,"code":SQLSTATE}` as its body; an error after it breaks the transfer off, so that a part is never taken
+//! for the whole. With `limit` there are at most so many rows, and the header `thalweg-truncated` says whether there
+//! would be more; to know that, the rows are held until they are all there.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
-use access::{Routes, Scope};
-use arrow::datatypes::Schema;
-use arrow::record_batch::RecordBatch;
+use access::{Caller, Routes, Scope};
+use arrow::array::{RecordBatch, RecordBatchOptions};
+use arrow::datatypes::{Schema, SchemaRef};
+use arrow::ipc::writer::StreamWriter;
+use axum::Extension;
 use axum::body::Body;
 use axum::extract::{DefaultBodyLimit, RawQuery, State};
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use bytes::Bytes;
+use datafusion::common::{ParamValues, ScalarValue};
 use datafusion::execution::SendableRecordBatchStream;
+use datafusion::logical_expr::LogicalPlan;
+use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use engine::Engine;
+use engine::memory::Kind;
 use futures::{Stream, StreamExt, stream};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::error::{Result, SqlError};
 use crate::format::{Column, csv_field, quoted};
@@ -30,8 +39,8 @@ use crate::statement::{Command, Names};
 /// The longest statement, in bytes.
 const STATEMENT_BYTES_MAX: usize = 1 << 20;
 
-/// The user of HTTP requests.
-const USER: &str = "http";
+/// Whether there are more rows than the request's limit.
+const TRUNCATED: HeaderName = HeaderName::from_static("thalweg-truncated");
 
 /// Routes of the SQL endpoint.
 ///
@@ -47,25 +56,57 @@ pub fn routes(engine: &Engine) -> Result<Routes> {
 enum Format {
     Json,
     Csv,
+    /// An object per line.
+    Lines,
+    /// Arrow's stream of record batches.
+    Arrow,
 }
+
+/// The formats by the names of `format`, their media types, and what else `Accept` may call them.
+const FORMATS: [(&str, Format, &str, &[&str]); 4] = [
+    ("json", Format::Json, "application/json", &[]),
+    ("csv", Format::Csv, "text/csv; charset=utf-8", &["text/csv"]),
+    (
+        "ndjson",
+        Format::Lines,
+        "application/x-ndjson",
+        &["application/x-ndjson", "application/ndjson", "application/jsonl"],
+    ),
+    ("arrow", Format::Arrow, "application/vnd.apache.arrow.stream", &["application/vnd.apache.arrow.stream"]),
+];
 
 #[derive(Debug, Default)]
 struct Request {
     query: Option<String>,
     format: Option<String>,
+    limit: Option<String>,
+    parameters: Option<Value>,
 }
 
 impl Request {
     /// Reads `name=value&...`.
-    fn form(&mut self, text: &str) {
+    fn form(&mut self, text: &str) -> Result<()> {
         for pair in text.split('&') {
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
             match name {
                 "query" | "q" => self.query = Some(decoded(value)),
                 "format" => self.format = Some(decoded(value)),
+                "limit" => self.limit = Some(decoded(value)),
+                "parameters" => {
+                    let parsed = serde_json::from_str(&decoded(value));
+                    self.parameters =
+                        Some(parsed.map_err(|e| SqlError::new("22P02", format!("parameters are not JSON: {e}")))?);
+                }
                 _ => {}
             }
         }
+        Ok(())
+    }
+
+    fn limit(&self) -> Result<Option<usize>> {
+        let Some(text) = &self.limit else { return Ok(None) };
+        let wrong = || SqlError::new("22023", format!("limit {text:?} is no number of rows"));
+        text.parse().map(Some).map_err(|_| wrong())
     }
 }
 
@@ -89,43 +130,63 @@ fn decoded(text: &str) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-async fn by_get(State(frontend): State<Arc<Frontend>>, RawQuery(query): RawQuery, headers: HeaderMap) -> Response {
+async fn by_get(
+    State(frontend): State<Arc<Frontend>>,
+    caller: Option<Extension<Caller>>,
+    RawQuery(query): RawQuery,
+    headers: HeaderMap,
+) -> Response {
     let mut request = Request::default();
-    request.form(query.as_deref().unwrap_or_default());
-    answer(&frontend, request, &headers).await
+    match request.form(query.as_deref().unwrap_or_default()) {
+        Ok(()) => answer(&frontend, caller, request, &headers).await,
+        Err(e) => failed(&e),
+    }
 }
 
 async fn by_post(
     State(frontend): State<Arc<Frontend>>,
+    caller: Option<Extension<Caller>>,
     RawQuery(query): RawQuery,
     headers: HeaderMap,
     body: Bytes,
 ) -> Response {
+    match read(query.as_deref().unwrap_or_default(), &headers, &body) {
+        Ok(request) => answer(&frontend, caller, request, &headers).await,
+        Err(e) => failed(&e),
+    }
+}
+
+fn read(query: &str, headers: &HeaderMap, body: &[u8]) -> Result<Request> {
     let mut request = Request::default();
-    request.form(query.as_deref().unwrap_or_default());
+    request.form(query)?;
     let kind = headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
-    let Ok(text) = std::str::from_utf8(&body) else {
-        return failed(&SqlError::new("22021", "the statement is not UTF-8"));
-    };
+    let text = std::str::from_utf8(body).map_err(|_| SqlError::new("22021", "the statement is not UTF-8"))?;
     if kind.starts_with("application/x-www-form-urlencoded") && text.contains("query=") {
-        request.form(text);
+        request.form(text)?;
     } else if kind.starts_with("application/json") {
-        match serde_json::from_str::<serde_json::Value>(text) {
-            Ok(value) => {
-                let member = |name: &str| value.get(name).and_then(|v| v.as_str()).map(str::to_owned);
-                request.query = member("query").or(request.query);
-                request.format = member("format").or(request.format);
-            }
-            Err(e) => return failed(&SqlError::new("22P02", format!("the body is not JSON: {e}"))),
-        }
+        let value: Value =
+            serde_json::from_str(text).map_err(|e| SqlError::new("22P02", format!("the body is not JSON: {e}")))?;
+        let member = |name: &str| value.get(name).and_then(Value::as_str).map(str::to_owned);
+        request.query = member("query").or(request.query);
+        request.format = member("format").or(request.format);
+        request.limit = value.get("limit").map(ToString::to_string).or(request.limit);
+        request.parameters = value.get("parameters").cloned().or(request.parameters);
     } else if !text.trim().is_empty() {
         request.query = Some(text.to_owned());
     }
-    answer(&frontend, request, &headers).await
+    Ok(request)
 }
 
-async fn answer(frontend: &Arc<Frontend>, request: Request, headers: &HeaderMap) -> Response {
-    match respond(frontend, request, headers).await {
+async fn answer(
+    frontend: &Arc<Frontend>,
+    caller: Option<Extension<Caller>>,
+    request: Request,
+    headers: &HeaderMap,
+) -> Response {
+    let name = caller.as_ref().map_or("http", |c| c.name());
+    // What a browser sends for a page may ask, as any caller may, but not do anything.
+    let admin = caller.as_ref().is_some_and(|c| c.may(Scope::Admin)) && !headers.contains_key(header::ORIGIN);
+    match respond(&frontend.session(name, admin), request, headers).await {
         Ok(response) => response,
         Err(e) => failed(&e),
     }
@@ -142,45 +203,86 @@ fn failed(e: &SqlError) -> Response {
 
 fn format(request: &Request, headers: &HeaderMap) -> Result<Format> {
     let accepts = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or_default();
+    let named = |name: &str| FORMATS.iter().find(|(n, ..)| *n == name).map(|f| f.1);
     match request.format.as_deref() {
-        Some("json") => Ok(Format::Json),
-        Some("csv") => Ok(Format::Csv),
-        Some(other) => Err(SqlError::new("22023", format!("format {other:?} is not known; json and csv are"))),
-        None if accepts.contains("text/csv") => Ok(Format::Csv),
-        None => Ok(Format::Json),
+        Some(name) => named(name).ok_or_else(|| {
+            SqlError::new("22023", format!("format {name:?} is not known; json, csv, ndjson and arrow are"))
+        }),
+        // The one that stands first.
+        None => Ok(accepts
+            .split(',')
+            .map(|a| a.split(';').next().unwrap_or_default().trim())
+            .find_map(|a| FORMATS.iter().find(|f| f.3.contains(&a) || f.2 == a).map(|f| f.1))
+            .unwrap_or(Format::Json)),
     }
 }
 
-async fn respond(frontend: &Arc<Frontend>, request: Request, headers: &HeaderMap) -> Result<Response> {
-    let format = format(&request, headers)?;
+async fn respond(session: &Session, request: Request, headers: &HeaderMap) -> Result<Response> {
+    let (format, limit) = (format(&request, headers)?, request.limit()?);
     let text = request.query.ok_or_else(|| SqlError::new("42601", "no statement: send it as the body or as query="))?;
-    let session = frontend.session(USER);
     // The first batch tells whether there is an answer at all. Planning has the same time as running.
     let begun = async {
-        let (mut batches, names) = run(&session, &text).await?;
+        let (batches, names) = run(session, &text, request.parameters).await?;
+        let (mut batches, truncated) = match limit {
+            Some(limit) => held(session, batches, limit).await?,
+            None => (batches, None),
+        };
         let first = batches.next().await.transpose()?;
-        Ok::<_, SqlError>((batches, names, first))
+        Ok::<_, SqlError>((batches, names, first, truncated))
     };
     let begun = tokio::time::timeout(session.timeout(), begun).await;
-    let (batches, names, first) =
+    let (batches, names, first, truncated) =
         begun.map_err(|_| SqlError::new("57014", "canceling statement due to statement timeout"))??;
-    let schema = batches.schema();
-    let zone = session.time_zone();
-    let head = stream::iter([Ok(Bytes::from(head(&schema, &names, format)))]);
-    let mut rows_before = false;
+    let mut writer = Writer::new(format, &batches.schema(), &names, session.time_zone())?;
+    let head = stream::iter([Ok(writer.head())]);
     let batches = stream::iter(first.map(Ok)).chain(batches);
-    let body = batches.map(move |batch| {
-        let text = body(&batch?, format, &zone, rows_before)?;
-        rows_before |= !text.is_empty();
-        Ok::<_, SqlError>(Bytes::from(text))
-    });
-    let tail = stream::iter((format == Format::Json).then(|| Ok(Bytes::from_static(b"]}\n"))));
-    let kind = match format {
-        Format::Json => "application/json",
-        Format::Csv => "text/csv; charset=utf-8",
+    let tail = match (format, truncated) {
+        (Format::Json, None) => "]}\n".to_owned(),
+        (Format::Json, Some(truncated)) => format!("],\"truncated\":{truncated}}}\n"),
+        _ => String::new(),
     };
-    let all = head.chain(until_error(body)).chain(tail);
-    Ok(([(header::CONTENT_TYPE, kind)], Body::from_stream(until_error(all))).into_response())
+    // The end of Arrow's stream is written with the last batch.
+    let body = batches.map(Some).chain(stream::iter([None])).map(move |batch| match batch {
+        Some(batch) => writer.batch(&batch?),
+        None => writer.end(&tail),
+    });
+    let kind = FORMATS.iter().find(|f| f.1 == format).map_or("application/json", |f| f.2);
+    let all = head.chain(until_error(body));
+    let mut response = ([(header::CONTENT_TYPE, kind)], Body::from_stream(until_error(all))).into_response();
+    if let Some(truncated) = truncated {
+        let value = if truncated { "true" } else { "false" };
+        response.headers_mut().insert(TRUNCATED, HeaderValue::from_static(value));
+    }
+    Ok(response)
+}
+
+/// The first `limit` rows, and whether there are more.
+async fn held(
+    session: &Session,
+    mut batches: SendableRecordBatchStream,
+    limit: usize,
+) -> Result<(SendableRecordBatchStream, Option<bool>)> {
+    let schema = batches.schema();
+    let mut memory = session.engine().memory().reserve(Kind::Queries);
+    let (mut all, mut rows, mut truncated) = (Vec::new(), 0, false);
+    while let Some(batch) = batches.next().await.transpose()? {
+        let wanted = batch.num_rows().min(limit - rows);
+        truncated |= wanted < batch.num_rows();
+        if wanted > 0 {
+            memory.grow(batch.get_array_memory_size())?;
+            all.push(batch.slice(0, wanted));
+            rows += wanted;
+        }
+        if truncated {
+            break;
+        }
+    }
+    // What is held goes with the answer.
+    let given = stream::iter(all).map(move |batch| {
+        let _ = &memory;
+        Ok(batch)
+    });
+    Ok((Box::pin(RecordBatchStreamAdapter::new(schema, given)), Some(truncated)))
 }
 
 /// Ends a stream with its first error, so that no end is written after one.
@@ -193,18 +295,21 @@ fn until_error<T>(stream: impl Stream<Item = Result<T>>) -> impl Stream<Item = R
     })
 }
 
-async fn run(session: &Session, text: &str) -> Result<(SendableRecordBatchStream, Names)> {
+async fn run(session: &Session, text: &str, parameters: Option<Value>) -> Result<(SendableRecordBatchStream, Names)> {
     let mut commands = session.parse(text).await?;
     match (commands.pop(), commands.is_empty()) {
         (Some(Command::Query { statement, names }), true) => {
-            let plan = session.plan(&statement).await?;
+            let mut plan = session.plan(&statement).await?;
+            if let Some(parameters) = parameters {
+                plan = with_parameters(plan, &parameters)?;
+            }
             Ok((session.run(plan).await?, names))
         }
         (Some(Command::Show(name)), true) => {
             let batch = session.show(&name)?;
             let schema = batch.schema();
             let rows = stream::iter([Ok(batch)]);
-            let rows = datafusion::physical_plan::stream::RecordBatchStreamAdapter::new(schema, rows);
+            let rows = RecordBatchStreamAdapter::new(schema, rows);
             Ok((Box::pin(rows), Names::default()))
         }
         (Some(_), true) => Err(SqlError::unsupported("a statement without rows over HTTP, which has no sessions,")),
@@ -213,56 +318,159 @@ async fn run(session: &Session, text: &str) -> Result<(SendableRecordBatchStream
     }
 }
 
-fn head(schema: &Schema, names: &Names, format: Format) -> String {
-    let width = schema.fields().len();
-    let mut out = String::new();
-    if format == Format::Json {
-        out.push_str("{\"columns\":[");
-    }
-    for (i, field) in schema.fields().iter().enumerate() {
-        if i > 0 {
-            out.push(',');
-        }
-        let name = names.name(i, width, field.name());
-        match format {
-            Format::Csv => {
-                let start = out.len();
-                out.push_str(name);
-                csv_field(start, &mut out);
+/// A plan with the values of its parameters, which take the types that the statement gives them.
+fn with_parameters(plan: LogicalPlan, values: &Value) -> Result<LogicalPlan> {
+    let types = plan.get_parameter_types()?;
+    let value = |name: String, value: &Value| -> Result<ScalarValue> {
+        let scalar = match value {
+            Value::Null => ScalarValue::Null,
+            Value::Bool(b) => ScalarValue::from(*b),
+            Value::Number(n) => n.as_i64().map_or_else(|| ScalarValue::from(n.as_f64()), ScalarValue::from),
+            Value::String(s) => ScalarValue::from(s.as_str()),
+            Value::Array(_) | Value::Object(_) => {
+                return Err(SqlError::new("22023", format!("parameter {name} is no single value: {value}")));
             }
-            Format::Json => {
-                out.push_str("{\"name\":");
-                quoted(name, &mut out);
-                out.push_str(",\"type\":");
-                quoted(wire_type(field).name(), &mut out);
-                out.push('}');
-            }
+        };
+        match types.get(&name) {
+            Some(Some(kind)) => Ok(scalar.cast_to(kind)?),
+            _ => Ok(scalar),
         }
-    }
-    out.push_str(if format == Format::Json { "],\"rows\":[" } else { "\n" });
-    out
+    };
+    let values: ParamValues = match values {
+        Value::Array(all) => {
+            let all = all.iter().enumerate().map(|(i, v)| value(format!("${}", i + 1), v));
+            all.collect::<Result<Vec<ScalarValue>>>()?.into()
+        }
+        Value::Object(all) => {
+            let all = all.iter().map(|(name, v)| Ok((name.clone(), value(format!("${name}"), v)?)));
+            all.collect::<Result<HashMap<String, ScalarValue>>>()?.into()
+        }
+        other => {
+            return Err(SqlError::new("22023", format!("parameters are an array or an object, not {other}")));
+        }
+    };
+    Ok(plan.with_param_values(values)?)
 }
 
-fn body(batch: &RecordBatch, format: Format, zone: &str, rows_before: bool) -> Result<String> {
-    let columns =
-        batch.columns().iter().map(|c| Column::new(c, zone)).collect::<datafusion::error::Result<Vec<_>>>()?;
-    let mut out = String::new();
-    for row in 0..batch.num_rows() {
-        if format == Format::Json {
-            out.push_str(if row > 0 || rows_before { ",\n[" } else { "\n[" });
-        }
-        for (i, column) in columns.iter().enumerate() {
-            if i > 0 {
-                out.push(',');
-            }
-            match format {
-                Format::Json => column.json(row, &mut out)?,
-                Format::Csv => column.csv(row, &mut out)?,
-            }
-        }
-        out.push_str(if format == Format::Json { "]" } else { "\n" });
+/// Writes an answer in parts.
+struct Writer {
+    format: Format,
+    zone: Arc<str>,
+    /// With the names that PostgreSQL would give the columns.
+    schema: SchemaRef,
+    arrow: Option<StreamWriter<Vec<u8>>>,
+    rows_before: bool,
+}
+
+impl Writer {
+    fn new(format: Format, planned: &SchemaRef, names: &Names, zone: Arc<str>) -> Result<Self> {
+        let width = planned.fields().len();
+        let mut taken = std::collections::HashSet::new();
+        let fields: Vec<_> = planned
+            .fields()
+            .iter()
+            .enumerate()
+            .map(|(i, field)| {
+                let mut name = names.name(i, width, field.name()).to_owned();
+                // Members of an object have different names.
+                while format == Format::Lines && !taken.insert(name.clone()) {
+                    name.push_str("_1");
+                }
+                field.as_ref().clone().with_name(name)
+            })
+            .collect();
+        let schema = Arc::new(Schema::new(fields));
+        let arrow = (format == Format::Arrow).then(|| StreamWriter::try_new(Vec::new(), &schema)).transpose();
+        let arrow = arrow.map_err(datafusion::error::DataFusionError::from)?;
+        Ok(Self { format, zone, schema, arrow, rows_before: false })
     }
-    Ok(out)
+
+    fn head(&mut self) -> Bytes {
+        let mut out = String::new();
+        match self.format {
+            Format::Arrow => return self.written(),
+            Format::Lines => {}
+            Format::Json => {
+                out.push_str("{\"columns\":[");
+                for (i, field) in self.schema.fields().iter().enumerate() {
+                    out.push_str(if i > 0 { ",{\"name\":" } else { "{\"name\":" });
+                    quoted(field.name(), &mut out);
+                    out.push_str(",\"type\":");
+                    quoted(wire_type(field).name(), &mut out);
+                    out.push('}');
+                }
+                out.push_str("],\"rows\":[");
+            }
+            Format::Csv => {
+                for (i, field) in self.schema.fields().iter().enumerate() {
+                    if i > 0 {
+                        out.push(',');
+                    }
+                    let start = out.len();
+                    out.push_str(field.name());
+                    csv_field(start, &mut out);
+                }
+                out.push('\n');
+            }
+        }
+        out.into()
+    }
+
+    fn written(&mut self) -> Bytes {
+        self.arrow.as_mut().map(|w| std::mem::take(w.get_mut())).unwrap_or_default().into()
+    }
+
+    fn batch(&mut self, batch: &RecordBatch) -> Result<Bytes> {
+        if let Some(writer) = &mut self.arrow {
+            let failed = datafusion::error::DataFusionError::from;
+            let options = RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
+            let columns = batch.columns().to_vec();
+            let batch = RecordBatch::try_new_with_options(self.schema.clone(), columns, &options).map_err(failed)?;
+            writer.write(&batch).map_err(failed)?;
+            return Ok(self.written());
+        }
+        let columns = batch
+            .columns()
+            .iter()
+            .map(|c| Column::new(c, &self.zone))
+            .collect::<datafusion::error::Result<Vec<_>>>()?;
+        let mut out = String::new();
+        for row in 0..batch.num_rows() {
+            match self.format {
+                Format::Json => out.push_str(if row > 0 || self.rows_before { ",\n[" } else { "\n[" }),
+                Format::Lines => out.push('{'),
+                Format::Csv | Format::Arrow => {}
+            }
+            for (i, column) in columns.iter().enumerate() {
+                if i > 0 {
+                    out.push(',');
+                }
+                if self.format == Format::Lines {
+                    quoted(self.schema.field(i).name(), &mut out);
+                    out.push(':');
+                }
+                match self.format {
+                    Format::Csv => column.csv(row, &mut out)?,
+                    _ => column.json(row, &mut out)?,
+                }
+            }
+            out.push_str(match self.format {
+                Format::Json => "]",
+                Format::Lines => "}\n",
+                Format::Csv | Format::Arrow => "\n",
+            });
+        }
+        self.rows_before |= batch.num_rows() > 0;
+        Ok(out.into())
+    }
+
+    fn end(&mut self, tail: &str) -> Result<Bytes> {
+        match &mut self.arrow {
+            Some(writer) => writer.finish().map_err(datafusion::error::DataFusionError::from)?,
+            None => return Ok(Bytes::copy_from_slice(tail.as_bytes())),
+        }
+        Ok(self.written())
+    }
 }
 
 #[cfg(test)]

@@ -8,7 +8,9 @@
 //! Nothing here writes: no statement may change data, or open a file or a URL.
 
 pub mod bounded;
+pub mod catalog_tables;
 pub mod error;
+pub mod flight;
 pub mod format;
 pub mod functions;
 pub mod http;
@@ -29,7 +31,11 @@ pub use session::{Frontend, Session, plan};
 
 /// What SQL adds to every session of an engine; hand it to [`engine::Engine::open`].
 pub fn extensions() -> engine::Extensions {
-    engine::Extensions { optimizer_rules: vec![std::sync::Arc::new(tags::TagColumns)], ..Default::default() }
+    engine::Extensions {
+        planners: vec![std::sync::Arc::new(functions::gapfill::GapFillPlanner)],
+        optimizer_rules: vec![std::sync::Arc::new(tags::TagColumns)],
+        ..Default::default()
+    }
 }
 
 #[cfg(test)]

@@ -12,19 +12,21 @@ use datafusion::catalog::{CatalogProviderList, MemoryCatalogProviderList};
 use datafusion::error::DataFusionError;
 use datafusion::execution::context::SQLOptions;
 use datafusion::execution::{SendableRecordBatchStream, SessionStateBuilder};
-use datafusion::logical_expr::LogicalPlan;
+use datafusion::logical_expr::{LogicalPlan, ScalarUDF};
 use datafusion::prelude::SessionContext;
 use datafusion::sql::parser::Statement as DfStatement;
 use datafusion::sql::sqlparser::ast::{Statement, visit_relations};
 use datafusion_pg_catalog::pg_catalog::context::EmptyContextProvider;
 use datafusion_pg_catalog::pg_catalog::setup_pg_catalog;
 use datafusion_pg_catalog::sql::PostgresCompatibilityParser;
-use engine::{Engine, ErrorKind, QueryLimits};
+use engine::{Activity, Description, Engine, ErrorKind, QueryLimits};
 use parking_lot::Mutex;
 
 use crate::bounded::{BoundedResults, Results};
+use crate::catalog_tables::Cancel;
 use crate::error::{Result, SqlError};
 use crate::functions;
+use crate::functions::gapfill::TimeBuckets;
 use crate::interrupt::Interruptible;
 use crate::limits;
 use crate::rules::watched;
@@ -70,6 +72,7 @@ impl Frontend {
         let state = SessionStateBuilder::new_from_existing(state)
             .with_config(config)
             .with_catalog_list(Arc::new(catalogs))
+            .with_analyzer_rule(Arc::new(TimeBuckets))
             .with_analyzer_rule(Arc::new(BoundedResults))
             .with_physical_optimizer_rule(Arc::new(Interruptible))
             .build();
@@ -83,11 +86,15 @@ impl Frontend {
     }
 
     /// A session of its own state.
-    pub fn session(self: &Arc<Self>, user: &str) -> Session {
-        let context = SessionContext::new_with_state(self.template.state());
+    pub fn session(self: &Arc<Self>, user: &str, admin: bool) -> Session {
+        let caller = Arc::new(Caller { name: user.to_owned(), admin });
+        let mut state = self.template.state();
+        state.config_mut().set_extension(caller.clone());
+        let context = SessionContext::new_with_state(state);
+        context.register_udf(ScalarUDF::new_from_impl(Cancel::new(&self.engine, &caller)));
         let variables = Arc::new(Mutex::new(Variables::new(user)));
         functions::register_session(&context, &variables);
-        Session { frontend: self.clone(), context, variables }
+        Session { frontend: self.clone(), context, variables, caller, asked: Mutex::default() }
     }
 }
 
@@ -96,6 +103,25 @@ pub struct Session {
     frontend: Arc<Frontend>,
     context: SessionContext,
     variables: Arc<Mutex<Variables>>,
+    caller: Arc<Caller>,
+    /// The text of the statement that was planned last.
+    asked: Mutex<String>,
+}
+
+/// Who a session belongs to.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Caller {
+    /// The user or the name of the token.
+    pub name: String,
+    /// Whether they have the scope admin.
+    pub admin: bool,
+}
+
+impl Caller {
+    /// Whether they may see and stop a query.
+    pub fn may_stop(&self, activity: &Activity) -> bool {
+        self.admin || self.name == activity.user
+    }
 }
 
 impl std::fmt::Debug for Session {
@@ -136,6 +162,7 @@ impl Session {
         if lists_tables(statement) {
             self.frontend.metrics.refresh().await?;
         }
+        self.asks(statement.to_string());
         let (state, statement) = (self.context.state(), statement.clone());
         let plan = async move {
             let statement = DfStatement::Statement(Box::new(Statement::clone(&statement)));
@@ -170,6 +197,11 @@ impl Session {
         error.suggest(names, "the table")
     }
 
+    /// Says what the next plan that runs was made of.
+    pub fn asks(&self, text: String) {
+        *self.asked.lock() = text;
+    }
+
     /// Runs a plan. Dropping the stream stops the work.
     ///
     /// # Errors
@@ -184,10 +216,15 @@ impl Session {
     /// Those of [`Session::run`].
     pub async fn run_within(&self, plan: LogicalPlan, timeout: Duration) -> Result<SendableRecordBatchStream> {
         let engine = &self.frontend.engine;
-        let query = engine.begin(QueryLimits { timeout }).await.map_err(|e| match e.kind() {
+        let mut query = engine.begin(QueryLimits { timeout }).await.map_err(|e| match e.kind() {
             ErrorKind::Unavailable => SqlError::new("53300", e.to_string()),
             _ => e.into(),
         })?;
+        query.describe(Description {
+            language: "sql",
+            user: self.caller.name.clone(),
+            text: self.asked.lock().clone(),
+        });
         let mut state = self.context.state();
         state.config_mut().options_mut().extensions.insert(Results::default());
         Ok(engine.execute(&state, plan, query).await?)

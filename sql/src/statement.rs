@@ -714,6 +714,12 @@ fn name_columns(statement: &mut Statement) {
             if let Some(other) = array_of_query(expr).or_else(|| no_options(expr)).or_else(|| without_escape(expr)) {
                 *expr = other;
             }
+            // JSON is text here, on which its operators work.
+            if let Expr::Cast { data_type, .. } = expr
+                && matches!(data_type, DataType::JSON | DataType::JSONB)
+            {
+                *data_type = DataType::Text;
+            }
             ControlFlow::Continue(())
         }
     }

@@ -63,7 +63,7 @@ impl Fixture {
         write(&engine, "__name__=http_requests,job=api,host=h1,code=200,ts=x", &[(0, 10.0), (60, 20.0)]).await;
         write(&engine, "__name__=http_requests,job=api,host=h1,code=500", &[(0, 1.0), (60, 3.0)]).await;
         write(&engine, "__name__=http_requests,job=api,host=h2,code=200", &[(0, 7.5)]).await;
-        let session = Frontend::new(&engine).unwrap().session("tester");
+        let session = Frontend::new(&engine).unwrap().session("tester", true);
         Self { _dir: dir, engine, session }
     }
 

@@ -233,9 +233,9 @@ async fn start(server: &Server, connection: &mut Connection, startup: &Startup) 
     protocol_negotiation(connection, startup).await?;
     save_startup_parameters_to_metadata(connection, startup);
     let user = connection.metadata().get(METADATA_USER).cloned().ok_or(PgWireError::UserNameRequired)?;
-    log_in(server, connection, &user).await?;
+    let admin = log_in(server, connection, &user).await?;
     connection.get_mut().trust();
-    let session = server.frontend.session(&user);
+    let session = server.frontend.session(&user, admin);
     for (name, value) in
         startup.parameters.get("options").map(|o| options(o)).transpose().map_err(pg_error)?.unwrap_or_default()
     {
@@ -290,10 +290,10 @@ fn options(text: &str) -> Result<Vec<(String, String)>, SqlError> {
     Ok(settings)
 }
 
-/// Asks for credentials where they are needed. All that SQL does is read.
-async fn log_in(server: &Server, connection: &mut Connection, user: &str) -> PgWireResult<()> {
+/// Asks for credentials where they are needed; whether the client has the scope admin. Nearly all that SQL does is read.
+async fn log_in(server: &Server, connection: &mut Connection, user: &str) -> PgWireResult<bool> {
     if !server.access.asks() {
-        return Ok(());
+        return Ok(true);
     }
     connection.set_state(PgWireConnectionState::AuthenticationInProgress);
     let address = connection.socket_addr().ip();
@@ -315,9 +315,9 @@ async fn log_in(server: &Server, connection: &mut Connection, user: &str) -> PgW
             let (challenged, challenge) = scram.challenge(first).map_err(denied)?;
             let last = ask(connection, Authentication::SASLContinue(challenge.into())).await?;
             let last = std::str::from_utf8(&last).map_err(|_| pg_error(malformed()))?;
-            let (_, end) = challenged.finish(Scope::Read, last).map_err(denied)?;
+            let (caller, end) = challenged.finish(Scope::Read, last).map_err(denied)?;
             connection.feed(PgWireBackendMessage::Authentication(Authentication::SASLFinal(end.into()))).await?;
-            Ok(())
+            Ok(caller.may(Scope::Admin))
         }
         Login::Password if !connection.is_secure() && !address.to_canonical().is_loopback() => {
             let message = format!(
@@ -329,7 +329,7 @@ async fn log_in(server: &Server, connection: &mut Connection, user: &str) -> PgW
             let password = ask(connection, Authentication::CleartextPassword).await?;
             let password = password.strip_suffix(b"\0").and_then(|p| std::str::from_utf8(p).ok());
             let password = password.ok_or_else(|| pg_error(SqlError::new("08P01", "malformed password")))?;
-            server.access.log_in(Scope::Read, user, password, address).await.map(drop).map_err(denied)
+            server.access.log_in(Scope::Read, user, password, address).await.map(|c| c.may(Scope::Admin)).map_err(denied)
         }
     }
 }

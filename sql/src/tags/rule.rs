@@ -25,6 +25,7 @@ use datafusion::optimizer::{OptimizerConfig, OptimizerRule};
 use super::dictionary::Dictionary;
 use super::filter::map_lookup;
 use super::functions;
+use crate::functions::gapfill::GapFill;
 use crate::table::{SeriesTable, What};
 
 /// What the ordinals in a column number.
@@ -146,6 +147,11 @@ impl Statement {
             LogicalPlan::Window(w) => self.window(w),
             LogicalPlan::Join(j) => self.join(j),
             LogicalPlan::Union(u) => self.union(u),
+            LogicalPlan::Extension(e) if GapFill::of(&e).is_some() => {
+                let Some(node) = GapFill::of(&e) else { return self.unknown(LogicalPlan::Extension(e)) };
+                let input = self.rewrite(node.input().clone())?;
+                Ok(Rewritten { plan: node.over(input.plan)?, kinds: input.kinds })
+            }
             other => self.unknown(other),
         }
     }
@@ -253,7 +259,9 @@ impl Statement {
                 let mut text_sorts = false;
                 params.args = match (func.name(), ordinals) {
                     // What is counted may as well be the ordinal.
-                    ("count" | "approx_distinct", Some(args)) => args.into_iter().map(|(e, _)| e).collect(),
+                    ("count" | "approx_distinct" | "uniq" | "uniq_exact", Some(args)) => {
+                        args.into_iter().map(|(e, _)| e).collect()
+                    }
                     // Ordinals sort as their text does, and these give one of their arguments.
                     ("min" | "max" | "first_value" | "last_value", Some(args)) if args.len() == 1 => {
                         kind = args.first().map(|(_, k)| *k);
