@@ -156,7 +156,7 @@ impl Samples {
             )));
         }
         let windows = Windows { first_end: end - 1, step: 0, count: 1, length: end - start };
-        let arguments = Arguments { args: [&[], &[]], first_time: end - 1, time_step: 0 };
+        let arguments = Arguments { args: [&[], &[]], first_time: end - 1, time_step: 0, starts: &[] };
         let (mut out, mut valid) = ([0.0], [false]);
         let mut scratch = Scratch::default();
         kernels::range(self.function, times, values, &windows, &arguments, &mut scratch, &mut out, &mut valid);

@@ -329,7 +329,12 @@ async fn log_in(server: &Server, connection: &mut Connection, user: &str) -> PgW
             let password = ask(connection, Authentication::CleartextPassword).await?;
             let password = password.strip_suffix(b"\0").and_then(|p| std::str::from_utf8(p).ok());
             let password = password.ok_or_else(|| pg_error(SqlError::new("08P01", "malformed password")))?;
-            server.access.log_in(Scope::Read, user, password, address).await.map(|c| c.may(Scope::Admin)).map_err(denied)
+            server
+                .access
+                .log_in(Scope::Read, user, password, address)
+                .await
+                .map(|c| c.may(Scope::Admin))
+                .map_err(denied)
         }
     }
 }
