@@ -56,7 +56,7 @@ refused True
 refused True
 refused True
 refused True
-thalweg ['exemplars', 'histograms', 'samples']
+thalweg ['exemplars', 'histograms', 'samples', 'start_timestamps']
 application/vnd.apache.arrow.stream [{'job': 'a', 'n': 2, 'most': 3.0}, {'job': 'b', 'n': 1, 'most': 7.0}]
 ";
 

@@ -330,7 +330,14 @@ async fn the_catalog_describes_itself() {
     f.check("SELECT metric, type, help FROM catalog.metrics", &["up|gauge|Up."]).await;
     f.check(
         "SELECT table_schema, table_name FROM information_schema.tables WHERE table_schema IN ('public', 'prometheus') ORDER BY 1, 2",
-        &["prometheus|http_requests", "prometheus|up", "public|exemplars", "public|histograms", "public|samples"],
+        &[
+            "prometheus|http_requests",
+            "prometheus|up",
+            "public|exemplars",
+            "public|histograms",
+            "public|samples",
+            "public|start_timestamps",
+        ],
     )
     .await;
     f.check(
