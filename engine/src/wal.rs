@@ -137,7 +137,10 @@ impl Storage {
     /// Of the storage.
     pub(crate) async fn is_given_up(&mut self, owner: u64) -> Result<bool> {
         match self {
-            Self::Local(local) => Ok(local.list()?.is_empty() && local.mark()?.is_none_or(|m| m.end <= m.start)),
+            Self::Local(local) => {
+                let none = local.settled_list()?.is_empty();
+                Ok(none && local.mark()?.is_none_or(|m| m.end <= m.start))
+            }
             Self::Objects(objects) => objects.is_given_up(owner).await,
         }
     }

@@ -215,14 +215,18 @@ impl Local {
         Ok(out)
     }
 
+    /// Position and name of each segment, of which no other one comes back with a loss of power: one that a failed write
+    /// left and that was deleted would return behind rows and deletes that came after it.
+    pub(super) fn settled_list(&self) -> Result<Vec<(u64, String)>> {
+        let names = self.list()?;
+        self.fs.sync_dir(&self.dir).map_err(|e| Error::from(e).context(format_args!("sync {}", self.dir.display())))?;
+        Ok(names)
+    }
+
     /// Before which position all is in files, and which opening wrote last, as far as intact heads say.
     pub(super) fn heads(&self) -> Result<(u64, u64)> {
         let (mut start, mut owner) = (0, 0);
-        let names = self.list()?;
-        // A segment that a failed write left and that was deleted must not come back with a loss of power, after this
-        // process has stored or deleted rows elsewhere.
-        self.fs.sync_dir(&self.dir).map_err(|e| Error::from(e).context(format_args!("sync {}", self.dir.display())))?;
-        for (_, name) in names {
+        for (_, name) in self.settled_list()? {
             let path = self.dir.join(&name);
             let bytes = self.fs.read_start(&path, Head::BYTES);
             let bytes = bytes.map_err(|e| Error::from(e).context(format_args!("read {}", path.display())))?;

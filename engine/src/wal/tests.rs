@@ -731,3 +731,24 @@ proptest::proptest! {
         let _ = reader.decode(&payload, &mut |tags| publish(&registry, tags));
     }
 }
+
+/// That no segment is seen must outlast a loss of power before anything is stored on the strength of it.
+#[test]
+fn what_was_deleted_is_made_to_stay_so() {
+    let look = |sync_fails: bool| {
+        let (dir, faults) = (tempfile::tempdir().unwrap(), Faults::default());
+        let fs: Arc<dyn FileSystem> = Arc::new(Faulty::new(Arc::new(Disk), faults.clone()));
+        fs::create_dir_all(dir.path()).unwrap();
+        if sync_fails {
+            let mut log = Storage::local(fs.clone(), dir.path());
+            block_on(log.is_given_up(1)).unwrap();
+            // The same calls again, of which the last one fails.
+            faults.at(2 * faults.calls().len() - 1, Fault::Io);
+        }
+        let mut log = Storage::local(fs, dir.path());
+        let given_up = block_on(log.is_given_up(1));
+        (given_up.is_ok_and(|yes| yes), faults.calls().last().map(|c| c.what))
+    };
+    assert_eq!(look(false), (true, Some("sync_dir")));
+    assert_eq!(look(true), (false, Some("sync_dir")));
+}

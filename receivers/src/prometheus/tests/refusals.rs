@@ -405,6 +405,29 @@ fn series_limit() {
     );
 }
 
+/// What finds no room for now must come again as a whole: a client drops what it is told is wrong.
+#[test]
+fn no_memory_for_new_series() {
+    let registry = Registry::new(TagHasher::new(7), 1000).with_bytes_max(600);
+    let request = |labels| v1::WriteRequest { timeseries: vec![with_sample(labels, NOW, 1.0)], metadata: Vec::new() };
+    let first = decode_v1(&request(GOOD).encode_to_vec(), registry.encoder(), LIMITS).unwrap();
+    super::publish(&registry, &first);
+    decode_v1(&request(GOOD).encode_to_vec(), registry.encoder(), LIMITS).unwrap();
+    let mut both = request(GOOD);
+    both.timeseries.extend(request(&[("__name__", "new")]).timeseries);
+    for n in 0..3 {
+        let name = format!("new{n}");
+        both.timeseries.extend(request(&[("__name__", &name)]).timeseries);
+    }
+    for (decode, body) in
+        [(decode_v1 as super::Decode, both.encode_to_vec()), (decode_v2, upgrade(&both).encode_to_vec())]
+    {
+        let refused = decode(&body, registry.encoder(), LIMITS).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Unavailable);
+        assert!(refused.message().contains("memory_limit allows 600"), "{refused}");
+    }
+}
+
 /// Equal label sets are one series, however they are written.
 #[test]
 fn one_series_in_many_forms() {
