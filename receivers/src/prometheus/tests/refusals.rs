@@ -409,15 +409,16 @@ fn series_limit() {
 #[test]
 fn no_memory_for_new_series() {
     let registry = Registry::new(TagHasher::new(7), 1000).with_bytes_max(600);
-    let request = |labels| v1::WriteRequest { timeseries: vec![with_sample(labels, NOW, 1.0)], metadata: Vec::new() };
+    let request = |labels: &[(&str, &str)]| v1::WriteRequest {
+        timeseries: vec![with_sample(labels, NOW, 1.0)],
+        metadata: Vec::new(),
+    };
     let first = decode_v1(&request(GOOD).encode_to_vec(), registry.encoder(), LIMITS).unwrap();
     super::publish(&registry, &first);
     decode_v1(&request(GOOD).encode_to_vec(), registry.encoder(), LIMITS).unwrap();
     let mut both = request(GOOD);
-    both.timeseries.extend(request(&[("__name__", "new")]).timeseries);
-    for n in 0..3 {
-        let name = format!("new{n}");
-        both.timeseries.extend(request(&[("__name__", &name)]).timeseries);
+    for name in ["new1", "new2", "new3"] {
+        both.timeseries.extend(request(&[("__name__", name)]).timeseries);
     }
     for (decode, body) in
         [(decode_v1 as super::Decode, both.encode_to_vec()), (decode_v2, upgrade(&both).encode_to_vec())]
