@@ -75,8 +75,8 @@ settings! {
     /// It is created when absent. Two servers can't share one.
     data_dir: PathBuf = PathBuf::from("data");
     /// Where the log is: `local` keeps it in `data_dir`; `object` puts each group of requests into the object store before
-    /// it is acknowledged, so that a server with an empty disk goes on where another one ended. To change it, stop the
-    /// server, which empties the log.
+    /// it is acknowledged, so that a server with an empty disk goes on where another one ended. After a change the
+    /// next start writes what the former log holds to data files.
     wal: LogPlace = LogPlace::Local;
     /// Where data files live: a folder, or a URL: `s3://bucket/prefix` for S3 and what speaks its protocol,
     /// `gs://bucket/prefix` for Google Cloud Storage, `az://container/prefix` or

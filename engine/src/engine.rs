@@ -191,7 +191,6 @@ impl Engine {
             clock: components.clock.clone(),
         };
         let (files, state) = FileCatalog::open(opening).await?;
-        let log = open_log(&settings, &components, &files).await?;
         let memory = Memory::new(settings.memory_limit);
         let registry = Registry::new(TagHasher::new(state.seed), settings.series_limit);
         let registry = Arc::new(registry.with_bytes_max(memory.tag_sets_max()));
@@ -231,7 +230,7 @@ impl Engine {
         // From here on dropping `running` stops the runtime without blocking this one.
         let mut running =
             Running { inner: inner.clone(), committer: Mutex::new(None), tasks: TaskTracker::new(), cpu, ingest };
-        on(&inner.cpu, replay(inner.clone(), log)).await?;
+        on(&inner.cpu, read_logs(inner.clone())).await?;
         crate::retention::observe(&inner);
         *running.committer.get_mut() = Some(Committer::start(inner.clone())?);
         running.tasks.spawn_on(upkeep::run_flusher(inner.clone()), &inner.cpu);
@@ -571,28 +570,39 @@ fn local_log(settings: &Settings, components: &Components) -> Storage {
     Storage::local(components.fs.clone(), &settings.data_dir.join("wal"))
 }
 
-/// The log where the settings say, to be read back.
+fn log_storage(inner: &Inner, place: LogStore) -> Storage {
+    match place {
+        LogStore::Local => local_log(&inner.settings, &inner.components),
+        LogStore::Object => Storage::objects(inner.components.store.clone(), &inner.settings.database),
+    }
+}
+
+/// Applies what the log holds to empty memtables and opens it. There may be records in the other place that a log can be
+/// in, since the setting was changed or this machine had the database before: they go to files, the older log first.
 ///
 /// # Errors
-/// `Invalid` when there are records elsewhere; of the storage.
-async fn open_log(settings: &Settings, components: &Components, files: &FileCatalog) -> Result<Replay> {
-    let local = local_log(settings, components);
-    let objects = Storage::objects(components.store.clone(), &settings.database);
-    let (here, mut elsewhere, other) = match settings.wal {
-        LogStore::Local => (local, objects, "the object store; start once with wal = \"object\""),
-        LogStore::Object => (objects, local, "the data folder; start once with wal = \"local\""),
+/// `Invalid` when a newer version wrote a log; of the storage.
+async fn read_logs(inner: Arc<Inner>) -> Result<()> {
+    let (here, elsewhere) = match inner.settings.wal {
+        LogStore::Local => (LogStore::Local, LogStore::Object),
+        LogStore::Object => (LogStore::Object, LogStore::Local),
     };
-    if !elsewhere.is_given_up(files.epoch()).await? {
-        return Err(Error::invalid(format!(
-            "there is a log in {other} and stop the server, which writes it to data files"
-        )));
+    let epoch = inner.files.epoch();
+    if let Some(other) = log_storage(&inner, elsewhere).holds(epoch).await? {
+        let ours_first = log_storage(&inner, here).holds(epoch).await?.is_some_and(|ours| ours < other);
+        for place in ours_first.then_some(here).into_iter().chain([elsewhere]) {
+            tracing::info!(log = ?place, "there was a log in another place than the settings name; all logs so far go to files");
+            replay(inner.clone(), Replay::open(log_storage(&inner, place), epoch).await?).await?;
+            let _one = inner.flushing.lock().await;
+            inner.flush_all_of_log().await?;
+        }
     }
-    let log = Replay::open(here, files.epoch()).await?;
-    if settings.wal == LogStore::Object {
+    let log = Replay::open(log_storage(&inner, here), epoch).await?;
+    if here == LogStore::Object {
         // A server with a local log that opened the database since then did not see this log, and put no fence into it.
-        files.confirm().await?;
+        inner.files.confirm().await?;
     }
-    Ok(log)
+    replay(inner, log).await
 }
 
 /// Applies what the log holds to empty memtables, flushing when they grow too large, and opens the log behind it.

@@ -131,17 +131,15 @@ impl Storage {
         Self::Objects(Objects::new(store, database))
     }
 
-    /// Whether no record is there, nor should be. In the bucket nobody who had a log before can put one from then on.
+    /// Which opening of the log wrote the newest record that may not be in files; `None` when there is no such record. In
+    /// the bucket nobody who had a log before can put one from then on.
     ///
     /// # Errors
-    /// Of the storage.
-    pub(crate) async fn is_given_up(&mut self, owner: u64) -> Result<bool> {
+    /// Of the storage; `Invalid` when a newer version wrote the log.
+    pub(crate) async fn holds(&mut self, owner: u64) -> Result<Option<u64>> {
         match self {
-            Self::Local(local) => {
-                let none = local.settled_list()?.is_empty();
-                Ok(none && local.mark()?.is_none_or(|m| m.end <= m.start))
-            }
-            Self::Objects(objects) => objects.is_given_up(owner).await,
+            Self::Local(local) => Ok(local.survey()?.newest),
+            Self::Objects(objects) => objects.holds(owner).await,
         }
     }
 }

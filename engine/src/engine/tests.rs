@@ -89,6 +89,27 @@ fn model(rows: &[(&str, i64, f64)]) -> BTreeMap<(String, i64), u64> {
     rows.iter().map(|r| ((r.0.to_owned(), r.1), r.2.to_bits())).collect()
 }
 
+/// All rows, from memory and files.
+async fn all(engine: &Engine) -> Vec<((String, i64), u64)> {
+    use datafusion::physical_plan::{ExecutionPlan, execute_stream};
+    let selection = Selection { table: SAMPLES.clone(), matchers: vec![], start_ms: i64::MIN, end_ms: i64::MAX };
+    let set = engine.select(&selection, &Stop::default()).await.unwrap();
+    let scan: Arc<dyn ExecutionPlan> = Arc::new(crate::SeriesScanExec::new(set.clone(), vec![1, 2]));
+    let stream = execute_stream(scan, engine.session().task_ctx()).unwrap();
+    let batches: Vec<RecordBatch> = stream.try_collect().await.unwrap();
+    let mut out = vec![];
+    for batch in batches {
+        let series = batch.column(0).as_primitive::<UInt32Type>();
+        let ts = batch.column(1).as_primitive::<TimestampMillisecondType>();
+        let values = batch.column(2).as_primitive::<Float64Type>();
+        for i in 0..batch.num_rows() {
+            let name = set.series[series.value(i) as usize].tags.metric().to_owned();
+            out.push(((name, ts.value(i)), values.value(i).to_bits()));
+        }
+    }
+    out
+}
+
 /// What a crash would leave: the folder as it is now, without the engine knowing.
 fn copy(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
@@ -408,22 +429,12 @@ async fn a_flush_empties_memory_and_log() {
 
 /// How many rows of each series a query sees, and how many distinct (series, time).
 async fn query(engine: &Engine) -> (BTreeMap<String, usize>, usize) {
-    use datafusion::physical_plan::{ExecutionPlan, execute_stream};
-    let selection = Selection { table: SAMPLES.clone(), matchers: vec![], start_ms: i64::MIN, end_ms: i64::MAX };
-    let set = engine.select(&selection, &Stop::default()).await.unwrap();
-    let scan: Arc<dyn ExecutionPlan> = Arc::new(crate::SeriesScanExec::new(set.clone(), vec![1, 2]));
-    let stream = execute_stream(scan, engine.session().task_ctx()).unwrap();
-    let batches: Vec<RecordBatch> = stream.try_collect().await.unwrap();
-    let (mut counts, mut keys) = (BTreeMap::new(), std::collections::HashSet::new());
-    for batch in batches {
-        let series = batch.column(0).as_primitive::<UInt32Type>();
-        let ts = batch.column(1).as_primitive::<TimestampMillisecondType>();
-        for i in 0..batch.num_rows() {
-            let name = set.series[series.value(i) as usize].tags.metric();
-            *counts.entry(name.to_owned()).or_default() += 1;
-            keys.insert((series.value(i), ts.value(i)));
-        }
+    let rows = all(engine).await;
+    let mut counts = BTreeMap::new();
+    for ((name, _), _) in &rows {
+        *counts.entry(name.clone()).or_default() += 1;
     }
+    let keys: std::collections::HashSet<_> = rows.into_iter().map(|row| row.0).collect();
     (counts, keys.len())
 }
 
@@ -620,16 +631,45 @@ async fn a_log_in_the_bucket_outlives_disk_and_process() {
     assert_eq!(refused.kind(), catalog::ErrorKind::Unavailable, "it has lost the log");
     second.write(request(&second, &[("b", 3, 3.0)])).await.unwrap();
     drop((first, second));
-    let refused = open(dirs[2].path(), LogStore::Local).await.map(|_| ()).unwrap_err();
-    assert!(refused.message().contains("object store"), "{refused}");
     let third = open(dirs[3].path(), LogStore::Object).await.unwrap();
     assert_eq!(rows(&third), model(&[("a", 1, 1.0), ("b", 3, 3.0)]));
-    third.shutdown(Duration::from_secs(10)).await.unwrap();
     drop(third);
-    // All is in files, so the log may be elsewhere.
-    let fourth = open(dirs[3].path(), LogStore::Local).await.unwrap();
+    // A start that logs elsewhere brings it to files first.
+    let fourth = open(dirs[2].path(), LogStore::Local).await.unwrap();
     assert_eq!(query(&fourth).await.1, 2);
     assert!(rows(&fourth).is_empty());
+}
+
+#[tokio::test]
+async fn of_two_logs_the_newer_one_wins() {
+    let store = bucket();
+    let entropy = Arc::new(catalog::SeededEntropy::new(9));
+    let open = async |dir: &Path, wal: LogStore| {
+        let components = Components { entropy: entropy.clone(), ..components(&store) };
+        Engine::open(Settings { wal, ..settings(dir) }, components, Extensions::default()).await.unwrap()
+    };
+    let [here, there] = [0; 2].map(|_| tempfile::tempdir().unwrap());
+    for (wal, value) in [(LogStore::Local, 3.0), (LogStore::Object, 4.0)] {
+        // One machine is lost with what only its own log has, another one goes on, and then the first one is back.
+        let old = open(here.path(), LogStore::Local).await;
+        old.write(request(&old, &[("a", 1, value - 2.0), ("b", 1, value)])).await.unwrap();
+        drop(old);
+        let new = open(there.path(), LogStore::Object).await;
+        new.write(request(&new, &[("a", 1, value)])).await.unwrap();
+        drop(new);
+        let both = open(here.path(), wal).await;
+        let is = async |engine: &Engine, expected: &[(&str, i64, f64)]| {
+            let found = all(engine).await;
+            assert_eq!(found.len(), expected.len(), "{wal:?}");
+            assert_eq!(found.into_iter().collect::<BTreeMap<_, _>>(), model(expected), "{wal:?}");
+        };
+        is(&both, &[("a", 1, value), ("b", 1, value)]).await;
+        both.write(request(&both, &[("b", 1, value + 1.0)])).await.unwrap();
+        drop(both);
+        let again = open(here.path(), wal).await;
+        is(&again, &[("a", 1, value), ("b", 1, value + 1.0)]).await;
+        again.flush().await.unwrap();
+    }
 }
 
 #[tokio::test]
@@ -648,10 +688,8 @@ async fn a_start_with_a_local_log_fences_the_one_in_the_bucket() {
     local.write(request(&local, &[("a", 2, 2.0)])).await.unwrap();
     // What is in the local log is not passed over either.
     drop(local);
-    let refused = open(dirs[1].path(), LogStore::Object).await.map(|_| ()).unwrap_err();
-    assert!(refused.message().contains("data folder"), "{refused}");
-    let local = open(dirs[1].path(), LogStore::Local).await.unwrap();
-    assert_eq!(rows(&local), model(&[("a", 2, 2.0)]));
+    let local = open(dirs[1].path(), LogStore::Object).await.unwrap();
+    assert_eq!(query(&local).await.1, 1);
 }
 
 #[tokio::test]

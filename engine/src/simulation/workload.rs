@@ -110,6 +110,8 @@ fn matcher(name: &str, op: MatchOp, value: &str) -> Matcher {
 struct Db {
     engine: Engine,
     process: Arc<Process>,
+    /// Whether another process tries to take it over: it may be refused anything.
+    contested: Arc<AtomicBool>,
     /// Whether another process has taken it over: it must acknowledge nothing.
     replaced: Arc<AtomicBool>,
 }
@@ -202,11 +204,7 @@ impl History {
                 None => {}
                 Some(Ok(Ok(engine))) => {
                     world.trace.count("op: open");
-                    return Some(Db { engine, process, replaced: Arc::default() });
-                }
-                Some(Ok(Err(e))) if self.is_elsewhere(&e) => {
-                    world.trace.count("op: log is elsewhere");
-                    self.other_log();
+                    return Some(Db { engine, process, contested: Arc::default(), replaced: Arc::default() });
                 }
                 Some(Ok(Err(e))) => {
                     world.trace.say(|| format!("not opened: {e}"));
@@ -243,11 +241,6 @@ impl History {
         };
         let open = Engine::open(settings, components, Extensions::default());
         process.answer(open).await.unwrap_or_else(|| Err(Error::unavailable("it died")))
-    }
-
-    /// A log can only be moved when it is empty; until then it must stay where it is.
-    fn is_elsewhere(&self, e: &Error) -> bool {
-        e.kind() == ErrorKind::Invalid && e.message().contains("there is a log in")
     }
 
     fn other_log(&mut self) {
@@ -346,6 +339,7 @@ impl History {
         if shared.dice.permille(300) {
             self.other_log();
         }
+        old.contested.store(true, Ordering::Relaxed);
         let new = self.open(false).await?;
         old.replaced.store(true, Ordering::Relaxed);
         // What it has begun ends before the new one is looked at.
@@ -473,7 +467,7 @@ impl History {
         };
         match Engine::open(settings, components, Extensions::default()).await {
             Ok(engine) => {
-                let db = Db { engine, process, replaced: Arc::default() };
+                let db = Db { engine, process, contested: Arc::default(), replaced: Arc::default() };
                 shared.compare(&db, "in the restored database").await;
             }
             Err(e) => world.wrong(format!("a restored database does not open: {e}")),
@@ -581,7 +575,7 @@ impl Shared {
         let Some(Err(e)) = db.process.answer(work).await else { return };
         self.world.trace.say(|| format!("{what} failed: {e}"));
         self.judge(what, &e);
-        if well && self.is_well() && !db.replaced.load(Ordering::Relaxed) && !e.message().contains("is full") {
+        if well && self.is_well() && !db.contested.load(Ordering::Relaxed) && !e.message().contains("is full") {
             self.world.wrong(format!("{what} failed although nothing fails: {e}"));
         }
     }

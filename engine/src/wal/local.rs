@@ -19,6 +19,16 @@ const DAMAGED: &str = ".damaged";
 const DAMAGED_FILES_MAX: usize = 16;
 const DAMAGED_BYTES_MAX: u64 = 256 << 20;
 
+/// What is known of a log before its records are read.
+pub(super) struct Survey {
+    /// Before this position all is in files, as far as intact heads and the mark say.
+    pub start: u64,
+    /// The mark, when no later opening of the log has written.
+    pub mark: Option<Mark>,
+    /// Which opening wrote the newest record that may not be in files; 0 where only a damaged head says so.
+    pub newest: Option<u64>,
+}
+
 /// The folder of a log.
 #[derive(Debug)]
 pub(crate) struct Local {
@@ -223,19 +233,28 @@ impl Local {
         Ok(names)
     }
 
-    /// Before which position all is in files, and which opening wrote last, as far as intact heads say.
-    pub(super) fn heads(&self) -> Result<(u64, u64)> {
-        let (mut start, mut owner) = (0, 0);
-        for (_, name) in self.settled_list()? {
+    /// What is known of the log before its records are read.
+    ///
+    /// # Errors
+    /// `Invalid` when a newer version wrote it; reading errors.
+    pub(super) fn survey(&self) -> Result<Survey> {
+        let mut segments = vec![];
+        for (first, name) in self.settled_list()? {
             let path = self.dir.join(&name);
-            let bytes = self.fs.read_start(&path, Head::BYTES);
-            let bytes = bytes.map_err(|e| Error::from(e).context(format_args!("read {}", path.display())))?;
+            let named = |e| Error::from(e).context(format_args!("read {}", path.display()));
+            let len = self.fs.len(&path).map_err(named)?;
+            let bytes = self.fs.read_start(&path, Head::BYTES).map_err(named)?;
             let head = Head::parse(&bytes).map_err(|e| e.context(format_args!("log {name}")))?;
-            if let Some((head, _)) = head {
-                (start, owner) = (head.start.max(start), head.owner.max(owner));
-            }
+            let (start, owner, empty) = head.map_or((0, 0, 0), |(h, len)| (h.start, h.owner, len as u64));
+            segments.push((first + len, len > empty, start, owner));
         }
-        Ok((start, owner))
+        let last = segments.iter().map(|s| s.3).max().unwrap_or(0);
+        let mark = self.mark()?.filter(|m| m.owner >= last);
+        let start = segments.iter().map(|s| s.2).chain(mark.map(|m| m.start)).max().unwrap_or(0);
+        let held = segments.iter().filter(|(end, has_records, ..)| *has_records && *end > start).map(|s| s.3);
+        // What the mark tells of and no segment has is missed by whoever reads the log.
+        let newest = held.chain(mark.filter(|m| m.end > start).map(|m| m.owner)).max();
+        Ok(Survey { start, mark, newest })
     }
 
     /// Position, name and bytes of each segment, in order, read when asked for.

@@ -6,15 +6,16 @@
 //! nor are the newest fences: a delayed put at their numbers must keep failing.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use catalog::{Error, Result};
+use catalog::{Error, ErrorKind, Result};
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt, PutMode};
+use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{Head, Segment};
@@ -52,21 +53,22 @@ impl Store {
         self.folder.clone().join(name)
     }
 
-    async fn read(&self, name: &str) -> Result<Bytes> {
+    async fn read(&self, name: &str, range: Option<Range<u64>>) -> Result<Bytes> {
         let path = self.path(name);
-        let read = async { self.store.get(&path).await?.bytes().await };
+        let options = GetOptions::new().with_range(range.map(GetRange::Bounded));
+        let read = async { self.store.get_opts(&path, options).await?.bytes().await };
         match timeout(ATTEMPT_MAX, read).await {
             Ok(result) => result.map_err(|e| Error::from(e).context(format_args!("read {path}"))),
             Err(_) => Err(Error::unavailable(format!("read {path}: no answer within {ATTEMPT_MAX:?}"))),
         }
     }
 
-    /// Reads again until it succeeds, within bounds.
-    async fn read_patiently(&self, name: &str) -> Result<Bytes> {
+    /// Reads an object, or a range of it, again until it succeeds, within bounds.
+    async fn read_patiently(&self, name: &str, range: Option<Range<u64>>) -> Result<Bytes> {
         let begun = Instant::now();
         loop {
-            match self.read(name).await {
-                Err(e) if e.kind() == catalog::ErrorKind::Unavailable && begun.elapsed() < ATTEMPTS_MAX => {
+            match self.read(name, range.clone()).await {
+                Err(e) if e.kind() == ErrorKind::Unavailable && begun.elapsed() < ATTEMPTS_MAX => {
                     sleep(PAUSE).await;
                 }
                 result => return result,
@@ -120,12 +122,25 @@ impl Objects {
     /// # Errors
     /// `Corrupt` when the newest object is damaged; store errors.
     pub(super) async fn open(&mut self, owner: u64) -> Result<(Vec<String>, Segment, u64)> {
+        let begun = Instant::now();
         loop {
             let names: Vec<String> = self.list().await?.into_iter().map(|o| o.0).collect();
             let mut at = 0;
             let mut start = 0;
             if let Some(last) = names.last() {
-                let bytes = self.store.read_patiently(last).await?;
+                let bytes = match self.store.read_patiently(last, None).await {
+                    // The newest object is never deleted, so there is a newer one, which the list did not name yet.
+                    Err(e) if e.kind() == ErrorKind::NotFound => {
+                        if begun.elapsed() >= ATTEMPTS_MAX {
+                            return Err(
+                                Error::unavailable("the list of the log names what is not there").with_source(e)
+                            );
+                        }
+                        sleep(PAUSE).await;
+                        continue;
+                    }
+                    read => read?,
+                };
                 let (head, _) = Head::parse(&bytes)?
                     .ok_or_else(|| Error::corrupt(format!("head of {} is damaged", self.store.path(last))))?;
                 at = head.at + bytes.len() as u64;
@@ -158,34 +173,48 @@ impl Objects {
         Ok(out)
     }
 
-    /// Whether there is nothing but heads. If there is anything, a fence is put first: what whoever had the log put
-    /// before is seen then, and nothing comes after it.
-    pub(super) async fn is_given_up(&mut self, owner: u64) -> Result<bool> {
+    /// Which opening wrote the newest record that may not be in files. If there is anything, a fence is put first: what
+    /// whoever had the log put before is seen then, and nothing comes after it.
+    pub(super) async fn holds(&mut self, owner: u64) -> Result<Option<u64>> {
         if self.list().await?.is_empty() {
-            return Ok(true);
+            return Ok(None);
         }
-        self.open(owner).await?;
+        let (.., start) = self.open(owner).await?;
         let mut objects = self.list().await?;
-        if objects.iter().any(|(_, bytes)| *bytes > Head::BYTES as u64) {
-            return Ok(false);
+        for (name, bytes) in objects.iter().rev().filter(|(_, bytes)| *bytes > Head::BYTES as u64) {
+            let head = match self.store.read_patiently(name, Some(0..Head::BYTES as u64)).await {
+                Err(e) if e.kind() == ErrorKind::NotFound => continue,
+                read => Head::parse(&read?)?,
+            };
+            // What can't be read counts as the oldest; what is in files was left by a deletion that did not end.
+            let head = head.map_or((0, u64::MAX), |(head, _)| (head.owner, head.at + bytes));
+            if head.1 > start {
+                return Ok(Some(head.0));
+            }
         }
-        // All are heads, and most of them fences.
+        // All that counts are heads, and most of them fences.
         objects.truncate(objects.len().saturating_sub(FENCES));
         let chunks = objects.into_iter().map(|o| o.0).collect();
         if let Err(e) = self.store.remove(&Segment { chunks, ..Segment::at(0) }).await {
             tracing::debug!(error = %e, "old fences of the log could not be deleted");
         }
-        Ok(true)
+        Ok(None)
     }
 
-    /// Reads objects, in order.
+    /// Reads objects, in order, but for those that were deleted since they were listed: a process that had the log before
+    /// may still be deleting what is in files. Were it anything else, the heads behind it would tell that it is missing.
     pub(super) fn read(&self, names: Vec<String>) -> BoxStream<'static, Result<(String, Bytes)>> {
         let store = self.store.clone();
         let reads = futures::stream::iter(names).map(move |name| {
             let store = store.clone();
-            async move { store.read_patiently(&name).await.map(|bytes| (name, bytes)) }
+            async move {
+                match store.read_patiently(&name, None).await {
+                    Err(e) if e.kind() == ErrorKind::NotFound => None,
+                    read => Some(read.map(|bytes| (name, bytes))),
+                }
+            }
         });
-        reads.buffered(READS).boxed()
+        reads.buffered(READS).filter_map(std::future::ready).boxed()
     }
 
     /// Notes a fence, in the order of the log.
@@ -236,7 +265,7 @@ impl Objects {
             let error = match timeout(ATTEMPT_MAX, put).await {
                 Ok(Ok(_)) => return Ok(Put::Done),
                 Ok(Err(object_store::Error::AlreadyExists { .. })) => {
-                    let found = self.store.read_patiently(&name).await?;
+                    let found = self.store.read_patiently(&name, None).await?;
                     if found == *bytes {
                         return Ok(Put::Done);
                     }

@@ -136,9 +136,8 @@ impl Replay {
         let start;
         let chunks = match &mut storage {
             Storage::Local(local) => {
-                let (said, last) = local.heads()?;
-                mark = local.mark()?.filter(|m| m.owner >= last);
-                start = said.max(mark.map_or(0, |m| m.start));
+                let survey = local.survey()?;
+                (start, mark) = (survey.start, survey.mark);
                 local.chunks()?.map(|r| r.and_then(|(first, name, bytes)| Chunk::new(name, Some(first), bytes))).boxed()
             }
             Storage::Objects(objects) => {
