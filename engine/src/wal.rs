@@ -138,7 +138,7 @@ impl Storage {
     /// Of the storage; `Invalid` when a newer version wrote the log.
     pub(crate) async fn holds(&mut self, owner: u64) -> Result<Option<u64>> {
         match self {
-            Self::Local(local) => Ok(local.survey()?.newest),
+            Self::Local(local) => local.holds(),
             Self::Objects(objects) => objects.holds(owner).await,
         }
     }

@@ -257,6 +257,22 @@ impl Local {
         Ok(Survey { start, mark, newest })
     }
 
+    /// Which opening wrote the newest record that may not be in files; when there is none, leftovers are deleted.
+    pub(super) fn holds(&self) -> Result<Option<u64>> {
+        let newest = self.survey()?.newest;
+        if newest.is_none() {
+            for (first, name) in self.list()? {
+                let leftover = Segment { chunks: vec![name], ..Segment::at(first) };
+                if let Err(e) = self.remove(&leftover) {
+                    // In this order only: the newest says that all before it is in files.
+                    tracing::debug!(error = %e, "old log could not be deleted");
+                    break;
+                }
+            }
+        }
+        Ok(newest)
+    }
+
     /// Position, name and bytes of each segment, in order, read when asked for.
     pub(super) fn chunks(&self) -> Result<BoxStream<'static, Result<(u64, String, Bytes)>>> {
         let (fs, dir) = (self.fs.clone(), self.dir.clone());

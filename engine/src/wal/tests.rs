@@ -496,6 +496,11 @@ fn what_could_not_be_deleted_does_not_come_back() {
     block_on(wal.trim(end)).unwrap_err();
     assert_eq!(faults.calls()[call].what, "remove");
     assert_eq!(segments(dir.path()).len(), 4);
+    let other = tempfile::tempdir().unwrap();
+    segments(dir.path())[..3].iter().for_each(|(_, path)| {
+        fs::copy(path, other.path().join(path.file_name().unwrap())).unwrap();
+    });
+    fs::copy(dir.path().join(mark::NAME), other.path().join(mark::NAME)).unwrap();
     let read_values = |owner| block_on(reopen(local(dir.path()), owner)).map(|r| (values(&r.0), r.1)).unwrap();
     assert_eq!(read_values(2), (vec![3.0], vec![]));
     // Heads know it, without the mark, and what is written after a restart still says so.
@@ -510,6 +515,11 @@ fn what_could_not_be_deleted_does_not_come_back() {
     fs::remove_file(dir.path().join(mark::NAME)).unwrap();
     let (found, _) = damage(dir.path());
     assert_eq!(found, [3.0, 5.0]);
+    // Who looks for a log elsewhere finds none, and leaves none.
+    let mark = Mark { end, ..Mark::parse(&fs::read(other.path().join(mark::NAME)).unwrap()).unwrap().unwrap() };
+    fs::write(other.path().join(mark::NAME), mark.to_bytes()).unwrap();
+    assert_eq!(block_on(local(other.path()).holds(9)).unwrap(), None);
+    assert_eq!(segments(other.path()), vec![]);
     // The next trim deletes all of it.
     let (_, _, mut wal) = block_on(reopen(local(dir.path()), 5)).unwrap();
     block_on(wal.trim(u64::MAX)).unwrap();
