@@ -419,7 +419,7 @@ impl Engine {
         inner.memory.observe(allocated);
         if let (true, none_left) = inner.memory.is_short() {
             let why = format!(
-                "memory is short: {} bytes are used and memory_limit is {}; of all queries this one has run longest",
+                "memory is short: {} bytes are used and memory_limit is {}; of all queries this one holds the most or has run longest",
                 inner.memory.used(),
                 inner.memory.limit()
             );

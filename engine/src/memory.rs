@@ -6,8 +6,8 @@
 //! used as well.
 //!
 //! When memory gets scarce caches shrink and memtables are flushed early ([`Memory::is_scarce`]); then queries are
-//! refused, the running one that asks for more first of all, and the oldest are ended ([`Memory::is_short`]); then writes. What gives memory back, flushes above all, is
-//! never refused. An account is a few atomic counters; a request changes them some times, a sample never.
+//! refused, the running one that asks for more first of all, and those that hold the most are ended
+//! ([`Memory::is_short`]); then writes. What gives memory back, flushes above all, is never refused. An account is a few atomic counters; a request changes them some times, a sample never.
 
 use std::fmt;
 use std::sync::Arc;
@@ -119,6 +119,11 @@ impl Memory {
     #[must_use]
     pub(crate) fn of_query(&self, max: usize) -> Self {
         Self { account: self.account.clone(), query: Some(Arc::new(OfQuery { held: AtomicUsize::new(0), max })) }
+    }
+
+    /// What the query holds whose view this is.
+    pub(crate) fn held_by_query(&self) -> usize {
+        self.query.as_ref().map_or(0, |query| query.held.load(Ordering::Relaxed))
     }
 
     /// What may be used in all.

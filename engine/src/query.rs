@@ -295,7 +295,7 @@ pub(crate) struct Turns {
     turns: Arc<Semaphore>,
     max: usize,
     /// Those that have begun, oldest first; some of them may have ended.
-    begun: Arc<Mutex<Vec<Weak<State>>>>,
+    begun: Arc<Mutex<Vec<(Weak<State>, Memory)>>>,
     /// A query that has not had its turn after this long is refused.
     within: Duration,
     memory: Memory,
@@ -358,30 +358,37 @@ impl Turns {
             }
         };
         stop.check()?;
-        let mut all = self.begun.lock();
-        all.retain(|state| state.strong_count() > 0);
-        all.push(stop.state());
-        drop(all);
         let memory = self.memory.of_query(self.memory_max);
+        let mut all = self.begun.lock();
+        all.retain(|(state, _)| state.strong_count() > 0);
+        all.push((stop.state(), memory.clone()));
+        drop(all);
         let queued = begun.elapsed();
         let (turns, activities) = (self.turns.clone(), self.activities.clone());
         Ok(Query { stop, memory, turns, turn: Some(turn), queued, activities, now_ms: 0, underway: None })
     }
 
-    /// Ends the oldest query for this reason: what asks for little is done before it is the oldest. While one that was
-    /// told to end has not yet done so, another is only told when `at_once`. False when none was told.
+    /// Ends the query that holds the most memory for this reason, and the oldest of those that hold about as much: what
+    /// asks for little is done before it is the oldest. While one that was told to end has not yet done so, another is only
+    /// told when `at_once`. False when none was told.
     pub fn shed(&self, why: &str, at_once: bool) -> bool {
-        for state in self.begun.lock().iter().filter_map(Weak::upgrade) {
-            if state.shed.get().is_none() && state.shed.set(why.to_owned()).is_ok() {
-                state.raised.store(true, Ordering::Relaxed);
-                state.shedding.notify_one();
-                return true;
-            }
-            if !at_once {
-                return false;
-            }
+        /// Parts of the limit that are told apart: operators hold more than they say.
+        const PARTS: usize = 64;
+        let step = (self.memory.limit() / PARTS).max(1);
+        let begun = self.begun.lock();
+        let running: Vec<_> = begun.iter().filter_map(|(state, memory)| Some((state.upgrade()?, memory))).collect();
+        let (told, others): (Vec<_>, Vec<_>) = running.into_iter().partition(|(state, _)| state.shed.get().is_some());
+        if !told.is_empty() && !at_once {
+            return false;
         }
-        false
+        // The first of equals is wanted, and the last one is what `max_by_key` gives.
+        let most = others.into_iter().rev().max_by_key(|(_, memory)| memory.held_by_query() / step);
+        most.is_some_and(|(state, _)| {
+            let is_first = state.shed.set(why.to_owned()).is_ok();
+            state.raised.store(true, Ordering::Relaxed);
+            state.shedding.notify_one();
+            is_first
+        })
     }
 }
 
@@ -445,6 +452,17 @@ mod tests {
         assert!(turns.shed("short", true));
         assert_eq!(kind(third.stop().check()), ErrorKind::LimitExceeded);
         assert!(!turns.shed("short", true));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_query_that_holds_the_most_ends_first() {
+        let turns = turns();
+        let (old, large) = (turns.begin(MINUTE).await.unwrap(), turns.begin(MINUTE).await.unwrap());
+        let mut held = large.memory().reserve(crate::memory::Kind::Queries);
+        held.grow(1 << 18).unwrap();
+        assert!(turns.shed("short", false));
+        assert!(old.stop().check().is_ok());
+        assert_eq!(kind(large.stop().check()), ErrorKind::LimitExceeded);
     }
 
     #[tokio::test(start_paused = true)]
