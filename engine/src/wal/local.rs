@@ -273,8 +273,22 @@ impl Local {
         Ok(newest)
     }
 
-    /// Position, name and bytes of each segment, in order, read when asked for.
+    /// Position, name and bytes of each segment, in order, read when asked for. They are durable: a process that was killed
+    /// may have left bytes which the next one sees and a power loss would still take, from behind what was stored on the
+    /// strength of them.
+    ///
+    /// # Errors
+    /// `Unavailable` when they can't be made durable; reading errors.
     pub(super) fn chunks(&self) -> Result<BoxStream<'static, Result<(u64, String, Bytes)>>> {
+        let segments = self.list()?;
+        if let Some((_, newest)) = segments.last() {
+            let path = self.dir.join(newest);
+            let settled =
+                self.fs.open(&path).and_then(|mut file| file.sync()).and_then(|()| self.fs.sync_dir(&self.dir));
+            settled.map_err(|e| {
+                Error::unavailable(format!("log segment {} can't be synced", path.display())).with_source(e)
+            })?;
+        }
         let (fs, dir) = (self.fs.clone(), self.dir.clone());
         let read = move |(first, name): (u64, String)| {
             let path = dir.join(&name);
@@ -283,16 +297,7 @@ impl Local {
                 Err(e) => Err(Error::from(e).context(format_args!("read {}", path.display()))),
             }
         };
-        Ok(futures::stream::iter(self.list()?).map(read).boxed())
-    }
-
-    /// Makes durable what was read of a file. A process that was killed may have left bytes which the next one sees and
-    /// a power loss would still take.
-    pub(super) fn settle(&self, name: &str) -> Result<()> {
-        let path = self.dir.join(name);
-        let settled = self.fs.open(&path).and_then(|mut file| file.sync()).and_then(|()| self.fs.sync_dir(&self.dir));
-        settled
-            .map_err(|e| Error::unavailable(format!("log segment {} can't be synced", path.display())).with_source(e))
+        Ok(futures::stream::iter(segments).map(read).boxed())
     }
 }
 

@@ -288,11 +288,8 @@ impl Replay {
     /// The log, open behind what was read. Call it when [`Replay::next`] has returned `None`.
     ///
     /// # Errors
-    /// What was read can't be made durable.
+    /// The mark can't be made durable.
     pub(crate) fn finish(mut self) -> Result<Wal> {
-        if let (Storage::Local(local), Some(last)) = (&self.storage, &self.current) {
-            local.settle(&last.name)?;
-        }
         let (mut next, mut durable) = (self.end, self.durable);
         if let Some(fence) = self.fence.take() {
             if let Storage::Objects(objects) = &mut self.storage {

@@ -762,3 +762,17 @@ fn what_was_deleted_is_made_to_stay_so() {
     assert_eq!(look(false), (Some(None), true));
     assert_eq!(look(true), (None, true));
 }
+
+/// A process that was killed may leave bytes which a power loss still takes.
+#[test]
+fn what_is_replayed_is_durable_first() {
+    let (dir, registry) = (tempfile::tempdir().unwrap(), registry());
+    let (_, _, mut wal) = block_on(reopen(local(dir.path()), 1)).unwrap();
+    block_on(put(&mut wal, &registry, 1.0)).unwrap();
+    drop(wal);
+    let faults = Faults::default();
+    let fs = Arc::new(Faulty::new(Arc::new(Disk), faults.clone()));
+    block_on(Replay::open(Storage::local(fs, dir.path()), 2)).unwrap();
+    let (calls, segment) = (faults.calls(), segments(dir.path()).pop().unwrap().1);
+    assert!(calls.iter().any(|c| c.what == "sync" && c.path == segment), "before the first record: {calls:?}");
+}
