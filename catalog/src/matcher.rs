@@ -1,5 +1,6 @@
 //! Matchers: the predicates on tags that all query languages come down to.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::LazyLock;
 
@@ -140,6 +141,24 @@ impl Matcher {
         }
     }
 
+    /// The values that it may hold for, when these are few and known: of `=`, and of patterns such as `a|b` or `(a|b)`.
+    pub fn values(&self) -> Option<Vec<Cow<'_, str>>> {
+        match self.op {
+            MatchOp::Eq => Some(vec![Cow::Borrowed(&self.value)]),
+            MatchOp::Re => alternatives(&self.value),
+            MatchOp::Ne | MatchOp::Nre => None,
+        }
+    }
+
+    /// What all values begin with that it holds for, as far as that is easily seen.
+    pub fn prefix(&self) -> String {
+        match self.op {
+            MatchOp::Eq => self.value.clone(),
+            MatchOp::Re => literal_prefix(&self.value),
+            MatchOp::Ne | MatchOp::Nre => String::new(),
+        }
+    }
+
     /// Whether a tag set matches.
     pub fn matches_set(&self, tags: &TagSet) -> bool {
         self.matches(tags.get(&self.name).unwrap_or(""))
@@ -183,6 +202,74 @@ impl Patterns {
         }
         Ok(())
     }
+}
+
+/// A character of a pattern.
+enum Letter {
+    /// It stands for itself.
+    Literal(char),
+    Bar,
+    /// Anything else, which begins at this place.
+    Other(usize),
+}
+
+/// The characters of a pattern up to the first that is neither literal nor `|`.
+fn letters(pattern: &str) -> impl Iterator<Item = Letter> {
+    let mut chars = pattern.char_indices();
+    let mut ended = false;
+    std::iter::from_fn(move || {
+        if ended {
+            return None;
+        }
+        let (at, c) = chars.next()?;
+        let letter = match c {
+            '|' => Letter::Bar,
+            '\\' => match chars.next() {
+                Some((_, c)) if c.is_ascii_punctuation() => Letter::Literal(c),
+                _ => Letter::Other(at),
+            },
+            '.' | '+' | '*' | '?' | '(' | ')' | '[' | ']' | '{' | '}' | '^' | '$' => Letter::Other(at),
+            c => Letter::Literal(c),
+        };
+        ended = matches!(letter, Letter::Other(_));
+        Some(letter)
+    })
+}
+
+/// The texts of a pattern that is nothing but texts with `|` between them, perhaps in brackets.
+fn alternatives(pattern: &str) -> Option<Vec<Cow<'_, str>>> {
+    let inner = pattern.strip_prefix('(').and_then(|p| p.strip_suffix(')'));
+    let inner = inner.map(|p| p.strip_prefix("?:").unwrap_or(p));
+    let mut texts = vec![String::new()];
+    for letter in letters(inner.unwrap_or(pattern)) {
+        match letter {
+            Letter::Literal(c) => texts.last_mut()?.push(c),
+            Letter::Bar => texts.push(String::new()),
+            Letter::Other(_) => return None,
+        }
+    }
+    Some(texts.into_iter().map(Cow::Owned).collect())
+}
+
+/// The text with which a pattern without alternatives begins.
+fn literal_prefix(pattern: &str) -> String {
+    if pattern.contains('|') {
+        return String::new();
+    }
+    let mut prefix = String::new();
+    for letter in letters(pattern) {
+        match letter {
+            Letter::Literal(c) => prefix.push(c),
+            Letter::Bar => return String::new(),
+            Letter::Other(at) => {
+                // The character before may be there no time at all.
+                if pattern[at..].starts_with(['*', '?', '{']) {
+                    prefix.pop();
+                }
+            }
+        }
+    }
+    prefix
 }
 
 /// A pattern's program, and what it has at most.
@@ -323,6 +410,41 @@ mod tests {
         check(Nre, "a.*", "b", true);
         check(Nre, "a.*", "abc", false);
         check(Nre, "", "", false);
+    }
+
+    #[test]
+    fn values_and_prefixes_are_seen() {
+        use MatchOp::{Eq, Ne, Nre, Re};
+        let check = |op, pattern: &str, values: Option<&[&str]>, prefix: &str| {
+            let m = Matcher::new("k", op, pattern).unwrap();
+            let found = m.values();
+            let found = found.as_ref().map(|v| v.iter().map(|c| &**c).collect::<Vec<_>>());
+            assert_eq!((found.as_deref(), &*m.prefix()), (values, prefix), "{op:?} {pattern:?}");
+            for value in values.unwrap_or_default() {
+                assert!(m.matches(value), "{op:?} {pattern:?} {value:?}");
+            }
+        };
+        check(Eq, "a.b", Some(&["a.b"]), "a.b");
+        check(Ne, "a", None, "");
+        check(Nre, "a|b", None, "");
+        check(Re, "a|bc", Some(&["a", "bc"]), "");
+        check(Re, "(a|b\\.c|)", Some(&["a", "b.c", ""]), "");
+        check(Re, "(?:a|b)", Some(&["a", "b"]), "");
+        check(Re, "a\\-b", Some(&["a-b"]), "a-b");
+        check(Re, "10\\.0\\..+", None, "10.0.");
+        check(Re, "ab*", None, "a");
+        check(Re, "ab?c", None, "a");
+        check(Re, "ab{0,2}", None, "a");
+        check(Re, "ab+", None, "ab");
+        check(Re, "\u{e9}\u{fc}*", None, "\u{e9}");
+        check(Re, "a(b|c)", None, "");
+        check(Re, "(a)(b)", None, "");
+        check(Re, "(?i)a", None, "");
+        check(Re, "(?i:a)", None, "");
+        check(Re, "ab\\d", None, "ab");
+        check(Re, "a^b", None, "a");
+        check(Re, "(a|b).*", None, "");
+        check(Re, "", Some(&[""]), "");
     }
 
     #[test]

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 
+use crate::postings::{ActivePostings, Narrow};
 use crate::slots::Slots;
 use crate::tag::METRIC_NAME;
 use crate::tag_values::Known;
@@ -114,6 +115,8 @@ pub struct Registry {
     metrics: RwLock<HashedMap<i64, Metric>>,
     /// Values of tags that were asked for.
     known: Mutex<Known>,
+    /// Sets by the values of tags that were asked for.
+    postings: ActivePostings,
     /// How often sets have been retired.
     retirements: AtomicU64,
     len: AtomicUsize,
@@ -134,6 +137,7 @@ impl Registry {
             slots: RwLock::default(),
             metrics: RwLock::default(),
             known: Mutex::default(),
+            postings: ActivePostings::default(),
             retirements: AtomicU64::new(0),
             len: AtomicUsize::new(0),
             refused: AtomicU64::new(0),
@@ -312,23 +316,55 @@ impl Registry {
         alive
     }
 
-    /// Calls `visit` with every active set whose metric name satisfies `metric`, without copying any label. Locks are
-    /// held meanwhile: neither closure may call the registry.
-    pub fn for_each(&self, mut metric: impl FnMut(&str) -> bool, mut visit: impl FnMut(Ordinal, &Arc<Series>)) {
+    /// Calls `visit` with every active set whose metric name satisfies `metric`, without copying any label; sets for which
+    /// the matchers of `narrow` do not hold may be left out. Locks are held meanwhile: no closure may call the registry.
+    pub fn for_each(
+        &self,
+        mut metric: impl FnMut(&str) -> bool,
+        narrow: Option<&mut Narrow<'_>>,
+        mut visit: impl FnMut(Ordinal, &Arc<Series>),
+    ) {
         let metrics = self.metrics.read();
         let slots = self.slots.read();
+        let found = narrow.and_then(|narrow| self.postings.narrowed(None, (&slots, self.len()), narrow));
+        if let Some(found) = found {
+            let mut named = |ordinal, series: &Arc<Series>| {
+                if metric(series.tags.metric()) {
+                    visit(ordinal, series);
+                }
+            };
+            return visit_sets(&slots, &found, &mut named);
+        }
         for m in metrics.values().filter(|m| metric(&m.name)) {
             visit_sets(&slots, &m.ordinals, &mut visit);
         }
     }
 
     /// As [`Registry::for_each`] for the one metric with this name.
-    pub fn for_each_of(&self, metric: &str, mut visit: impl FnMut(Ordinal, &Arc<Series>)) {
+    pub fn for_each_of(
+        &self,
+        metric: &str,
+        narrow: Option<&mut Narrow<'_>>,
+        mut visit: impl FnMut(Ordinal, &Arc<Series>),
+    ) {
         let Ok(tags) = crate::tag::tag_set(&[(METRIC_NAME, metric)]) else { return };
         let code = self.hasher.id(tags.as_bytes()).code;
         let metrics = self.metrics.read();
         let Some(m) = metrics.get(&code.0) else { return };
-        visit_sets(&self.slots.read(), &m.ordinals, &mut visit);
+        let slots = self.slots.read();
+        let among = Some(m.ordinals.as_slice());
+        let found = narrow.and_then(|narrow| self.postings.narrowed(among, (&slots, self.len()), narrow));
+        visit_sets(&slots, found.as_deref().unwrap_or(&m.ordinals), &mut visit);
+    }
+
+    /// Bytes that the indexes of tags take, about.
+    pub fn index_bytes(&self) -> usize {
+        self.postings.bytes()
+    }
+
+    /// Bounds what the indexes of tags take anew.
+    pub fn limit_indexes(&self, bytes: usize) {
+        self.postings.limit(bytes);
     }
 
     /// The distinct values that the active sets have for a tag, sorted. Asked for again it costs what was published
@@ -455,7 +491,7 @@ mod tests {
 
     fn of(r: &Registry, metric: &str) -> Vec<Ordinal> {
         let mut out = Vec::new();
-        r.for_each_of(metric, |o, _| out.push(o));
+        r.for_each_of(metric, None, |o, _| out.push(o));
         out
     }
 
@@ -498,7 +534,7 @@ mod tests {
         assert_eq!(r.get_many(&[1, 5, 0]).iter().map(Option::is_some).collect::<Vec<_>>(), [true, false, true]);
         assert_eq!((of(&r, "a"), of(&r, "b"), of(&r, "c")), (vec![0], vec![1], vec![]));
         let mut names = Vec::new();
-        r.for_each(|m| m > "a", |_, s| names.push(s.tags.metric().to_owned()));
+        r.for_each(|m| m > "a", None, |_, s| names.push(s.tags.metric().to_owned()));
         assert_eq!(names, ["b"]);
     }
 
@@ -574,7 +610,7 @@ mod tests {
                 scope.spawn(|| {
                     while r.len() < 2000 {
                         let mut n = 0;
-                        r.for_each(|_| true, |_, s| n += s.tags.as_bytes().len());
+                        r.for_each(|_| true, None, |_, s| n += s.tags.as_bytes().len());
                         for o in 0..r.ordinals() as Ordinal {
                             let s = r.get(o).unwrap();
                             assert_eq!(r.lookup(s.id).unwrap(), Some(o));

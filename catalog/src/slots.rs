@@ -59,12 +59,18 @@ impl Slots {
 
     /// The active sets from this ordinal on.
     pub fn from(&self, ordinal: usize) -> impl Iterator<Item = &Arc<Series>> {
+        self.numbered(ordinal).map(|(_, series)| series)
+    }
+
+    /// The active sets from this ordinal on with their ordinals, which ascend.
+    pub fn numbered(&self, ordinal: usize) -> impl Iterator<Item = (Ordinal, &Arc<Series>)> {
         let chunks = self.chunks.iter().enumerate().skip(ordinal / CHUNK);
         let slots = chunks.flat_map(move |(number, chunk)| {
             let begun = ordinal.saturating_sub(number * CHUNK);
-            chunk.iter().flat_map(move |slots| slots.iter().skip(begun))
+            let slots = chunk.iter().flatten().enumerate().skip(begun);
+            slots.map(move |(at, slot)| ((number * CHUNK + at) as Ordinal, slot))
         });
-        slots.filter_map(|slot| slot.series.as_ref())
+        slots.filter_map(|(ordinal, slot)| Some((ordinal, slot.series.as_ref()?)))
     }
 
     /// The active sets with their ordinals and the second of their last row.

@@ -10,6 +10,7 @@ mod read;
 mod tests;
 mod write;
 
+use std::ops::Deref;
 use std::sync::{Arc, LazyLock};
 
 use arrow::datatypes::{DataType, Field, Fields, Schema, SchemaRef};
@@ -19,6 +20,7 @@ use parking_lot::Mutex;
 use object_store::ObjectStore;
 
 use crate::files::TagPart;
+use crate::postings::{self, Made, Narrow, Postings};
 use crate::tables::with_field_id;
 use crate::{Error, ErrorKind, Registry, Result, Series, TagSet, TagValues};
 
@@ -54,6 +56,23 @@ pub type Admit<'a> = &'a mut (dyn FnMut(usize) -> Result<()> + Send);
 
 /// What a set that is read takes in memory until it is dropped, about.
 pub const SET_BYTES: usize = 400;
+
+/// The sets of one metric in one part.
+#[derive(Debug, Clone)]
+pub struct MetricSets {
+    /// Sorted by their canonical form.
+    sets: Arc<Vec<Arc<Series>>>,
+    part: i64,
+    metric: u32,
+}
+
+impl Deref for MetricSets {
+    type Target = [Arc<Series>];
+
+    fn deref(&self) -> &[Arc<Series>] {
+        &self.sets
+    }
+}
 
 /// Which metrics' sets to load.
 #[derive(Clone, Copy)]
@@ -147,12 +166,32 @@ impl TagParts {
         parts: &[Arc<TagPart>],
         filter: MetricFilter<'_>,
         admit: Admit<'_>,
-    ) -> Result<Vec<Arc<Vec<Arc<Series>>>>> {
+    ) -> Result<Vec<MetricSets>> {
         let mut out = Vec::new();
         for part in parts {
             self.load_part(part, filter, admit, &mut out).await.map_err(|e| self.in_part(e, part))?;
         }
         Ok(out)
+    }
+
+    /// The positions of those sets for which the matchers of `narrow` may hold; `None` when all are to be looked at.
+    pub fn narrowed(&self, of: &MetricSets, narrow: &mut Narrow<'_>) -> Option<Vec<u32>> {
+        let MetricSets { sets, part, metric } = of;
+        postings::narrowed_list(sets, narrow, |tag| {
+            let tag: Arc<str> = tag.into();
+            let made = self.cache.lock().postings(*part, *metric, &tag);
+            let made = match made {
+                Some(Made::Ready(postings)) => return Some(postings),
+                Some(Made::Dear) => return None,
+                Some(Made::Asked) => Made::Ready(Arc::new(Postings::of(&tag, sets))),
+                None => Made::Asked,
+            };
+            self.cache.lock().put_postings(*part, *metric, tag, made.clone());
+            match made {
+                Made::Ready(postings) => Some(postings),
+                _ => None,
+            }
+        })
     }
 
     /// The distinct values of a tag in each of these parts.

@@ -14,6 +14,7 @@ use std::sync::atomic::Ordering;
 
 use catalog::files::{Commit, DataFile, TagPart};
 use catalog::registry::PassThrough;
+use catalog::tag_parts::MetricSets;
 use catalog::{Error, ErrorKind, MetricFilter, PartHeader, Result, Series, TableSchema, tag_parts};
 
 use crate::cut::Taken;
@@ -591,7 +592,7 @@ async fn load(
     part: &Arc<TagPart>,
     filter: MetricFilter<'_>,
     held: &mut Reservation,
-) -> Result<Vec<Arc<Vec<Arc<Series>>>>> {
+) -> Result<Vec<MetricSets>> {
     let mut admit = |bytes| {
         held.force(bytes);
         Ok(())

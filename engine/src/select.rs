@@ -14,8 +14,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use catalog::files::TagPart;
 use catalog::registry::PassThrough;
 use catalog::tag::METRIC_NAME;
+use catalog::tag_parts::MetricSets;
 use catalog::{
-    Error, MatchOp, Matcher, MetricFilter, Ordinal, Registry, Result, Series, TableSchema, TagSet, TagValues, tag_parts,
+    Error, MatchOp, Matcher, MetricFilter, Narrow, Ordinal, Registry, Result, Series, TableSchema, TagSet, TagValues,
+    tag_parts,
 };
 
 use crate::engine::Inner;
@@ -299,7 +301,7 @@ fn kept_from(version: &Version, table: &TableSchema, start_ms: i64) -> i64 {
 /// The places to look for tag sets.
 struct Sources {
     active: bool,
-    parts: Vec<Arc<Vec<Arc<Series>>>>,
+    parts: Vec<MetricSets>,
 }
 
 impl Sources {
@@ -339,7 +341,8 @@ impl Sources {
         mut visit: impl FnMut(Ordinal, &Arc<Series>) -> bool,
     ) -> Result<()> {
         // Names were matched when the metrics were chosen.
-        let mut filter = Filter::new(selection.matchers.iter().filter(|m| m.name() != METRIC_NAME));
+        let tags = || selection.matchers.iter().filter(|m| m.name() != METRIC_NAME);
+        let mut filter = Filter::new(tags());
         stop.check()?;
         let mut pace = stop.pace();
         // A matcher looks for its tag; a regular expression that is large looks at each letter many times.
@@ -348,6 +351,10 @@ impl Sources {
         let mut go_on = true;
         let name = exact_name(&selection.matchers);
         let names = Names::of(&selection.matchers, stop);
+        // What stops while an index is asked is seen below.
+        let mut asked = stop.pace();
+        let mut holds = |m: &Matcher, value: &str| asked.step(16 << 10).is_ok() && m.matches(value);
+        let mut narrow = Narrow::new(tags(), &mut holds);
         if self.active {
             let mut each = |ordinal, series: &Arc<Series>| {
                 *candidates += 1;
@@ -359,18 +366,25 @@ impl Sources {
                 }
             };
             match name {
-                Some(name) => inner.registry.for_each_of(name, &mut each),
-                None => inner.registry.for_each(|m| names.want(m), &mut each),
+                Some(name) => inner.registry.for_each_of(name, Some(&mut narrow), &mut each),
+                None => inner.registry.for_each(|m| names.want(m), Some(&mut narrow), &mut each),
             }
         }
-        for series in self.parts.iter().flat_map(|p| p.iter()) {
-            if !go_on {
-                break;
-            }
-            *candidates += 1;
-            pace.step(cost)?;
-            if filter.matches(&series.tags) {
-                go_on = visit(NO_ORDINAL, series);
+        for part in &self.parts {
+            let narrowed = inner.parts.narrowed(part, &mut narrow);
+            let (all, some) = match &narrowed {
+                None => (&part[..], &[][..]),
+                Some(some) => (&[][..], &some[..]),
+            };
+            for series in all.iter().chain(some.iter().map(|at| &part[*at as usize])) {
+                if !go_on {
+                    break;
+                }
+                *candidates += 1;
+                pace.step(cost)?;
+                if filter.matches(&series.tags) {
+                    go_on = visit(NO_ORDINAL, series);
+                }
             }
         }
         stopped?;

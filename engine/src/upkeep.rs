@@ -274,7 +274,9 @@ impl Inner {
         let limit = self.settings.memory_limit / parts;
         self.segments.limit_cache(limit);
         self.parts.limit_cache(limit);
-        self.memory.note(Kind::Caches, self.segments.cached_bytes() + self.parts.cached_bytes());
+        self.registry.limit_indexes(limit / 2);
+        let caches = [self.segments.cached_bytes(), self.parts.cached_bytes(), self.registry.index_bytes()];
+        self.memory.note(Kind::Caches, caches.iter().sum());
     }
 
     fn set_gauges(&self) {

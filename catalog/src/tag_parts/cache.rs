@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use super::read::Index;
+use crate::postings::{Made, Postings};
 use crate::{Series, TagValues};
 
 /// A part's id, and what of it.
@@ -16,6 +17,8 @@ pub(super) enum What {
     Sets(u32),
     /// The values of this tag.
     Values(Arc<str>),
+    /// The index of this tag in the sets of the metric with this number.
+    Postings(u32, Arc<str>),
 }
 
 #[derive(Debug, Clone)]
@@ -23,6 +26,7 @@ pub(super) enum Entry {
     Index(Arc<Index>),
     Sets(Arc<Vec<Arc<Series>>>),
     Values(Arc<TagValues>),
+    Postings(Made<Arc<Postings>>),
 }
 
 #[derive(Debug)]
@@ -84,6 +88,27 @@ impl Cache {
             Some(Entry::Values(values)) => Some(values),
             _ => None,
         }
+    }
+
+    /// The index of a tag; `None` when it was not asked for before.
+    pub(super) fn postings(&mut self, part: i64, metric: u32, tag: &Arc<str>) -> Option<Made<Arc<Postings>>> {
+        match self.get(&(part, What::Postings(metric, tag.clone()))) {
+            Some(Entry::Postings(made)) => Some(made),
+            _ => None,
+        }
+    }
+
+    /// Keeps the index of a tag, or that there is none.
+    pub(super) fn put_postings(&mut self, part: i64, metric: u32, tag: Arc<str>, made: Made<Arc<Postings>>) {
+        let (made, bytes) = match made {
+            Made::Ready(postings) if postings.bytes() <= self.limit / 4 => {
+                let bytes = postings.bytes();
+                (Made::Ready(postings), bytes)
+            }
+            Made::Ready(_) | Made::Dear => (Made::Dear, size_of::<Slot>()),
+            Made::Asked => (Made::Asked, size_of::<Slot>()),
+        };
+        self.put((part, What::Postings(metric, tag)), Entry::Postings(made), bytes);
     }
 
     fn get(&mut self, key: &Key) -> Option<Entry> {

@@ -20,7 +20,7 @@ use parquet::file::metadata::{PageIndexPolicy, ParquetMetaData, ParquetMetaDataP
 use parquet::file::reader::{ChunkReader, Length};
 
 use super::cache::{Entry, What};
-use super::{Admit, FORMAT, MetricFilter, SET_BYTES, TagParts};
+use super::{Admit, FORMAT, MetricFilter, MetricSets, SET_BYTES, TagParts};
 use crate::files::TagPart;
 use crate::tag::METRIC_NAME;
 use crate::{Error, Result, Series, TagSet, TagSetBuilder, TagValues};
@@ -72,7 +72,7 @@ impl TagParts {
         part: &TagPart,
         filter: MetricFilter<'_>,
         admit: Admit<'_>,
-        out: &mut Vec<Arc<Vec<Arc<Series>>>>,
+        out: &mut Vec<MetricSets>,
     ) -> Result<()> {
         let cached = self.cache.lock().index(part.id);
         let (index, mut fetched) = match cached {
@@ -96,7 +96,8 @@ impl TagParts {
                 *slot = read.next();
             }
         }
-        out.extend(sets.into_iter().flatten());
+        let of_metrics = wanted.into_iter().zip(sets);
+        out.extend(of_metrics.filter_map(|(metric, sets)| Some(MetricSets { sets: sets?, part: part.id, metric })));
         Ok(())
     }
 

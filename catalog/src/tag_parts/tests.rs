@@ -62,7 +62,7 @@ async fn stored(parts: &[EncodedPart], cache_bytes: usize) -> (Arc<Counting>, Ta
     (store, reader, parts.iter().map(|p| Arc::new(p.part.clone())).collect())
 }
 
-fn labels(lists: &[Arc<Vec<Arc<Series>>>]) -> Vec<String> {
+fn labels(lists: &[MetricSets]) -> Vec<String> {
     lists.iter().flat_map(|l| l.iter()).map(|s| format!("{:?}", s.tags)).collect()
 }
 
@@ -125,7 +125,7 @@ async fn one_metric_is_read_without_the_rest_and_once() {
     assert_eq!(lists.iter().map(|l| l.len()).collect::<Vec<_>>(), [1000; 3]);
     let read = store.bytes.load(Ordering::Relaxed);
     let again = reader.load(&parts, MetricFilter::Where(two), &mut |_| Ok(())).await.unwrap();
-    assert!(Arc::ptr_eq(&again[1], &one[0]));
+    assert!(Arc::ptr_eq(&again[1].sets, &one[0].sets));
     assert_eq!(read, store.bytes.load(Ordering::Relaxed), "cached");
     let all = reader.load(&parts, MetricFilter::All, &mut |_| Ok(())).await.unwrap();
     assert_eq!((all.len(), labels(&all).len()), (40, 40_000));

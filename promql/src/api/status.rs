@@ -157,7 +157,7 @@ pub(super) async fn tsdb(api: &Api, form: &Form) -> Result<Reply> {
 
 fn statistics(registry: &Registry, limit: usize) -> Reply {
     let mut all = Vec::with_capacity(registry.len());
-    registry.for_each(|_| true, |_, series: &Arc<Series>| all.push(series.clone()));
+    registry.for_each(|_| true, None, |_, series: &Arc<Series>| all.push(series.clone()));
     let mut metrics: HashMap<&str, u64> = HashMap::new();
     let mut pairs: HashMap<(&str, &str), u64> = HashMap::new();
     let mut bytes: HashMap<&str, u64> = HashMap::new();
