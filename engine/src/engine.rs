@@ -236,6 +236,9 @@ impl Engine {
         running.tasks.spawn_on(upkeep::run_flusher(inner.clone()), &inner.cpu);
         running.tasks.spawn_on(upkeep::run_compactor(inner.clone()), &inner.cpu);
         running.tasks.spawn_on(upkeep::run_follower(inner.clone()), &inner.cpu);
+        if inner.settings.own_threads {
+            running.tasks.spawn_on(upkeep::warm(inner.clone()), &inner.cpu);
+        }
         running.tasks.close();
         Ok(Self { running: Arc::new(running) })
     }
@@ -302,6 +305,19 @@ impl Engine {
         end_ms: i64,
     ) -> Result<SeriesSet> {
         crate::select::given(self.inner(), table, tags, start_ms, end_ms)
+    }
+
+    /// What of a table is in memory and not in files.
+    pub fn in_memory(&self, table: &TableSchema) -> InMemory {
+        let version = self.inner().version();
+        let memtables = version.table(table.id).into_iter().flat_map(|t| t.memtables());
+        memtables.fold(InMemory::default(), |all, m| InMemory {
+            blocks: all.blocks + m.blocks(),
+            times: match (all.times, m.ts_range()) {
+                (Some((min, max)), Some((from, to))) => Some((min.min(from), max.max(to))),
+                (known, other) => known.or(other),
+            },
+        })
     }
 
     /// Calls `visit` once for each distinct tag set that [`Engine::select`] would return, in no order, without
@@ -511,6 +527,15 @@ impl Engine {
         inner.files.close().await;
         result
     }
+}
+
+/// What of a table is in memory and not in files.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct InMemory {
+    /// Blocks of packed samples.
+    pub blocks: u64,
+    /// Least and greatest time, milliseconds since the epoch; `None` without any row.
+    pub times: Option<(i64, i64)>,
 }
 
 impl Drop for Running {

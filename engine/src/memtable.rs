@@ -101,6 +101,14 @@ impl Memtable {
         }
     }
 
+    /// Blocks of packed samples, those that still grow among them; none of tables that are not packed.
+    pub fn blocks(&self) -> u64 {
+        match &self.form {
+            Form::Series(form) => form.blocks(),
+            Form::Batches(_) => 0,
+        }
+    }
+
     /// The tag sets that have rows, ascending.
     pub fn ordinals(&self) -> Vec<Ordinal> {
         match &self.form {

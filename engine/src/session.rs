@@ -345,8 +345,14 @@ pub fn error_of(e: DataFusionError) -> Error {
                 root => Error::new(kind_of(root), root.strip_backtrace()),
             },
         },
+        DataFusionError::ResourcesExhausted(text) => Error::limit_exceeded(refusal(&text)),
         e => Error::new(kind_of(&e), e.strip_backtrace()),
     }
+}
+
+/// What the account of memory said, without what DataFusion puts around it.
+fn refusal(text: &str) -> &str {
+    text.rsplit_once("Error: ").map_or(text, |(_, said)| said)
 }
 
 fn kind_of(e: &DataFusionError) -> ErrorKind {

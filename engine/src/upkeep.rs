@@ -6,12 +6,13 @@
 //! the version in which they stand for the memtable. Trimming: segments of the log that no memtable needs are deleted.
 //! A failed write leaves the memtable where it is, readable, and is tried again.
 
+use std::cmp::Reverse;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use catalog::files::Commit;
-use catalog::{Error, Result};
+use catalog::{Error, MetricFilter, Result};
 use tokio::time::Instant;
 
 use crate::engine::CACHE_PARTS;
@@ -40,6 +41,47 @@ const SCARCE_CACHE_PARTS: usize = 128;
 const WORTH_FLUSHING_PARTS: usize = 32;
 /// Wait after a failed flush.
 const RETRY: Duration = Duration::from_secs(5);
+
+/// Rows of the newest files whose indexes are made at start, and tag sets that are read.
+const WARM_ROWS: u64 = 16 << 20;
+const WARM_SETS: u64 = 64 << 10;
+
+/// Reads what the first queries would have to read first: where the rows of the newest files are, and the tag sets of the
+/// newest days. What fails here is told when a query needs it.
+pub(crate) async fn warm(inner: Arc<Inner>) {
+    let stopping = inner.stopping.clone();
+    let work = async {
+        let version = inner.version();
+        let mut files: Vec<_> =
+            version.tables.iter().flat_map(|t| t.files.iter().map(|f| (t.schema.clone(), f.clone()))).collect();
+        files.sort_by_key(|(_, f)| Reverse(f.ts_max));
+        let mut parts = version.parts.to_vec();
+        parts.sort_by_key(|p| Reverse((p.day, p.seq)));
+        let (mut rows, mut sets) = (WARM_ROWS, WARM_SETS);
+        for part in parts {
+            let Some(left) = sets.checked_sub(part.sets) else { break };
+            sets = left;
+            let mut held = inner.memory.reserve(Kind::Files);
+            let mut admit = |bytes| held.grow(bytes);
+            inner.parts.load(&[part], MetricFilter::All, &mut admit).await?;
+        }
+        for (table, file) in files {
+            let Some(left) = rows.checked_sub(file.rows) else { break };
+            rows = left;
+            if inner.memory.is_scarce() {
+                break;
+            }
+            inner.segments.warm(&table, &file).await?;
+        }
+        Ok::<_, Error>(())
+    };
+    tokio::select! {
+        done = work => if let Err(error) = done {
+            tracing::debug!(%error, "not all that queries need first was read at start");
+        },
+        () = stopping.cancelled() => {}
+    }
+}
 
 impl Inner {
     /// Replaces the version. `change` sees the present one; changes run one after another.

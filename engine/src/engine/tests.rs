@@ -741,3 +741,54 @@ async fn metadata_alone_are_saved_when_the_log_grows() {
     assert_eq!(logs(dir.path()), Vec::<std::path::PathBuf>::new());
     assert!(!engine.inner().freeze_due().await);
 }
+
+#[tokio::test]
+async fn what_queries_need_first_is_read_at_start() {
+    let (dir, store) = (tempfile::tempdir().unwrap(), bucket());
+    let engine = open(dir.path(), &store).await;
+    engine.write(request(&engine, &[("a", NOW, 1.0), ("b", NOW, 2.0)])).await.unwrap();
+    engine.flush().await.unwrap();
+    engine.shutdown(Duration::from_secs(10)).await.unwrap();
+    // Nothing runs beside this test.
+    let settings = Settings { own_threads: false, ..settings(dir.path()) };
+    let engine = Engine::open(settings, components(&store), Extensions::default()).await.unwrap();
+    let cached = || (engine.inner().segments.cached_bytes(), engine.inner().parts.cached_bytes());
+    assert_eq!(cached(), (0, 0));
+    upkeep::warm(engine.inner().clone()).await;
+    let warm = cached();
+    assert!(warm.0 > 0 && warm.1 > 0, "{warm:?}");
+    assert_eq!(query(&engine).await.0, [("a".to_owned(), 1), ("b".to_owned(), 1)].into());
+    assert_eq!(cached(), warm, "there was nothing left to read");
+}
+
+#[tokio::test]
+async fn a_selector_looks_at_few_of_many_sets() {
+    use catalog::{MatchOp, Matcher};
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open(dir.path(), &bucket()).await;
+    let mut encoder = engine.registry().encoder();
+    let refs: Vec<u32> =
+        (0..2000).map(|i| encoder.tags(&mut [("__name__", "m"), ("i", &i.to_string())], None).unwrap()).collect();
+    let columns: Vec<ArrayRef> = vec![
+        Arc::new(UInt32Array::from(refs)),
+        Arc::new(TimestampMillisecondArray::from_iter_values([NOW; 2000]).with_data_type(time_type())),
+        Arc::new(Float64Array::from_iter_values([1.0; 2000])),
+    ];
+    let rows = RecordBatch::try_new(SAMPLES.arrow().clone(), columns).unwrap();
+    let batches = vec![Batch { table: SAMPLES.clone(), rows }];
+    engine.write(Write { tags: encoder.finish(), batches, metadata: vec![] }).await.unwrap();
+    let looked_at = async |op, value: &str, expected: usize| {
+        let matchers = vec![Matcher::equal("__name__", "m"), Matcher::new("i", op, value).unwrap()];
+        let selection = Selection { table: SAMPLES.clone(), matchers, start_ms: NOW, end_ms: NOW };
+        let set = engine.select(&selection, &Stop::default()).await.unwrap();
+        assert_eq!(set.series.len(), expected, "{op:?} {value}");
+        set.candidates()
+    };
+    assert_eq!(looked_at(MatchOp::Eq, "7", 1).await, 2000);
+    assert_eq!(looked_at(MatchOp::Eq, "7", 1).await, 1);
+    engine.flush().await.unwrap();
+    assert!(looked_at(MatchOp::Re, "7|8", 2).await >= 2000, "of the part");
+    assert!(looked_at(MatchOp::Re, "7|8", 2).await <= 4);
+    assert!(looked_at(MatchOp::Re, "19[0-4].", 50).await <= 100);
+    assert!(looked_at(MatchOp::Ne, "7", 1999).await >= 2000);
+}

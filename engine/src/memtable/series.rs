@@ -103,6 +103,15 @@ impl SeriesMemtable {
         self.rows.load(Atomic::Relaxed)
     }
 
+    /// Blocks that are or will be sealed, the open ones among them.
+    pub(super) fn blocks(&self) -> u64 {
+        let chunks = self.chunks.read().clone();
+        let of_chunk = |chunk: &RwLock<Chunk>| {
+            chunk.read().slots.iter().map(|s| u64::from(s.rows.div_ceil(block::ROWS as u32))).sum::<u64>()
+        };
+        chunks.iter().flatten().map(|chunk| of_chunk(chunk)).sum()
+    }
+
     /// Appends in the order of the rows. One caller at a time.
     pub(super) fn append(&self, ordinals: &[Ordinal], samples: Samples<'_>) {
         let n = samples.refs.len();

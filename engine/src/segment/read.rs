@@ -314,6 +314,15 @@ impl Segments {
         work.await.map_err(|e| in_file(e, file))
     }
 
+    /// Reads what every query of a file needs before it knows which rows it wants.
+    pub async fn warm(&self, table: &TableSchema, file: &DataFile) -> Result<()> {
+        let footer = self.footer(table, file).await?;
+        for group in 0..footer.manifest.groups.len() {
+            self.index(table, file, &footer, group, None).await?;
+        }
+        Ok(())
+    }
+
     /// Whether a file may hold rows that the cuts of a request leave out.
     pub async fn loses(&self, request: &Request, file: &DataFile) -> Result<bool> {
         let Some(cuts) = &request.cuts else { return Ok(false) };
