@@ -4,7 +4,7 @@
 //! A client that can read a stream of chunks gets one, of frames of up to a MiB; others get one message of samples, up to a
 //! limit. Both are sorted by labels ([`raw`]).
 
-mod message;
+pub(super) mod message;
 
 use std::sync::Arc;
 

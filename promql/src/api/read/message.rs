@@ -134,7 +134,7 @@ impl From<&Histogram> for HistogramMessage {
 }
 
 /// Appends a field that states its length.
-pub(super) fn field(number: u8, body: &[u8], out: &mut Vec<u8>) {
+pub(in crate::api) fn field(number: u8, body: &[u8], out: &mut Vec<u8>) {
     out.push(number << 3 | 2);
     encode_varint(body.len() as u64, out);
     out.extend_from_slice(body);
