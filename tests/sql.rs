@@ -121,6 +121,17 @@ fn psql_asks_everything_that_people_ask() {
             &["180"],
         );
         check("SELECT 1 + 1", &["2"]);
+        let odd = "SELECT count(*) FROM promql('quantile_over_time(2, requests_total[2h]) + rate(requests_total[2h])')";
+        let said = |level: &str| {
+            let told = psql.try_run(&[&format!("SET client_min_messages = {level}"), odd]);
+            assert!(told.status.success(), "{told:?}");
+            String::from_utf8_lossy(&told.stderr).into_owned()
+        };
+        let warning = "WARNING:  PromQL warning: quantile value should be between 0 and 1, got 2 (1:20)";
+        assert_eq!(said("notice").trim_end(), warning);
+        assert_eq!(said("error"), "");
+        let body = psql.server.client().form("/api/v1/sql", &[("query", odd)]).json();
+        assert_eq!(body["warnings"], serde_json::json!([warning.trim_start_matches("WARNING:  ")]));
         check(
             "SELECT p.tags['job'], o.team, p.value \
              FROM promql('sum by (job) (max_over_time(requests_total[2h]))') p JOIN prometheus.owner o ON o.job = p.tags['job'] \

@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::task::Poll;
 
 use arrow::array::{
     Array, ArrayRef, AsArray, Float64Builder, MapArray, RecordBatch, RecordBatchOptions, StringBuilder,
@@ -28,7 +29,7 @@ use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use datafusion::physical_plan::{
     DisplayAs, DisplayFormatType, ExecutionPlan, ExecutionPlanProperties, PlanProperties, displayable,
 };
-use engine::{Engine, Error, ErrorKind, Stop};
+use engine::{Engine, Error, ErrorKind, Notice, Notices, Stop};
 use futures::{StreamExt, TryStreamExt, stream};
 
 use crate::api::{check_resolution, parse_duration, parse_time};
@@ -207,13 +208,40 @@ impl TableProvider for Answer {
         let Some(inner) = planned.plan else {
             return Err(in_sql(QueryError::bad_data("a text is no table; the query must give series or a number")));
         };
-        let mut state = exec::session(&engine, Arc::new(Notes::new(options.limits.samples_max)));
+        let notes = Arc::new(Notes::new(options.limits.samples_max));
+        for (at, warning) in planned.warnings {
+            notes.warn(at, warning);
+        }
+        let told = session.config().get_extension::<Notices>().map(|to| Arc::new(Told { notes: notes.clone(), to }));
+        let mut state = exec::session(&engine, notes);
         // What stops the statement stops this.
         state.config_mut().options_mut().extensions.insert(Stop::of(session.config_options()));
         let input = state.create_physical_plan(&inner).await.map_err(|e| in_sql(e.into()))?;
         let all: Vec<usize> = (0..schema().fields().len()).collect();
         let columns = projection.cloned().unwrap_or(all);
-        Ok(Arc::new(Rows::new(self.query.clone(), planned.grid, input, state, columns)?))
+        Ok(Arc::new(Rows { told, ..Rows::new(self.query.clone(), planned.grid, input, state, columns)? }))
+    }
+}
+
+/// Has the client told what there is to say of a query: once it has run, or been left.
+#[derive(Debug)]
+struct Told {
+    notes: Arc<Notes>,
+    to: Arc<Notices>,
+}
+
+impl Told {
+    fn tell(&self) {
+        let (warnings, infos) = self.notes.take();
+        let warnings = warnings.into_iter().map(|text| Notice { is_warning: true, text });
+        let infos = infos.into_iter().map(|text| Notice { is_warning: false, text });
+        warnings.chain(infos).for_each(|notice| self.to.add(notice));
+    }
+}
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        self.tell();
     }
 }
 
@@ -227,6 +255,7 @@ struct Rows {
     state: SessionState,
     columns: Vec<usize>,
     properties: Arc<PlanProperties>,
+    told: Option<Arc<Told>>,
 }
 
 impl Rows {
@@ -244,7 +273,7 @@ impl Rows {
             EmissionType::Incremental,
             Boundedness::Bounded,
         ));
-        Ok(Self { query, grid, input, state, columns, properties })
+        Ok(Self { query, grid, input, state, columns, properties, told: None })
     }
 }
 
@@ -290,7 +319,14 @@ impl ExecutionPlan for Rows {
             let batches = rows(&batch?, grid, &columns, &output);
             batches.map(|b| stream::iter(b.into_iter().map(Ok)))
         });
-        Ok(Box::pin(RecordBatchStreamAdapter::new(schema, rows.try_flatten().boxed())))
+        let told = self.told.clone();
+        let end = stream::poll_fn(move |_| {
+            if let Some(told) = &told {
+                told.tell();
+            }
+            Poll::Ready(None)
+        });
+        Ok(Box::pin(RecordBatchStreamAdapter::new(schema, rows.try_flatten().chain(end).boxed())))
     }
 }
 

@@ -5,7 +5,8 @@
 //! JSON object per line, or a stream of Arrow record batches. It is streamed. An error before the first row has a status
 //! and `{"error":..,"code":SQLSTATE}` as its body; an error after it breaks the transfer off, so that a part is never taken
 //! for the whole. With `limit` there are at most so many rows, and the header `thalweg-truncated` says whether there
-//! would be more; to know that, the rows are held until they are all there.
+//! would be more; to know that, the rows are held until they are all there. What there is to say besides, such as PromQL's
+//! annotations of `promql()`, is told in JSON alone, as `"warnings":[..]` and `"infos":[..]` behind the rows.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -25,8 +26,8 @@ use datafusion::common::{ParamValues, ScalarValue};
 use datafusion::execution::SendableRecordBatchStream;
 use datafusion::logical_expr::LogicalPlan;
 use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
-use engine::Engine;
 use engine::memory::Kind;
+use engine::{Engine, Notice};
 use futures::{Stream, StreamExt, stream};
 use serde_json::{Value, json};
 
@@ -236,15 +237,11 @@ async fn respond(session: &Session, request: Request, headers: &HeaderMap) -> Re
     let mut writer = Writer::new(format, &batches.schema(), &names, session.time_zone())?;
     let head = stream::iter([Ok(writer.head())]);
     let batches = stream::iter(first.map(Ok)).chain(batches);
-    let tail = match (format, truncated) {
-        (Format::Json, None) => "]}\n".to_owned(),
-        (Format::Json, Some(truncated)) => format!("],\"truncated\":{truncated}}}\n"),
-        _ => String::new(),
-    };
+    let notices = session.notices().clone();
     // The end of Arrow's stream is written with the last batch.
     let body = batches.map(Some).chain(stream::iter([None])).map(move |batch| match batch {
         Some(batch) => writer.batch(&batch?),
-        None => writer.end(&tail),
+        None => writer.end(truncated, &notices.take()),
     });
     let kind = FORMATS.iter().find(|f| f.1 == format).map_or("application/json", |f| f.2);
     let all = head.chain(until_error(body));
@@ -464,12 +461,27 @@ impl Writer {
         Ok(out.into())
     }
 
-    fn end(&mut self, tail: &str) -> Result<Bytes> {
-        match &mut self.arrow {
-            Some(writer) => writer.finish().map_err(datafusion::error::DataFusionError::from)?,
-            None => return Ok(Bytes::copy_from_slice(tail.as_bytes())),
+    fn end(&mut self, truncated: Option<bool>, notices: &[Notice]) -> Result<Bytes> {
+        if let Some(writer) = &mut self.arrow {
+            writer.finish().map_err(datafusion::error::DataFusionError::from)?;
+            return Ok(self.written());
         }
-        Ok(self.written())
+        if self.format != Format::Json {
+            return Ok(Bytes::new());
+        }
+        let mut out = String::from("]");
+        if let Some(truncated) = truncated {
+            out.push_str(&format!(",\"truncated\":{truncated}"));
+        }
+        for (name, is_warning) in [("warnings", true), ("infos", false)] {
+            let texts: Vec<&str> =
+                notices.iter().filter(|n| n.is_warning == is_warning).map(|n| n.text.as_str()).collect();
+            if !texts.is_empty() {
+                out.push_str(&format!(",\"{name}\":{}", Value::from(texts)));
+            }
+        }
+        out.push_str("}\n");
+        Ok(out.into())
     }
 }
 

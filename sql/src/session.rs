@@ -19,7 +19,7 @@ use datafusion::sql::sqlparser::ast::{Statement, visit_relations};
 use datafusion_pg_catalog::pg_catalog::context::EmptyContextProvider;
 use datafusion_pg_catalog::pg_catalog::setup_pg_catalog;
 use datafusion_pg_catalog::sql::PostgresCompatibilityParser;
-use engine::{Activity, Description, Engine, ErrorKind, QueryLimits};
+use engine::{Activity, Description, Engine, ErrorKind, Notices, QueryLimits};
 use parking_lot::Mutex;
 
 use crate::bounded::{BoundedResults, Results};
@@ -90,11 +90,13 @@ impl Frontend {
         let caller = Arc::new(Caller { name: user.to_owned(), admin });
         let mut state = self.template.state();
         state.config_mut().set_extension(caller.clone());
+        let notices = Arc::new(Notices::default());
+        state.config_mut().set_extension(notices.clone());
         let context = SessionContext::new_with_state(state);
         context.register_udf(ScalarUDF::new_from_impl(Cancel::new(&self.engine, &caller)));
         let variables = Arc::new(Mutex::new(Variables::new(user)));
         functions::register_session(&context, &variables);
-        Session { frontend: self.clone(), context, variables, caller, asked: Mutex::default() }
+        Session { frontend: self.clone(), context, variables, caller, notices, asked: Mutex::default() }
     }
 }
 
@@ -104,6 +106,8 @@ pub struct Session {
     context: SessionContext,
     variables: Arc<Mutex<Variables>>,
     caller: Arc<Caller>,
+    /// What there is to say of the statement that runs.
+    notices: Arc<Notices>,
     /// The text of the statement that was planned last.
     asked: Mutex<String>,
 }
@@ -200,6 +204,18 @@ impl Session {
     /// Says what the next plan that runs was made of.
     pub fn asks(&self, text: String) {
         *self.asked.lock() = text;
+    }
+
+    /// What there is to say of the statement that ran.
+    pub fn notices(&self) -> &Arc<Notices> {
+        &self.notices
+    }
+
+    /// Whether the client wants to be told of notices that are no warnings, and of warnings.
+    pub fn is_told(&self) -> (bool, bool) {
+        let level = self.variables.lock().get("client_min_messages").map_or_else(|_| String::new(), |(_, v)| v);
+        let level = level.to_ascii_lowercase();
+        (!["warning", "error"].contains(&level.as_str()), level != "error")
     }
 
     /// Runs a plan. Dropping the stream stops the work.

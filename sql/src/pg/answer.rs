@@ -12,6 +12,7 @@ use datafusion::common::tree_node::{TreeNode, TreeNodeRecursion};
 use datafusion::execution::SendableRecordBatchStream;
 use datafusion::logical_expr::{Expr, LogicalPlan};
 use datafusion::sql::sqlparser::ast;
+use engine::Notice;
 use futures::{Sink, SinkExt, Stream, StreamExt, TryStreamExt, stream};
 use parking_lot::Mutex;
 use pgwire::api::portal::{Format, Portal, PortalExecutionState};
@@ -263,6 +264,7 @@ impl Answers {
                 Answer::Rows(results) => send_query_response(client, results, true).await?,
                 other => finish(client, other).await?,
             }
+            self.tell_notices(client).await?;
         }
         client.set_state(PgWireConnectionState::ReadyForQuery);
         let status = client.transaction_status();
@@ -503,6 +505,20 @@ impl Answers {
         self.tell_changes(client, &before).await
     }
 
+    /// Tells the client what there is to say of the statement that ran.
+    async fn tell_notices<C: Client>(&self, client: &mut C) -> PgWireResult<()> {
+        let (infos, warnings) = self.session.is_told();
+        for Notice { is_warning, text } in self.session.notices().take() {
+            if if is_warning { warnings } else { infos } {
+                let (severity, code) = if is_warning { ("WARNING", "01000") } else { ("NOTICE", "00000") };
+                let mut notice = ErrorInfo::new(severity.to_owned(), code.to_owned(), text);
+                notice.severity_nonlocalized = Some(severity.to_owned());
+                client.feed(PgWireBackendMessage::NoticeResponse(notice.into())).await?;
+            }
+        }
+        Ok(())
+    }
+
     /// Tells the client which variables that it follows have changed.
     async fn tell_changes<C: Client>(&self, client: &mut C, before: &[(String, String)]) -> PgWireResult<()> {
         for (name, value) in self.session.reported() {
@@ -736,6 +752,7 @@ impl Answers {
             }
             None => return Err(PgWireError::PortalNotFound(name.to_owned())),
         }
+        self.tell_notices(client).await?;
         client.set_state(PgWireConnectionState::ReadyForQuery);
         Ok(())
     }
