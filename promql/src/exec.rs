@@ -50,6 +50,7 @@ use crate::plan::ops::{Op, Place};
 use crate::result::Block;
 
 use annotations::NotesAt;
+pub(crate) use native::COLUMNS as HISTOGRAM_COLUMNS;
 pub use notes::Notes;
 pub use run::{Planner, query};
 pub(crate) use run::{out_of_memory, session};

@@ -149,6 +149,8 @@ pub struct EvalOptions {
     pub features: Features,
     /// What it may ask for.
     pub limits: Limits,
+    /// The samples that it looks at are counted, for each step.
+    pub counts: bool,
 }
 
 impl EvalOptions {
@@ -168,6 +170,7 @@ impl EvalOptions {
             default_step_ms: 60_000,
             features: Features::default(),
             limits: Limits::default(),
+            counts: false,
         }
     }
 

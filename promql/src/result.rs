@@ -188,12 +188,17 @@ pub enum Data {
 }
 
 /// How much work a query was.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Stats {
     /// Samples that were read.
     pub samples_scanned: u64,
     /// Series that were selected.
     pub series_selected: u64,
+    /// Samples that selectors looked at in each step, those of a window in all steps whose window they are in; empty
+    /// unless [`crate::EvalOptions::counts`] is set.
+    pub samples_looked_at: Vec<u64>,
+    /// Most samples that were held at a time, by inner expressions or by the answer.
+    pub samples_held: u64,
 }
 
 /// What a query answers.
@@ -203,6 +208,8 @@ pub struct QueryResult {
     pub value_type: ValueType,
     /// The evaluation times.
     pub grid: Grid,
+    /// The times that were asked for, which differ for a subquery as the result.
+    pub asked: Grid,
     /// The value.
     pub data: Data,
     /// Warnings, in Prometheus's words.

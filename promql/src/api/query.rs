@@ -66,6 +66,7 @@ async fn evaluate(api: &Api, form: &Form, limit: Option<usize>, query: Query, op
     let mut options = options.under(&api.settings);
     options.lookback_ms = form.lookback_ms()?.unwrap_or(options.lookback_ms);
     let stats = Asked::of(form);
+    options.counts = stats != Asked::No;
 
     let (begun, queued, stop) = (Instant::now(), query.queued(), query.stop().clone());
     let mut memory = query.memory().reserve(Kind::Queries);
@@ -85,7 +86,7 @@ async fn evaluate(api: &Api, form: &Form, limit: Option<usize>, query: Query, op
              \"true\" or \"all\""
         ));
     }
-    let stats = (stats != Asked::No).then_some(timings);
+    let stats = (stats != Asked::No).then_some((timings, stats == Asked::All));
     memory.grow(text_bytes(&result, &stop)?).map_err(out_of_memory)?;
     let mut written = Ok(());
     let data = |out: &mut Vec<u8>| written = write_data(out, &result, stats.as_ref(), &stop);
@@ -93,12 +94,13 @@ async fn evaluate(api: &Api, form: &Form, limit: Option<usize>, query: Query, op
     written.map(|()| reply.holding(memory))
 }
 
-/// What the parameter `stats` asks for. Per-step statistics are a feature that Prometheus has off by default, so `all`
-/// is not more than `true`.
+/// What the parameter `stats` asks for.
 #[derive(Debug, PartialEq, Eq)]
 enum Asked {
     No,
     Yes,
+    /// Those of each step as well.
+    All,
     Deprecated(String),
 }
 
@@ -106,7 +108,8 @@ impl Asked {
     fn of(form: &Form) -> Self {
         match form.get("stats") {
             "" => Self::No,
-            "true" | "all" => Self::Yes,
+            "true" => Self::Yes,
+            "all" => Self::All,
             other => Self::Deprecated(other.to_owned()),
         }
     }
@@ -135,7 +138,8 @@ fn text_bytes(result: &QueryResult, stop: &Stop) -> Result<usize> {
 /// Writes a result of one type.
 type Write = fn(&mut Vec<u8>, &QueryResult, &mut Pace);
 
-fn write_data(out: &mut Vec<u8>, result: &QueryResult, stats: Option<&Timings>, stop: &Stop) -> Result<()> {
+/// `stats` has the timings, and whether statistics of each step are wanted too.
+fn write_data(out: &mut Vec<u8>, result: &QueryResult, stats: Option<&(Timings, bool)>, stop: &Stop) -> Result<()> {
     let (name, write): (&str, Write) = match result.value_type {
         ValueType::Scalar => ("scalar", write_scalar),
         ValueType::String => ("string", write_string),
@@ -146,8 +150,8 @@ fn write_data(out: &mut Vec<u8>, result: &QueryResult, stats: Option<&Timings>, 
     json::text(out, name);
     out.extend_from_slice(br#","result":"#);
     write(out, result, &mut stop.pace());
-    if let Some(timings) = stats {
-        write_stats(out, timings, result);
+    if let Some((timings, each_step)) = stats {
+        write_stats(out, timings, *each_step, result);
     }
     out.push(b'}');
     // What was left out then is never sent.
@@ -303,7 +307,7 @@ impl StepTexts {
     }
 }
 
-fn write_stats(out: &mut Vec<u8>, timings: &Timings, result: &QueryResult) {
+fn write_stats(out: &mut Vec<u8>, timings: &Timings, each_step: bool, result: &QueryResult) {
     let evaluation = timings.total.saturating_sub(timings.queued);
     let seconds = [
         ("evalTotalTime", evaluation),
@@ -323,8 +327,24 @@ fn write_stats(out: &mut Vec<u8>, timings: &Timings, result: &QueryResult) {
         json::number(out, duration.as_secs_f64());
     }
     out.extend_from_slice(br#"},"samples":{"#);
-    let scanned = result.stats.samples_scanned;
-    let samples = [("totalQueryableSamples", scanned), ("samplesRead", scanned), ("peakSamples", scanned)];
+    let times = (0..).map(|step| result.asked.time(step));
+    let stats = &result.stats;
+    if each_step {
+        out.extend_from_slice(br#""totalQueryableSamplesPerStep":"#);
+        json::list(out, stats.samples_looked_at.iter().zip(times), |out, (count, time)| {
+            out.push(b'[');
+            json::time(out, time);
+            out.push(b',');
+            json::integer(out, *count);
+            out.push(b']');
+        });
+        out.push(b',');
+    }
+    let samples = [
+        ("totalQueryableSamples", stats.samples_looked_at.iter().sum()),
+        ("samplesRead", stats.samples_scanned),
+        ("peakSamples", stats.samples_held),
+    ];
     for (i, (name, count)) in samples.into_iter().enumerate() {
         if i > 0 {
             out.push(b',');

@@ -25,7 +25,7 @@ use tokio::time::{Instant, timeout_at};
 use super::Api;
 use crate::chunk::{Counts, Histogram, Points, Span};
 use crate::error::{QueryError, QueryErrorKind, Result};
-use crate::labels;
+use crate::{exec, labels};
 
 /// Most points that are held at a time, and the memory that they take while lists grow.
 pub(super) const POINTS_MAX: usize = 512 << 10;
@@ -92,28 +92,8 @@ pub(super) async fn read(
         .unwrap_or_else(|_| Err(QueryError::new(QueryErrorKind::Timeout, "query timed out while series were read")))
 }
 
-/// The columns that are read of each table.
+/// The columns that are read of float samples.
 const FLOAT_COLUMNS: [&str; 2] = ["ts", "value"];
-const HISTOGRAM_COLUMNS: [&str; 18] = [
-    "ts",
-    "schema",
-    "zero_threshold",
-    "sum",
-    "count_int",
-    "count_float",
-    "zero_count_int",
-    "zero_count_float",
-    "positive_offsets",
-    "positive_lengths",
-    "positive_int",
-    "positive_float",
-    "negative_offsets",
-    "negative_lengths",
-    "negative_int",
-    "negative_float",
-    "custom_values",
-    "reset_hint",
-];
 
 /// The series that are asked for, sorted by labels, against one version of the data of each set.
 struct Reader<'a> {
@@ -232,7 +212,7 @@ impl<'a> Reader<'a> {
                 wanted.sort_unstable();
                 let mut picked = set.pick(&wanted.iter().map(|w| w.0).collect::<Vec<_>>());
                 (picked.start_ms, picked.end_ms) = (picked.start_ms.max(start_ms), picked.end_ms.min(end_ms));
-                let names: &[&str] = if table == 0 { &FLOAT_COLUMNS } else { &HISTOGRAM_COLUMNS };
+                let names: &[&str] = if table == 0 { &FLOAT_COLUMNS } else { &exec::HISTOGRAM_COLUMNS };
                 let columns = names.iter().filter_map(|name| set.table.column(name).map(|(index, _)| index)).collect();
                 let scan = Arc::new(SeriesScanExec::new(Arc::new(picked), columns));
                 let mut batches = execute_stream(scan, self.api.engine.session().task_ctx())?;

@@ -4,9 +4,10 @@ use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use catalog::tables::SAMPLES;
 use catalog::tag::{METRIC_NAME, TagIter};
 use catalog::{Registry, Series};
-use engine::MetricMetadata;
+use engine::{InMemory, MetricMetadata};
 use hashbrown::HashMap;
 
 use super::params::{Form, parse_integer};
@@ -152,10 +153,10 @@ pub(super) async fn tsdb(api: &Api, form: &Form) -> Result<Reply> {
     if limit > STATISTICS_MAX {
         return Err(QueryError::bad_data(format!("limit must not exceed {STATISTICS_MAX}")));
     }
-    Ok(statistics(api.engine.registry(), limit as usize))
+    Ok(statistics(api.engine.registry(), api.engine.in_memory(&SAMPLES), limit as usize))
 }
 
-fn statistics(registry: &Registry, limit: usize) -> Reply {
+fn statistics(registry: &Registry, head: InMemory, limit: usize) -> Reply {
     let mut all = Vec::with_capacity(registry.len());
     registry.for_each(|_| true, None, |_, series: &Arc<Series>| all.push(series.clone()));
     let mut metrics: HashMap<&str, u64> = HashMap::new();
@@ -186,7 +187,11 @@ fn statistics(registry: &Registry, limit: usize) -> Reply {
         json::integer(out, all.len() as u64);
         out.extend_from_slice(br#","numLabelPairs":"#);
         json::integer(out, pairs.len() as u64);
-        out.extend_from_slice(br#","chunkCount":0,"minTime":0,"maxTime":0}"#);
+        out.extend_from_slice(br#","chunkCount":"#);
+        json::integer(out, head.blocks);
+        // As in Prometheus, times of nothing are the extremes.
+        let (min, max) = head.times.unwrap_or((i64::MAX, i64::MIN));
+        out.extend_from_slice(format!(r#","minTime":{min},"maxTime":{max}}}"#).as_bytes());
         for (name, mut counts) in lists {
             counts.sort_unstable_by(|a, b| (Reverse(a.1), &a.0).cmp(&(Reverse(b.1), &b.0)));
             out.push(b',');

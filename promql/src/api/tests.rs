@@ -297,6 +297,8 @@ async fn what_is_not_a_query() {
     let tsdb = server.data("status/tsdb?limit=1").await;
     assert_eq!(tsdb["headStats"]["numSeries"], 4);
     assert_eq!(tsdb["headStats"]["numLabelPairs"], 7);
+    assert!(tsdb["headStats"]["chunkCount"].as_u64().is_some_and(|n| n >= 4), "{tsdb}");
+    assert_eq!((&tsdb["headStats"]["minTime"], &tsdb["headStats"]["maxTime"]), (&json!(NOW - 3_600_000), &json!(NOW)));
     assert_eq!(tsdb["seriesCountByMetricName"], json!([{"name": "requests", "value": 2}]));
     assert_eq!(tsdb["labelValueCountByLabelName"], json!([{"name": "__name__", "value": 2}]));
     assert_eq!(tsdb["memoryInBytesByLabelName"], json!([{"name": "__name__", "value": 20}]));
@@ -486,6 +488,28 @@ async fn queries() {
     assert_eq!(body["warnings"], json!(["results truncated due to limit"]));
     assert!(body["data"]["stats"]["timings"]["evalTotalTime"].is_number(), "{body}");
     assert!(body["data"]["stats"]["samples"]["totalQueryableSamples"].is_number(), "{body}");
+    let per_step = async |path: &str, expected: &[u64], peak: u64| {
+        let (status, body) = server.get(&format!("{path}&stats=all")).await;
+        assert_eq!(status, StatusCode::OK, "{path}");
+        let samples = &body["data"]["stats"]["samples"];
+        let steps = samples["totalQueryableSamplesPerStep"].as_array().expect("steps");
+        let counts: Vec<u64> = steps.iter().filter_map(|step| step[1].as_u64()).collect();
+        assert_eq!(counts, expected, "{path}");
+        assert_eq!(steps.last().map(|step| &step[0]), Some(&json!(1_767_323_045)), "{path}");
+        assert_eq!(samples["totalQueryableSamples"], expected.iter().sum::<u64>(), "{path}");
+        assert_eq!(samples["peakSamples"], peak, "{path}");
+    };
+    let range = |query: &str| format!("query_range?query={query}&start=1767322925&end=1767323045&step=1m");
+    per_step("query?query=1", &[0], 1).await;
+    per_step("query?query=up", &[2], 2).await;
+    per_step("query?query=up[5m]", &[10], 10).await;
+    per_step("query?query=sum(max_over_time(up[5m]))", &[10], 1).await;
+    per_step("query?query=max_over_time(up[5m:1m])", &[10], 2).await;
+    per_step("query?query=max_over_time(rate(up[2m])[3m:1m])", &[6], 2).await;
+    per_step("query?query=max_over_time(up[5m])[3m:1m]", &[30], 6).await;
+    per_step(&range("up"), &[2, 2, 2], 6).await;
+    per_step(&range("count_over_time(up[2m])"), &[4, 4, 4], 6).await;
+    per_step(&range("sum(up @ 1767323000)"), &[2, 2, 2], 3).await;
     let (_, body) = server.get("query?query=1&stats=yes").await;
     assert!(body["warnings"][0].as_str().is_some_and(|w| w.contains("is deprecated")), "{body}");
 

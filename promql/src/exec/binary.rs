@@ -16,7 +16,8 @@ use crate::QueryError;
 use crate::block::{self, BlockBuilder, Name, Row};
 use crate::histogram::{FloatHistogram, Hint};
 use crate::labels::{self, Grouping};
-use crate::plan::ops::{BinaryOp, Cardinality, Float, Matching, Op};
+use crate::parse::ast::Cardinality;
+use crate::plan::ops::{BinaryOp, Float, Matching, Op};
 use crate::result::Block;
 
 /// The value of an operator, and whether a filter keeps it: a comparison's value is its left side.

@@ -28,7 +28,7 @@ pub(super) use glimpse::Glimpse;
 pub(super) const BUCKETS: usize = 64;
 
 /// The columns of the table `histograms` that are read, in this order after the series.
-pub(super) const COLUMNS: [&str; 18] = [
+pub(crate) const COLUMNS: [&str; 18] = [
     "ts",
     "schema",
     "zero_threshold",

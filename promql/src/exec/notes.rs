@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use super::topk::go_exponent;
 use crate::QueryError;
 use crate::parse::{Position, go};
+use crate::plan::ops::Counts;
 
 /// Notes of a kind that an answer shows.
 const SHOWN_MAX: usize = 10;
@@ -32,6 +33,8 @@ pub struct Notes {
     pub series: AtomicU64,
     held: AtomicUsize,
     limit: AtomicUsize,
+    /// Samples that selectors looked at, by step; only when that is asked for.
+    looked_at: Option<Mutex<Vec<u64>>>,
 }
 
 /// How buckets had to be changed for their counts to grow with their bounds.
@@ -62,6 +65,39 @@ impl Notes {
     /// For a query that may hold this many samples.
     pub fn new(limit: usize) -> Self {
         Self { limit: AtomicUsize::new(limit), ..Self::default() }
+    }
+
+    /// The same, which counts what selectors look at in each of so many steps.
+    #[must_use]
+    pub fn counting(self, steps: usize) -> Self {
+        Self { looked_at: Some(Mutex::new(vec![0; steps])), ..self }
+    }
+
+    /// Whether [`Notes::count`] does anything.
+    pub(super) fn counts(&self) -> bool {
+        self.looked_at.is_some()
+    }
+
+    /// Counts samples that a selector looked at, in its steps.
+    pub(super) fn count(&self, counts: Counts, of_steps: &[u64]) {
+        let Some(looked_at) = &self.looked_at else { return };
+        let (mut all, total) = (looked_at.lock(), of_steps.iter().sum::<u64>());
+        match counts {
+            Counts::Steps => all.iter_mut().zip(of_steps).for_each(|(all, n)| *all += n),
+            Counts::Every => all.iter_mut().for_each(|all| *all += total),
+            Counts::Together(times) => all.iter_mut().for_each(|all| *all += total * times),
+            Counts::Not => {}
+        }
+    }
+
+    /// What was counted in each step.
+    pub(super) fn looked_at(&self) -> Option<Vec<u64>> {
+        self.looked_at.as_ref().map(|all| std::mem::take(&mut *all.lock()))
+    }
+
+    /// How many samples were held until the query ended.
+    pub(super) fn held(&self) -> usize {
+        self.held.load(Ordering::Relaxed)
     }
 
     /// Adds a warning about what stands at a place.

@@ -28,8 +28,9 @@ use futures::{FutureExt, TryStreamExt};
 use super::notes::too_many_samples;
 use super::{NodeExec, Notes, SeriesLabels, bytes_of, deep, internal, native};
 use crate::api::timed_out;
+use crate::histogram::FloatHistogram;
 use crate::options::Grid;
-use crate::plan::ops::{Op, Selector};
+use crate::plan::ops::{Counts, Op, Selector};
 use crate::plan::source::Source;
 use crate::plan::{Node, Planned};
 use crate::result::{Block, Data, Run, Stats, ValueType};
@@ -229,19 +230,24 @@ pub(crate) fn session(engine: &Engine, notes: Arc<Notes>) -> SessionState {
 /// `BadData` when it is not PromQL, `Execution` when the data do not allow it, `Timeout` at the deadline.
 pub async fn query(engine: &Engine, text: &str, options: &EvalOptions, query: Query) -> Result<QueryResult> {
     let planned = crate::plan::plan(text, options)?;
-    let notes = Arc::new(Notes::new(options.limits.samples_max));
+    let mut notes = Notes::new(options.limits.samples_max);
+    if options.counts {
+        notes = notes.counting(options.grid().steps());
+    }
+    let notes = Arc::new(notes);
     let mut memory = query.memory().reserve(Kind::Queries);
+    let mut answered = 0;
     let data = match (&planned.plan, &planned.text) {
         (None, text) => Data::Text(text.clone().unwrap_or_default()),
         (Some(plan), _) => {
             let state = session(engine, notes.clone());
             let batches = async {
                 let mut stream = engine.execute(&state, plan.clone(), query).await?;
-                let (mut batches, mut samples) = (Vec::new(), 0);
+                let mut batches = Vec::new();
                 while let Some(batch) = stream.try_next().await? {
                     memory.grow(bytes_of(&batch)).map_err(out_of_memory)?;
-                    samples += samples_of(&batch);
-                    if samples > options.limits.samples_max {
+                    answered += samples_of(&batch);
+                    if answered > options.limits.samples_max {
                         return Err(too_many_samples().into());
                     }
                     batches.push(batch);
@@ -256,15 +262,23 @@ pub async fn query(engine: &Engine, text: &str, options: &EvalOptions, query: Qu
         notes.warn(at, warning);
     }
     let (warnings, infos) = notes.take();
+    if let Data::Runs(runs) = &data {
+        let weight = |h: &[(i64, FloatHistogram)]| h.iter().map(|(_, h)| h.weight()).sum::<usize>();
+        answered = runs.iter().map(|run| run.times.len() + weight(&run.histograms)).sum();
+        notes.count(Counts::Steps, &[answered as u64]);
+    }
     let stats = Stats {
         samples_scanned: notes.samples.load(Ordering::Relaxed),
         series_selected: notes.series.load(Ordering::Relaxed),
+        samples_looked_at: notes.looked_at().unwrap_or_default(),
+        samples_held: notes.held().max(answered) as u64,
     };
     let value_type = match planned.value_type {
         ValueType::Scalar | ValueType::Vector if !options.instant => ValueType::Matrix,
         other => other,
     };
-    Ok(QueryResult { value_type, grid: planned.grid, data, warnings, infos, stats, memory: Some(Arc::new(memory)) })
+    let (grid, asked) = (planned.grid, options.grid());
+    Ok(QueryResult { value_type, grid, asked, data, warnings, infos, stats, memory: Some(Arc::new(memory)) })
 }
 
 /// How many float samples a batch of an answer has: values at steps, or lists of them.

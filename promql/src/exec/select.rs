@@ -20,7 +20,7 @@ use crate::histogram::{FloatHistogram, Hint};
 use crate::labels;
 use crate::options::Grid;
 use crate::parse::{Position, go};
-use crate::plan::ops::{Op, Reading, Selector};
+use crate::plan::ops::{Counts, Op, Reading, Selector};
 
 pub(super) fn execute(work: Work, partition: usize, labels: SeriesLabels) -> DfResult<Batches> {
     if work.scans() > 1 {
@@ -138,7 +138,8 @@ pub(super) fn subquery(work: Work, partition: usize) -> DfResult<Batches> {
             });
             let (out, valid) = builder.push(|out| name.apply(row.labels, row.drop_name, out));
             let floats = Floats { ts: &ts, values: &values, starts: &[] };
-            let native = kernel.run_all(row.labels, floats, (&histogram_ts, &histograms), (out, valid), pace)?;
+            let native = kernel.run_all(row.labels, floats, (&histogram_ts, &histograms), (out, &mut *valid), pace)?;
+            kernel.count((&ts, &values), (&histogram_ts, &histograms), valid, &native);
             put_all(&mut builder, native);
             builder.pop_if_empty();
         }
@@ -185,6 +186,8 @@ struct Kernel {
     notes: Arc<Notes>,
     /// Where what is read stands in the text.
     at: Position,
+    /// What its samples count as.
+    counts: Counts,
     scratch: Scratch,
     ts: Vec<i64>,
     values: Vec<f64>,
@@ -215,10 +218,42 @@ impl Kernel {
             notes: work.notes.clone(),
             // As in Prometheus, the notes of this one are about its first argument, the quantile.
             at: if reading == Reading::Range(RangeFunction::Quantile) { work.place.param } else { work.place.input },
+            counts: work.place.counts,
             scratch: Scratch::default(),
             ts: Vec::new(),
             values: Vec::new(),
         })
+    }
+
+    /// Counts the samples of a series that each window looks at.
+    fn count(
+        &self,
+        (ts, values): (&[i64], &[f64]),
+        (histogram_ts, histograms): (&[i64], &[FloatHistogram]),
+        valid: &[bool],
+        native: &[(usize, FloatHistogram)],
+    ) {
+        if !self.notes.counts() {
+            return;
+        }
+        let mut of_steps = vec![0; valid.len()];
+        if let Reading::Range(_) = self.reading {
+            let floats = ts.iter().zip(values).filter(|(_, v)| !kernels::is_stale(**v)).map(|(t, _)| (*t, 1));
+            let live = histogram_ts.iter().zip(histograms).filter(|(_, h)| !kernels::is_stale(h.sum));
+            let mut weights: Vec<(i64, u64)> = floats.chain(live.map(|(t, h)| (*t, h.weight() as u64))).collect();
+            weights.sort_unstable();
+            let mut sum = 0;
+            let sums: Vec<u64> = std::iter::once(0).chain(weights.iter().map(|(_, n)| (sum += n, sum).1)).collect();
+            let up_to = |end: i64| sums[weights.partition_point(|(t, _)| *t <= end)];
+            for (step, n) in of_steps.iter_mut().enumerate() {
+                let end = self.windows.end(step);
+                *n = up_to(end) - up_to(end.saturating_sub(self.windows.length));
+            }
+        } else {
+            of_steps.iter_mut().zip(valid).for_each(|(n, valid)| *n = u64::from(*valid));
+            native.iter().for_each(|(step, h)| of_steps[*step] += h.weight() as u64);
+        }
+        self.notes.count(self.counts, &of_steps);
     }
 
     /// As [`Kernel::run`] for a series that may have histograms and start times; histograms of the result are returned.
@@ -471,6 +506,7 @@ impl Reader {
                 let rows = builder.len();
                 let (out, valid) = builder.push(|out| name.apply(labels, false, out));
                 kernel.run(Floats { ts, values, starts: &[] }, out, valid, &mut self.pace)?;
+                kernel.count((ts, values), (&[], &[]), valid, &[]);
                 builder.pop_if_empty();
                 if let Some(counters) = counters
                     && builder.len() > rows
@@ -499,6 +535,7 @@ impl Reader {
             Sink::Blocks { kernel, builder, name, counters } => {
                 let (out, valid) = builder.push(|out| name.apply(labels, false, out));
                 let native = kernel.run_all(labels, floats, histograms, (&mut *out, &mut *valid), &mut self.pace)?;
+                kernel.count((floats.ts, floats.values), histograms, valid, &native);
                 if let Some(counters) = counters
                     && valid.contains(&true)
                 {

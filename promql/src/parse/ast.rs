@@ -1,6 +1,7 @@
 //! The syntax tree. Every node knows its place in the text and its type.
 
 use catalog::Matcher;
+use serde::{Deserialize, Serialize};
 
 use super::functions::Function;
 use crate::result::ValueType;
@@ -410,12 +411,15 @@ pub struct Binary {
 }
 
 /// How many series of a match group may be on each side.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[expect(missing_docs, reason = "named as in PromQL")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Serialize, Deserialize)]
 pub enum Cardinality {
+    /// One on each.
     OneToOne,
+    /// Many on the left: `group_left`.
     ManyToOne,
+    /// Many on the right: `group_right`.
     OneToMany,
+    /// Many on each: the set operators.
     ManyToMany,
 }
 

@@ -8,7 +8,7 @@ use engine::kernels::{Edges, RangeFunction};
 
 use super::duration::{self, Spans};
 use super::ops::{
-    AggregateOp, BinaryOp, Cardinality, Float, HistogramFunction, MapFunction, Matching, Op, Place, Reading, Selector,
+    AggregateOp, BinaryOp, Counts, Float, HistogramFunction, MapFunction, Matching, Op, Place, Reading, Selector,
     SetOp, Subquery,
 };
 use super::source::Source;
@@ -41,6 +41,8 @@ struct Builder<'a> {
     place: Place,
     /// What the expressions around need of histograms.
     buckets: Buckets,
+    /// What samples count as.
+    counts: Counts,
 }
 
 /// Whether the buckets of histograms matter to what is made of them.
@@ -82,6 +84,7 @@ pub(super) fn plan(text: &str, expr: &Expr, options: &EvalOptions) -> Result<Pla
         patterns: Patterns::default(),
         place: Place::default(),
         buckets: Buckets::Kept,
+        counts: Counts::Steps,
     };
     let expr = expr.bare();
     let value_type = expr.value_type;
@@ -103,6 +106,7 @@ pub(super) fn plan(text: &str, expr: &Expr, options: &EvalOptions) -> Result<Pla
         Kind::Subquery(s) => {
             // The one window is the result, and its inner steps are the samples.
             (grid, _) = builder.subquery_grid(s, outer, RangeFunction::Last)?;
+            builder.counts = Counts::Together(1);
             match grid.steps() {
                 0 => (Some(builder.leaf(Op::Nothing, outer)?.plan), None),
                 _ => (Some(builder.expr(&s.expr, grid)?.plan), None),
@@ -163,7 +167,14 @@ impl Builder<'_> {
     fn expr(&mut self, expr: &Expr, grid: Grid) -> Result<Built> {
         let expr = expr.bare();
         if grid.steps() > 1 && is_invariant(expr) && !matches!(expr.kind, Kind::Number(_)) {
+            let around = self.counts;
+            self.counts = match around {
+                Counts::Steps | Counts::Every => Counts::Every,
+                Counts::Together(times) => Counts::Together(times * grid.steps() as u64),
+                Counts::Not => Counts::Not,
+            };
             let once = self.expr_at(expr, Grid::instant(grid.start_ms))?;
+            self.counts = around;
             return Ok(Built { plan: self.node(Op::Repeat, grid, vec![once.plan])?, distinct: once.distinct });
         }
         deep(|| self.expr_at(expr, grid))
@@ -191,7 +202,7 @@ impl Builder<'_> {
             Kind::Aggregate(a) => (at(Some(&a.expr)), at(a.param.as_deref())),
             _ => (whole, whole),
         };
-        Place { whole, input, param }
+        Place { whole, input, param, counts: self.counts }
     }
 
     fn kind(&mut self, expr: &Expr, grid: Grid) -> Result<Built> {
@@ -355,14 +366,9 @@ impl Builder<'_> {
                 // Between vectors, arithmetic removes the name at once also when removal is delayed otherwise.
                 let name = if op.is_comparison() || keeps { name } else { Name::Drop };
                 let matching = b.matching.as_ref().ok_or_else(|| unchecked(&b.left))?;
-                let cardinality = match matching.cardinality {
-                    ast::Cardinality::ManyToOne => Cardinality::ManyToOne,
-                    ast::Cardinality::OneToMany => Cardinality::OneToMany,
-                    ast::Cardinality::OneToOne | ast::Cardinality::ManyToMany => Cardinality::OneToOne,
-                };
                 let matching = Matching {
                     labels,
-                    cardinality,
+                    cardinality: matching.cardinality,
                     include: matching.include.clone(),
                     fill_left: matching.fill_left.map(Float::new),
                     fill_right: matching.fill_right.map(Float::new),
@@ -450,10 +456,10 @@ impl Builder<'_> {
                         inner.steps()
                     )));
                 }
-                let around = self.buckets;
-                self.buckets = around.within(range.bare());
+                let around = (self.buckets, self.counts);
+                (self.buckets, self.counts) = (self.buckets.within(range.bare()), Counts::Not);
                 let input = self.expr(&s.expr, inner)?;
-                self.buckets = around;
+                (self.buckets, self.counts) = around;
                 let mut inputs = vec![input.plan];
                 inputs.append(&mut arguments);
                 let op = Op::Subquery { subquery, name };

@@ -12,6 +12,7 @@ use crate::block::Name;
 use crate::labels::Grouping;
 use crate::options::Grid;
 use crate::parse::Position;
+use crate::parse::ast::Cardinality;
 use crate::plan::source::Source;
 
 /// A float that is equal to itself and survives any text format: compared and written by its bits.
@@ -59,6 +60,22 @@ pub struct Place {
     pub input: Position,
     /// The first scalar that it takes.
     pub param: Position,
+    /// What the samples that it looks at count as in the query's statistics.
+    pub counts: Counts,
+}
+
+/// What the samples count as that a selector looks at.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Hash, Serialize, Deserialize)]
+pub enum Counts {
+    /// Those of each step as that step's.
+    #[default]
+    Steps,
+    /// Those of the only step as every step's.
+    Every,
+    /// All as those of the query's only step, so many times.
+    Together(u64),
+    /// Nothing: what is made of them counts.
+    Not,
 }
 
 /// Which samples a selector reads and when it looks at them.
@@ -283,17 +300,6 @@ pub enum SetOp {
     And,
     Or,
     Unless,
-}
-
-/// How many series of a match group may be on each side.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Serialize, Deserialize)]
-pub enum Cardinality {
-    /// One on each.
-    OneToOne,
-    /// Many on the left: `group_left`.
-    ManyToOne,
-    /// Many on the right: `group_right`.
-    OneToMany,
 }
 
 /// Which series of two sides belong together.

@@ -30,7 +30,8 @@ fn block(series: &[(Vec<u8>, Vec<Option<f64>>)]) -> Block {
 fn result(value_type: ValueType, grid: Grid, series: &[(Vec<u8>, Vec<Option<f64>>)]) -> QueryResult {
     let blocks = if series.is_empty() { vec![] } else { vec![block(series)] };
     let data = Data::Blocks { blocks, order: (0..series.len() as u32).map(|row| (0, row)).collect() };
-    QueryResult { value_type, grid, data, warnings: vec![], infos: vec![], stats: Stats::default(), memory: None }
+    let (warnings, infos, stats) = (vec![], vec![], Stats::default());
+    QueryResult { value_type, grid, asked: grid, data, warnings, infos, stats, memory: None }
 }
 
 fn check(result: &QueryResult, expected: &str) {
@@ -81,11 +82,12 @@ fn results_are_written_by_type() {
 fn statistics_follow_the_result() {
     let mut out = Vec::new();
     let mut result = result(ValueType::Vector, Grid::instant(0), &[]);
-    result.stats.samples_scanned = 7;
+    result.stats = Stats { samples_scanned: 7, samples_looked_at: vec![5, 6], samples_held: 3, ..Stats::default() };
+    result.asked = Grid { start_ms: 500, end_ms: 1500, step_ms: 1000 };
     let timings = Timings { queued: Duration::from_millis(1), total: Duration::from_millis(3) };
-    write_data(&mut out, &result, Some(&timings), &Stop::default()).unwrap();
+    write_data(&mut out, &result, Some(&(timings, true)), &Stop::default()).unwrap();
     assert_eq!(
         String::from_utf8(out).expect("UTF-8"),
-        r#"{"resultType":"vector","result":[],"stats":{"timings":{"evalTotalTime":0.002,"resultSortTime":0,"queryPreparationTime":0,"innerEvalTime":0.002,"execQueueTime":0.001,"execTotalTime":0.003},"samples":{"totalQueryableSamples":7,"samplesRead":7,"peakSamples":7}}}"#
+        r#"{"resultType":"vector","result":[],"stats":{"timings":{"evalTotalTime":0.002,"resultSortTime":0,"queryPreparationTime":0,"innerEvalTime":0.002,"execQueueTime":0.001,"execTotalTime":0.003},"samples":{"totalQueryableSamplesPerStep":[[0.500,5],[1.500,6]],"totalQueryableSamples":11,"samplesRead":7,"peakSamples":3}}}"#
     );
 }
