@@ -145,6 +145,8 @@ settings! {
     query_memory_max: Bytes = Bytes(0);
     /// Most series that one selector may choose.
     query_series_max: u64 = 1_000_000;
+    /// How far back PromQL looks for the newest sample of a series where a request does not say.
+    query_lookback: Seconds = Seconds(300.0);
     /// Most samples that a PromQL query may hold in memory at a time, those of its answer among them.
     query_samples_max: u64 = 50_000_000;
     /// Most points of a series in the answer to a PromQL range query, the first not counted.
@@ -304,6 +306,7 @@ impl Config {
     fn check_limits(&self) -> Result<()> {
         // A step takes nine bytes for each series.
         const STEPS_MAX: u64 = 100_000_000;
+        const SECONDS_MAX: f64 = 10.0 * 365.0 * 86_400.0;
         let limits = [
             ("query_series_max", self.query_series_max, u64::MAX),
             ("query_samples_max", self.query_samples_max, u64::MAX),
@@ -314,6 +317,12 @@ impl Config {
         for (name, value, most) in limits {
             ensure!((1..=most).contains(&value), "{name} = {value} is no limit; allowed are 1 to {most}");
         }
+        ensure!(
+            (0.001..=SECONDS_MAX).contains(&self.query_lookback.0),
+            "query_lookback = {} is no time to look back; allowed are 1ms to {}",
+            self.query_lookback.show(),
+            Seconds(SECONDS_MAX).show()
+        );
         Ok(())
     }
 

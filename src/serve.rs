@@ -191,7 +191,8 @@ fn of_promql(config: &Config) -> promql::Settings {
         subquery_steps_max: config.query_subquery_steps_max as usize,
         read_samples_max: config.remote_read_samples_max as usize,
     };
-    promql::Settings { features: config.promql_features, limits, ..promql::Settings::default() }
+    let lookback_ms = config.query_lookback.duration().as_millis() as i64;
+    promql::Settings { lookback_ms, features: config.promql_features, limits }
 }
 
 async fn open(config: &Config, telemetry: Arc<Telemetry>) -> Result<Engine> {
