@@ -16,10 +16,12 @@ import math
 import os
 import resource
 import statistics
-import struct
 import time
 import urllib.parse
 import urllib.request
+
+from servers import field, processor, sample, snappy
+from servers import labels as labels_of
 
 SCRAPES, STEP_MS = 240, 15_000
 LABELS = ["namespace", "pod", "node", "code"]
@@ -36,28 +38,6 @@ def series():
         yield "request_seconds", pod, lambda i, p=p: ((p * 131 + i * 71) % 9973) / 9973
 
 
-def varint(n):
-    out = bytearray()
-    while n > 127:
-        out.append(n & 127 | 128)
-        n >>= 7
-    out.append(n)
-    return bytes(out)
-
-
-def field(number, body):
-    return varint(number << 3 | 2) + varint(len(body)) + body
-
-
-def snappy(body):
-    """Snappy's format without any compression: literals alone."""
-    out = bytearray(varint(len(body)))
-    for at in range(0, len(body), 65536):
-        part = body[at : at + 65536]
-        out += b"\xf4" + struct.pack("<H", len(part) - 1) + part
-    return bytes(out)
-
-
 def send(server, start):
     def post(body):
         headers = {"Content-Encoding": "snappy", "Content-Type": "application/x-protobuf"}
@@ -65,10 +45,8 @@ def send(server, start):
 
     body = bytearray()
     for metric, labels, value in series():
-        pairs = sorted((labels | {"__name__": metric}).items())
-        message = b"".join(field(1, field(1, k.encode()) + field(2, v.encode())) for k, v in pairs)
-        for i in range(SCRAPES):
-            message += field(2, b"\x09" + struct.pack("<d", value(i)) + b"\x10" + varint(start + i * STEP_MS))
+        message = labels_of(labels | {"__name__": metric})
+        message += b"".join(sample(start + i * STEP_MS, value(i)) for i in range(SCRAPES))
         body += field(1, message)
         if len(body) > 2_000_000:
             post(bytes(body))
@@ -129,17 +107,6 @@ def of_server():
         "last": "last_value(value ORDER BY ts)",
         "p99": "percentile_cont(0.99) WITHIN GROUP (ORDER BY value)",
     }
-
-
-def processor(pid):
-    """User and system time of a process in milliseconds, by the nanosecond counters of its threads."""
-    total = 0
-    for thread in os.listdir(f"/proc/{pid}/task"):
-        try:
-            total += int(open(f"/proc/{pid}/task/{thread}/schedstat").read().split()[0])
-        except FileNotFoundError:
-            pass
-    return total / 1e6
 
 
 def own_processor():
