@@ -221,7 +221,9 @@ async fn commit(inner: &Inner, jobs: Vec<Job>) {
             }
             inner.metrics.wal_written.inc_by(bytes);
             inner.measure(&log);
+            let applying = inner.applying.lock().await;
             let answers: Vec<_> = staged.into_iter().map(|s| (apply(inner, &version, &s, now_ms), s.job)).collect();
+            drop(applying);
             drop(log);
             inner.note_memory();
             crate::retention::begin(inner);
@@ -303,8 +305,9 @@ pub(crate) async fn retire(inner: &Inner, second: u32) {
     // No freezing meanwhile, so no memtable is overlooked.
     let _log = inner.log.lock().await;
     let version = inner.version();
-    let held: HashSet<Ordinal> =
+    let mut held: HashSet<Ordinal> =
         version.tables.iter().flat_map(|t| t.memtables().flat_map(|m| m.ordinals()).collect::<Vec<_>>()).collect();
+    held.extend(inner.snapshots.ordinals());
     let retired = inner.registry.retire(second, RETIRE_SECONDS, |o| !held.contains(&o));
     if retired > 0 {
         tracing::debug!(retired, active = inner.registry.len(), "idle tag sets left the memory");

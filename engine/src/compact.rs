@@ -153,7 +153,10 @@ async fn clean(inner: &Inner) -> Result<()> {
     let gone = inner.files.purge(inner.now_ms() - grace).await?;
     let mut failed = None;
     let mut deleted = Vec::with_capacity(gone.len());
-    for path in gone.into_iter().filter(|path| inner.days.removed.older(path, inner.settings.delete_grace)) {
+    let gone: Vec<String> =
+        gone.into_iter().filter(|path| inner.days.removed.older(path, inner.settings.delete_grace)).collect();
+    inner.snapshots.end_those_of(&gone.iter().map(String::as_str).collect());
+    for path in gone {
         // One object that can't be deleted must not keep the others; it is tried again.
         match inner.segments.delete(&path).await {
             Ok(()) => deleted.push(path),

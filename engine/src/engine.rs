@@ -27,6 +27,7 @@ use crate::metadata::Metadata;
 use crate::query::Turns;
 use crate::reserve::Reserve;
 use crate::segment::Segments;
+use crate::snapshot::{Snapshot, Snapshots, View};
 use crate::telemetry::Metrics;
 use crate::version::Version;
 use crate::wal::{Item, Record, Replay, Storage, Wal};
@@ -55,6 +56,8 @@ pub struct Components {
 #[derive(Debug, Clone)]
 pub struct Engine {
     running: Arc<Running>,
+    /// What is read through this handle; `None`: the present state at each look.
+    snapshot: Option<Arc<Snapshot>>,
 }
 
 /// How often the process's memory is looked at: a look costs some ten microseconds.
@@ -142,6 +145,10 @@ pub(crate) struct Inner {
     pub log_failing: AtomicBool,
     /// Whether something of the log that is in files could not be given up, to be tried again.
     pub trim_due: AtomicBool,
+    /// Held while the records of a group are applied to memtables: a snapshot sees all of them or none.
+    pub applying: tokio::sync::Mutex<()>,
+    /// States that are still read.
+    pub snapshots: Snapshots,
     /// Held while memtables are written to files.
     pub flushing: tokio::sync::Mutex<()>,
     pub session: SessionState,
@@ -218,6 +225,8 @@ impl Engine {
             metadata: Mutex::new(Metadata::new(&state.metadata)),
             log_failing: AtomicBool::new(false),
             trim_due: AtomicBool::new(false),
+            applying: tokio::sync::Mutex::new(()),
+            snapshots: Snapshots::default(),
             flushing: tokio::sync::Mutex::new(()),
             session,
             cpu: cpu.as_ref().map_or_else(Handle::current, |cpu| cpu.handle().clone()),
@@ -240,7 +249,33 @@ impl Engine {
             running.tasks.spawn_on(upkeep::warm(inner.clone()), &inner.cpu);
         }
         running.tasks.close();
-        Ok(Self { running: Arc::new(running) })
+        Ok(Self { running: Arc::new(running), snapshot: None })
+    }
+
+    /// A handle that goes on reading what there is now, every acknowledged row and none of those to come, while that can be
+    /// kept; see [`crate::TooOld`]. Metric metadata and [`Engine::tag_values`] stay those of the present.
+    pub async fn snapshot(&self) -> Self {
+        let inner = self.inner();
+        let _whole = inner.applying.lock().await;
+        Self { running: self.running.clone(), snapshot: Some(inner.snapshots.take(inner)) }
+    }
+
+    /// A handle that reads the present state at each look.
+    #[must_use]
+    pub fn present(&self) -> Self {
+        Self { running: self.running.clone(), snapshot: None }
+    }
+
+    /// Whether what this handle reads can still be kept.
+    ///
+    /// # Errors
+    /// `Unavailable` with [`crate::TooOld`] as its source.
+    pub fn check_snapshot(&self) -> Result<()> {
+        self.view().version().map(drop)
+    }
+
+    fn view(&self) -> View<'_> {
+        View { inner: self.inner(), snapshot: self.snapshot.as_ref() }
     }
 
     fn inner(&self) -> &Arc<Inner> {
@@ -279,24 +314,36 @@ impl Engine {
         answer.await.map_err(|_| Error::unavailable("the database stopped before the request was stored"))?
     }
 
-    /// Resolves matchers to the series that can have rows in a time range, against the present version of the data.
+    /// Resolves matchers to the series that can have rows in a time range, against one version of the data.
     ///
     /// # Errors
     /// `LimitExceeded` when more series match than a query may touch; storage errors; those of `stop`.
     pub async fn select(&self, selection: &Selection, stop: &Stop) -> Result<Arc<SeriesSet>> {
-        crate::select::select(self.inner(), selection, stop).await
+        let found = crate::select::select(self.view(), selection, stop).await;
+        found.map_err(|e| self.explain(e))
     }
 
-    /// The segments of the present version, by table and day, then in order of their sequences.
-    pub fn files(&self) -> Vec<(Arc<TableSchema>, Arc<DataFile>)> {
-        let version = self.inner().version();
+    /// An error of reading, or that there is nothing to read any more.
+    fn explain(&self, e: Error) -> Error {
+        match &self.snapshot {
+            Some(snapshot) => snapshot.explain(e),
+            None => e,
+        }
+    }
+
+    /// The segments, by table and day, then in order of their sequences.
+    ///
+    /// # Errors
+    /// Those of [`Engine::check_snapshot`].
+    pub fn files(&self) -> Result<Vec<(Arc<TableSchema>, Arc<DataFile>)>> {
+        let version = self.view().version()?;
         let files = version.tables.iter().flat_map(|t| t.files.iter().map(|f| (t.schema.clone(), f.clone())));
         let mut files: Vec<_> = files.collect();
         files.sort_by_key(|(table, f)| (table.id, f.day, f.seq_min, f.id));
-        files
+        Ok(files)
     }
 
-    /// The present version's view of tag sets that another node chose.
+    /// The rows of tag sets that another node chose.
     pub(crate) fn series_set(
         &self,
         table: Arc<TableSchema>,
@@ -304,7 +351,7 @@ impl Engine {
         start_ms: i64,
         end_ms: i64,
     ) -> Result<SeriesSet> {
-        crate::select::given(self.inner(), table, tags, start_ms, end_ms)
+        crate::select::given(self.view(), table, tags, start_ms, end_ms)
     }
 
     /// What of a table is in memory and not in files.
@@ -331,7 +378,7 @@ impl Engine {
         stop: &Stop,
         visit: impl FnMut(&Arc<Series>) -> bool + Send,
     ) -> Result<()> {
-        crate::select::visit(self.inner(), selection, stop, visit).await
+        crate::select::visit(self.view(), selection, stop, visit).await.map_err(|e| self.explain(e))
     }
 
     /// The distinct values of a tag that all tag sets of a table have in a time range, milliseconds and both ends

@@ -35,6 +35,7 @@ mod reserve;
 mod segment;
 #[cfg(test)]
 mod simulation;
+mod snapshot;
 mod upkeep;
 mod version;
 mod wal;
@@ -52,4 +53,5 @@ pub use scan::SeriesScanExec;
 pub use select::{Selection, SeriesSet};
 pub use session::{Extensions, error_of};
 pub use settings::{ListedSetting, LogStore, Settings, SqlCatalog};
+pub use snapshot::{Snapshot, TooOld};
 pub use telemetry::Telemetry;

@@ -26,6 +26,8 @@ pub enum Kind {
     Queue,
     /// Rows that are not in files.
     Memtables,
+    /// What is held for snapshots alone.
+    Snapshots,
     /// Active tag sets.
     TagSets,
     /// What caches hold.
@@ -38,8 +40,16 @@ pub enum Kind {
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 7] =
-        [Self::Bodies, Self::Queue, Self::Memtables, Self::TagSets, Self::Caches, Self::Queries, Self::Files];
+    pub const ALL: [Self; 8] = [
+        Self::Bodies,
+        Self::Queue,
+        Self::Memtables,
+        Self::Snapshots,
+        Self::TagSets,
+        Self::Caches,
+        Self::Queries,
+        Self::Files,
+    ];
 
     /// As metrics and errors name it.
     pub fn name(self) -> &'static str {
@@ -47,6 +57,7 @@ impl Kind {
             Self::Bodies => "bodies",
             Self::Queue => "queue",
             Self::Memtables => "memtables",
+            Self::Snapshots => "snapshots",
             Self::TagSets => "tag_sets",
             Self::Caches => "caches",
             Self::Queries => "queries",
@@ -61,7 +72,7 @@ impl Kind {
             Self::Queries if small => (9, SHORT),
             Self::Bodies | Self::Queue => (2, 16),
             Self::Queries => (8, 14),
-            Self::Memtables | Self::TagSets | Self::Caches | Self::Files => (16, 16),
+            Self::Memtables | Self::Snapshots | Self::TagSets | Self::Caches | Self::Files => (16, 16),
         }
     }
 }

@@ -40,6 +40,35 @@ enum Form {
     /// Keyed tables whose only other column is one `Float64`.
     Series(SeriesMemtable),
     Batches(BatchMemtable),
+    View(View),
+}
+
+/// What another memtable held when a snapshot was taken.
+#[derive(Debug)]
+struct View {
+    of: Arc<Memtable>,
+    seen: Seen,
+}
+
+/// How much of a memtable is seen.
+#[derive(Debug, Clone, Copy)]
+struct Seen {
+    /// Rows in order of arrival.
+    rows: u64,
+    /// The number by which [`SeriesMemtable`] knows the snapshot.
+    snapshot: Option<u64>,
+}
+
+impl Seen {
+    const ALL: Self = Self { rows: u64::MAX, snapshot: None };
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        if let (Form::Series(form), Some(number)) = (&self.of.form, self.seen.snapshot) {
+            form.forget(number);
+        }
+    }
 }
 
 impl Memtable {
@@ -65,6 +94,29 @@ impl Memtable {
         &self.table
     }
 
+    /// What this one holds now, as a memtable that does not grow. Nothing may be appended meanwhile.
+    pub(crate) fn view(self: &Arc<Self>) -> Arc<Self> {
+        let snapshot = match &self.form {
+            Form::View(_) => return self.clone(),
+            Form::Series(form) => Some(form.snapshot()),
+            Form::Batches(_) => None,
+        };
+        let range = TsRange::default();
+        if let Some((min, max)) = self.ts_range() {
+            range.add(&[min, max]);
+        }
+        let form = Form::View(View { of: self.clone(), seen: Seen { rows: self.rows(), snapshot } });
+        Arc::new(Self { form, range, ..Self::new(self.table.clone()) })
+    }
+
+    /// The memtable that this one is a view of, or itself.
+    pub(crate) fn whole(self: &Arc<Self>) -> &Arc<Self> {
+        match &self.form {
+            Form::View(view) => &view.of,
+            _ => self,
+        }
+    }
+
     /// Appends rows in the table's in-memory schema whose tag columns are indexes into `ordinals`. Only one caller at
     /// a time.
     ///
@@ -76,6 +128,7 @@ impl Memtable {
         self.range.add(ts.values());
         match &self.form {
             Form::Batches(form) => form.append(&self.table, ordinals, rows),
+            Form::View(_) => Err(Error::internal("rows for a snapshot")),
             Form::Series(form) => {
                 let refs = column(rows, 0)?.as_primitive_opt::<UInt32Type>().ok_or_else(mismatch)?;
                 let values = column(rows, 2)?.as_primitive_opt::<Float64Type>().ok_or_else(mismatch)?;
@@ -90,6 +143,7 @@ impl Memtable {
         match &self.form {
             Form::Series(form) => form.bytes(),
             Form::Batches(form) => form.bytes(),
+            Form::View(_) => 0,
         }
     }
 
@@ -98,6 +152,7 @@ impl Memtable {
         match &self.form {
             Form::Series(form) => form.rows(),
             Form::Batches(form) => form.rows(),
+            Form::View(view) => view.seen.rows,
         }
     }
 
@@ -105,15 +160,20 @@ impl Memtable {
     pub fn blocks(&self) -> u64 {
         match &self.form {
             Form::Series(form) => form.blocks(),
-            Form::Batches(_) => 0,
+            Form::Batches(_) | Form::View(_) => 0,
         }
     }
 
     /// The tag sets that have rows, ascending.
     pub fn ordinals(&self) -> Vec<Ordinal> {
+        self.ordinals_of(Seen::ALL)
+    }
+
+    fn ordinals_of(&self, seen: Seen) -> Vec<Ordinal> {
         match &self.form {
-            Form::Series(form) => form.ordinals(),
-            Form::Batches(form) => form.ordinals(),
+            Form::Series(form) => form.ordinals(seen.snapshot),
+            Form::Batches(form) => form.ordinals(seen.rows),
+            Form::View(view) => view.of.ordinals_of(view.seen),
         }
     }
 
@@ -141,11 +201,22 @@ impl Memtable {
         end_ms: i64,
         columns: &[usize],
     ) -> Result<RecordBatch> {
+        self.read_of(wanted, (start_ms, end_ms), columns, Seen::ALL)
+    }
+
+    fn read_of(
+        &self,
+        wanted: &[(u32, Ordinal)],
+        (start_ms, end_ms): (i64, i64),
+        columns: &[usize],
+        seen: Seen,
+    ) -> Result<RecordBatch> {
         let schema = read_schema(&self.table, columns);
         let (series, arrays) = match &self.form {
-            Form::Batches(form) => form.read(wanted, start_ms, end_ms, columns)?,
+            Form::View(view) => return view.of.read_of(wanted, (start_ms, end_ms), columns, view.seen),
+            Form::Batches(form) => form.read(wanted, start_ms, end_ms, columns, seen.rows)?,
             Form::Series(form) => {
-                let rows = form.read(wanted, start_ms, end_ms);
+                let rows = form.read(wanted, start_ms, end_ms, seen.snapshot);
                 let ts: ArrayRef = Arc::new(TimestampMillisecondArray::from(rows.ts).with_data_type(time_type()));
                 let values: ArrayRef = Arc::new(Float64Array::from(rows.values));
                 let arrays = columns.iter().map(|c| if *c == TS { ts.clone() } else { values.clone() }).collect();

@@ -246,11 +246,18 @@ impl ExecutionPlan for SeriesScanExec {
         MetricBuilder::new(&self.metrics).counter("memtables", partition).add(self.memtables.len());
         let width = self.schema.fields().len();
         let schema = self.schema.clone();
+        let snapshot = self.set.snapshot.clone();
         let stream = futures::stream::try_unfold((merge, baseline), move |(mut merge, baseline)| {
-            let schema = schema.clone();
+            let (schema, snapshot) = (schema.clone(), snapshot.clone());
             async move {
                 let timer = baseline.elapsed_compute().timer();
-                let batch = merge.next().await.map_err(|e| DataFusionError::External(Box::new(e)))?;
+                let batch = merge.next().await.map_err(|e| {
+                    // The objects of a snapshot that has ended may be gone.
+                    DataFusionError::External(Box::new(match &snapshot {
+                        Some(snapshot) => snapshot.explain(e),
+                        None => e,
+                    }))
+                })?;
                 drop(timer);
                 let Some(mut batch) = batch else { return Ok(None) };
                 if batch.num_columns() > width {

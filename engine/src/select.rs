@@ -23,6 +23,7 @@ use catalog::{
 use crate::engine::Inner;
 use crate::memory::Kind;
 use crate::segment::{Key, Segments, day_of};
+use crate::snapshot::{Snapshot, View};
 use crate::version::{TableVersion, Version};
 use crate::{Reservation, Stop};
 
@@ -65,6 +66,8 @@ pub struct SeriesSet {
     pub(crate) ordinals: Vec<Ordinal>,
     /// What is read.
     pub(crate) version: Arc<Version>,
+    /// Whose version that is, unless it was the present one.
+    pub(crate) snapshot: Option<Arc<Snapshot>>,
     pub(crate) segments: Arc<Segments>,
     /// Sets that the matchers were tried on.
     pub(crate) candidates: usize,
@@ -95,6 +98,7 @@ impl SeriesSet {
             keys: Arc::new(kept.iter().map(|i| self.keys[*i]).collect()),
             ordinals: kept.iter().map(|i| self.ordinals[*i]).collect(),
             version: self.version.clone(),
+            snapshot: self.snapshot.clone(),
             segments: self.segments.clone(),
             candidates: self.candidates,
             threads: self.threads,
@@ -113,11 +117,11 @@ impl SeriesSet {
     }
 }
 
-/// Finds the series of a selection in the present version.
-pub(crate) async fn select(inner: &Inner, selection: &Selection, stop: &Stop) -> Result<Arc<SeriesSet>> {
+/// Finds the series of a selection.
+pub(crate) async fn select(view: View<'_>, selection: &Selection, stop: &Stop) -> Result<Arc<SeriesSet>> {
     loop {
-        let present = Present::of(inner);
-        let set = select_once(inner, selection, stop).await?;
+        let present = Present::of(view.inner);
+        let set = select_once(view, selection, stop).await?;
         if present.lasts() {
             return Ok(set);
         }
@@ -141,16 +145,17 @@ impl<'a> Present<'a> {
     }
 }
 
-async fn select_once(inner: &Inner, selection: &Selection, stop: &Stop) -> Result<Arc<SeriesSet>> {
+async fn select_once(view: View<'_>, selection: &Selection, stop: &Stop) -> Result<Arc<SeriesSet>> {
+    let inner = view.inner;
     // The version first: whatever it can refer to was published before.
-    let version = inner.version();
+    let version = view.version()?;
     let start_ms = kept_from(&version, &selection.table, selection.start_ms);
     let (mut memory, mut reserved) = (inner.memory.reserve(Kind::Queries), Ok(()));
     let sources = Sources::find(inner, &version, (selection, stop), &mut memory).await?;
     let mut found: Vec<(Key, Ordinal, Arc<Series>)> = Vec::new();
     let (mut candidates, mut full) = (0, false);
     let series_max = inner.settings.query_series_max;
-    sources.for_each(inner, (selection, stop), &mut candidates, |ordinal, series| {
+    sources.for_each(view, (selection, stop), &mut candidates, |ordinal, series| {
         // An active set may come again from tag parts.
         full = found.len() >= series_max.saturating_mul(2);
         if found.len().is_multiple_of(SERIES_AT_A_TIME) {
@@ -185,6 +190,7 @@ async fn select_once(inner: &Inner, selection: &Selection, stop: &Stop) -> Resul
         keys,
         ordinals,
         version,
+        snapshot: view.snapshot.cloned(),
         segments: inner.segments.clone(),
         candidates,
         threads: inner.settings.cpu_threads.max(1),
@@ -192,25 +198,26 @@ async fn select_once(inner: &Inner, selection: &Selection, stop: &Stop) -> Resul
     }))
 }
 
-/// The set of tag sets that are known already, against the present version.
+/// The set of tag sets that are known already.
 ///
 /// # Errors
 /// `Internal` on a code collision.
 pub(crate) fn given(
-    inner: &Inner,
+    view: View<'_>,
     table: Arc<TableSchema>,
     tags: Vec<TagSet>,
     start_ms: i64,
     end_ms: i64,
 ) -> Result<SeriesSet> {
+    let inner = view.inner;
     let series: Vec<Arc<Series>> =
         tags.into_iter().map(|tags| Arc::new(Series::new(inner.registry.hasher(), tags))).collect();
     let (version, mut found) = loop {
         let present = Present::of(inner);
-        let version = inner.version();
+        let version = view.version()?;
         let mut found = Vec::with_capacity(series.len());
         for series in &series {
-            let ordinal = inner.registry.lookup(series.id)?.unwrap_or(NO_ORDINAL);
+            let ordinal = inner.registry.lookup(series.id)?.filter(|o| view.knows(*o)).unwrap_or(NO_ORDINAL);
             found.push((Key::from(series.as_ref()), ordinal, series.clone()));
         }
         if present.lasts() {
@@ -228,6 +235,7 @@ pub(crate) fn given(
         table,
         end_ms,
         version,
+        snapshot: view.snapshot.cloned(),
         segments: inner.segments.clone(),
         threads: inner.settings.cpu_threads.max(1),
         memory: Arc::new(inner.memory.reserve(Kind::Queries)),
@@ -236,19 +244,20 @@ pub(crate) fn given(
 
 /// Calls `visit` once for each distinct tag set of a selection until it returns false.
 pub(crate) async fn visit(
-    inner: &Inner,
+    view: View<'_>,
     selection: &Selection,
     stop: &Stop,
     mut visit: impl FnMut(&Arc<Series>) -> bool + Send,
 ) -> Result<()> {
+    let inner = view.inner;
     let mut seen: HashSet<i64, BuildHasherDefault<PassThrough>> = HashSet::default();
     loop {
         let present = Present::of(inner);
-        let version = inner.version();
+        let version = view.version()?;
         let mut memory = inner.memory.reserve(Kind::Queries);
         let sources = Sources::find(inner, &version, (selection, stop), &mut memory).await?;
         let mut go_on = true;
-        sources.for_each(inner, (selection, stop), &mut 0, |_, series| {
+        sources.for_each(view, (selection, stop), &mut 0, |_, series| {
             go_on = !seen.insert(series.id.code.0) || visit(series);
             go_on
         })?;
@@ -335,11 +344,12 @@ impl Sources {
     /// Calls `visit` with the sets that match, active ones with their ordinal first; a set may come more than once.
     fn for_each(
         &self,
-        inner: &Inner,
+        view: View<'_>,
         (selection, stop): (&Selection, &Stop),
         candidates: &mut usize,
         mut visit: impl FnMut(Ordinal, &Arc<Series>) -> bool,
     ) -> Result<()> {
+        let inner = view.inner;
         // Names were matched when the metrics were chosen.
         let tags = || selection.matchers.iter().filter(|m| m.name() != METRIC_NAME);
         let mut filter = Filter::new(tags());
@@ -357,6 +367,9 @@ impl Sources {
         let mut narrow = Narrow::new(tags(), &mut holds);
         if self.active {
             let mut each = |ordinal, series: &Arc<Series>| {
+                if !view.knows(ordinal) {
+                    return;
+                }
                 *candidates += 1;
                 if go_on && let Err(e) = pace.step(cost) {
                     (stopped, go_on) = (Err(e), false);

@@ -351,6 +351,7 @@ pub(crate) async fn run_flusher(inner: Arc<Inner>) {
     let mut retry = Instant::now();
     while inner.stopping.run_until_cancelled(tokio::time::sleep(TICK)).await.is_some() {
         inner.note_memory();
+        inner.snapshots.relieve(&inner);
         inner.bound_caches();
         inner.set_gauges();
         if inner.reserve.is_full() && !inner.reserve.refill() && inner.metrics.wal_size.get() > 0 {

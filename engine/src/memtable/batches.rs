@@ -62,26 +62,31 @@ impl BatchMemtable {
         Ok(())
     }
 
-    pub(super) fn ordinals(&self) -> Vec<Ordinal> {
-        let mut out: Vec<Ordinal> = self.state.read().by_ordinal.keys().copied().collect();
+    /// The tag sets that have any of the first `most` rows, ascending.
+    pub(super) fn ordinals(&self, most: u64) -> Vec<Ordinal> {
+        let state = self.state.read();
+        let has_rows = |rows: &[u32]| rows.first().is_some_and(|r| u64::from(*r) < most);
+        let mut out: Vec<Ordinal> = state.by_ordinal.iter().filter(|s| has_rows(s.1)).map(|s| *s.0).collect();
         out.sort_unstable();
         out
     }
 
-    /// The rows of the wanted series between two times, inclusive: the number of each row's series, and the asked-for
-    /// columns. Sorted by (number, ts) without equal pairs; of those the last one to arrive is returned.
+    /// The rows of the wanted series among the first `most`, between two times, inclusive: the number of each row's series,
+    /// and the asked-for columns. Sorted by (number, ts) without equal pairs; of those the last one to arrive is returned.
     pub(super) fn read(
         &self,
         wanted: &[(u32, Ordinal)],
         start_ms: i64,
         end_ms: i64,
         columns: &[usize],
+        most: u64,
     ) -> Result<(Vec<u32>, Vec<ArrayRef>)> {
         let (batches, starts, numbers) = {
             let state = self.state.read();
             let mut numbers = vec![];
             for (index, ordinal) in wanted {
                 let rows = state.by_ordinal.get(ordinal).map_or(&[][..], Vec::as_slice);
+                let rows = &rows[..rows.partition_point(|r| u64::from(*r) < most)];
                 numbers.extend(rows.iter().map(|row| (*index, *row)));
             }
             (state.batches.clone(), state.starts.clone(), numbers)

@@ -6,12 +6,17 @@
 //!
 //! Order of arrival is what decides between samples of one series and time: within a block the later one was kept when
 //! it was sealed, and blocks, then the open samples, lie in order of arrival.
+//!
+//! What a snapshot sees of a series is therefore a prefix of its blocks and of its open samples. Taking a snapshot gives it a
+//! number and touches no chunk; the first append to a chunk after that notes where the prefixes end (a [`Mark`]), and a
+//! block that is sealed from then on is cut where a mark is, so that sealed bytes never change.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering as Atomic};
 
 use catalog::Ordinal;
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 
 use super::block;
 
@@ -27,9 +32,33 @@ struct Slot {
     open: u8,
 }
 
+/// How much of a slot there was at a mark.
+#[derive(Debug, Clone, Copy)]
+struct End {
+    /// Bytes of blocks.
+    sealed: u32,
+    /// Samples in the open block.
+    open: u8,
+}
+
+/// What a chunk held before an append.
+#[derive(Debug)]
+struct Mark {
+    /// It is what snapshots see with numbers up to this, beyond that of the mark before it.
+    number: u64,
+    /// Of each slot.
+    ends: Box<[End]>,
+}
+
+const MARK_BYTES: usize = size_of::<Mark>() + CHUNK * size_of::<End>();
+
 #[derive(Debug)]
 struct Chunk {
     slots: Vec<Slot>,
+    /// Number of the last snapshot before the last append.
+    seen: u64,
+    /// In order of their numbers.
+    marks: Vec<Mark>,
     /// Times of open samples are offsets from this.
     base: Option<i64>,
     /// [`CHUNK`] values per row.
@@ -62,6 +91,12 @@ pub(super) struct SeriesMemtable {
     chunks: RwLock<Vec<Option<Arc<RwLock<Chunk>>>>>,
     bytes: AtomicUsize,
     rows: AtomicU64,
+    /// Number of the last snapshot.
+    snapshots: AtomicU64,
+    /// Numbers of the snapshots that are still read.
+    live: Mutex<BTreeSet<u64>>,
+    /// How many marks there are in all chunks.
+    marks: AtomicUsize,
 }
 
 /// The least and greatest time of appended rows.
@@ -112,16 +147,54 @@ impl SeriesMemtable {
         chunks.iter().flatten().map(|chunk| of_chunk(chunk)).sum()
     }
 
+    /// Begins a snapshot of what there is; nothing may be appended meanwhile. Returns its number, to be given to
+    /// [`SeriesMemtable::read`] and in the end to [`SeriesMemtable::forget`].
+    pub(super) fn snapshot(&self) -> u64 {
+        let number = self.snapshots.fetch_add(1, Atomic::Relaxed) + 1;
+        self.live.lock().insert(number);
+        number
+    }
+
+    /// Ends a snapshot, and takes away what was kept for it alone.
+    pub(super) fn forget(&self, number: u64) {
+        self.live.lock().remove(&number);
+        if self.marks.load(Atomic::Relaxed) == 0 {
+            return;
+        }
+        let chunks = self.chunks.read().clone();
+        for chunk in chunks.into_iter().flatten() {
+            let mut chunk = chunk.write();
+            // In the order in which an append locks them.
+            let gone = chunk.drop_marks(&self.live.lock());
+            self.marks.fetch_sub(gone, Atomic::Relaxed);
+            self.bytes.fetch_sub(gone * MARK_BYTES, Atomic::Relaxed);
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn marks(&self) -> usize {
+        let chunks = self.chunks.read().clone();
+        assert_eq!(
+            chunks.iter().flatten().map(|c| c.read().marks.len()).sum::<usize>(),
+            self.marks.load(Atomic::Relaxed)
+        );
+        self.marks.load(Atomic::Relaxed)
+    }
+
     /// Appends in the order of the rows. One caller at a time.
     pub(super) fn append(&self, ordinals: &[Ordinal], samples: Samples<'_>) {
         let n = samples.refs.len();
         let ordinal = |i: usize| ordinals[samples.refs[i] as usize] as usize;
+        let last = self.snapshots.load(Atomic::Relaxed);
         let mut grown = 0;
         let mut i = 0;
         while i < n {
             let number = ordinal(i) / CHUNK;
             let chunk = self.chunk(number, &mut grown);
             let mut chunk = chunk.write();
+            if chunk.seen != last {
+                self.mark(&mut chunk, last);
+            }
             while i < n && ordinal(i) / CHUNK == number {
                 grown += chunk.append(ordinal(i) % CHUNK, samples.ts[i], samples.values[i]);
                 i += 1;
@@ -129,6 +202,19 @@ impl SeriesMemtable {
         }
         self.bytes.fetch_add(grown, Atomic::Relaxed);
         self.rows.fetch_add(n as u64, Atomic::Relaxed);
+    }
+
+    /// Notes what a chunk holds for the snapshots that were taken since it was last appended to.
+    #[cold]
+    fn mark(&self, chunk: &mut Chunk, last: u64) {
+        let seen = std::mem::replace(&mut chunk.seen, last);
+        if self.live.lock().range(seen + 1..=last).next().is_none() {
+            return;
+        }
+        let ends = chunk.slots.iter().map(|s| End { sealed: s.sealed.len() as u32, open: s.open }).collect();
+        chunk.marks.push(Mark { number: last, ends });
+        self.marks.fetch_add(1, Atomic::Relaxed);
+        self.bytes.fetch_add(MARK_BYTES, Atomic::Relaxed);
     }
 
     fn chunk(&self, number: usize, grown: &mut usize) -> Arc<RwLock<Chunk>> {
@@ -143,21 +229,26 @@ impl SeriesMemtable {
         chunks[number].get_or_insert_with(|| Arc::new(RwLock::new(Chunk::new()))).clone()
     }
 
-    /// The ordinals that have rows, ascending.
-    pub(super) fn ordinals(&self) -> Vec<Ordinal> {
+    /// The ordinals that have rows, ascending; in a snapshot, when there is one.
+    pub(super) fn ordinals(&self, snapshot: Option<u64>) -> Vec<Ordinal> {
         let chunks = self.chunks.read().clone();
         let mut out = vec![];
         for (number, chunk) in chunks.iter().enumerate().filter_map(|(i, c)| Some((i, c.as_ref()?))) {
             let chunk = chunk.read();
-            let used = chunk.slots.iter().enumerate().filter(|(_, s)| s.rows > 0);
-            out.extend(used.map(|(slot, _)| (number * CHUNK + slot) as Ordinal));
+            let mark = chunk.mark_of(snapshot);
+            let has_rows = |slot: &usize| match mark {
+                None => chunk.slots[*slot].rows > 0,
+                Some(mark) => mark.ends[*slot].sealed > 0 || mark.ends[*slot].open > 0,
+            };
+            out.extend((0..CHUNK).filter(has_rows).map(|slot| (number * CHUNK + slot) as Ordinal));
         }
         out
     }
 
     /// Reads the wanted series, given as (number to return for it, ordinal) in ascending order of the numbers, from
-    /// `start_ms` to `end_ms`, both inclusive. Locks are held only while compressed bytes are copied.
-    pub(super) fn read(&self, wanted: &[(u32, Ordinal)], start_ms: i64, end_ms: i64) -> Decoded {
+    /// `start_ms` to `end_ms`, both inclusive; as of a snapshot, when there is one. Locks are held only while compressed
+    /// bytes are copied.
+    pub(super) fn read(&self, wanted: &[(u32, Ordinal)], start_ms: i64, end_ms: i64, snapshot: Option<u64>) -> Decoded {
         let mut out = Decoded::default();
         let mut copy = Copied::default();
         let mut from = 0;
@@ -168,7 +259,7 @@ impl SeriesMemtable {
             from += run.len();
             let Some(Some(chunk)) = self.chunks.read().get(number).cloned() else { continue };
             copy.clear();
-            chunk.read().copy(run, &mut copy);
+            chunk.read().copy(run, snapshot, &mut copy);
             out.reserve(copy.rows);
             copy.decode(start_ms, end_ms, &mut out);
         }
@@ -179,7 +270,24 @@ impl SeriesMemtable {
 impl Chunk {
     fn new() -> Self {
         let slots = (0..CHUNK).map(|_| Slot::default()).collect();
-        Self { slots, base: None, open_ts: vec![], open_values: vec![] }
+        Self { slots, seen: 0, marks: vec![], base: None, open_ts: vec![], open_values: vec![] }
+    }
+
+    /// What a snapshot sees; `None` when that is all there is.
+    fn mark_of(&self, snapshot: Option<u64>) -> Option<&Mark> {
+        let number = snapshot?;
+        // Without a later mark nothing was appended since.
+        self.marks.iter().find(|m| m.number >= number)
+    }
+
+    /// Forgets marks that no snapshot among `live` sees; how many.
+    fn drop_marks(&mut self, live: &BTreeSet<u64>) -> usize {
+        let (before, mut last) = (self.marks.len(), 0);
+        self.marks.retain(|mark| {
+            let from = std::mem::replace(&mut last, mark.number);
+            live.range(from + 1..=mark.number).next().is_some()
+        });
+        before - self.marks.len()
     }
 
     /// Returns by how many bytes it grew.
@@ -219,9 +327,29 @@ impl Chunk {
             ts[k] = base.wrapping_add(i64::from(self.open_ts[k * CHUNK + slot]));
             values[k] = self.open_values[k * CHUNK + slot];
         }
-        let mut n = n;
-        if !ts[..n].is_sorted_by(|a, b| a < b) {
-            n = sort_last_wins(&mut ts[..n], &mut values[..n]);
+        let (before, mut from, mut grown) = (self.slots[slot].sealed.len(), 0, 0);
+        for i in 0..self.marks.len() {
+            let End { sealed, open } = self.marks[i].ends[slot];
+            if sealed as usize != before || open == 0 {
+                continue;
+            }
+            // What the mark saw of the open block becomes blocks of its own.
+            let to = usize::from(open);
+            grown += self.put_sorted(slot, &mut ts[from..to], &mut values[from..to]);
+            from = to;
+            self.marks[i].ends[slot] = End { sealed: self.slots[slot].sealed.len() as u32, open: 0 };
+        }
+        grown + self.put_sorted(slot, &mut ts[from..n], &mut values[from..n])
+    }
+
+    fn put_sorted(&mut self, slot: usize, ts: &mut [i64], values: &mut [f64]) -> usize {
+        if ts.is_empty() {
+            // Two marks were at one place, or one at the end.
+            return 0;
+        }
+        let mut n = ts.len();
+        if !ts.is_sorted_by(|a, b| a < b) {
+            n = sort_last_wins(ts, values);
         }
         self.put(slot, &ts[..n], &values[..n])
     }
@@ -238,16 +366,21 @@ impl Chunk {
         sealed.capacity() - before
     }
 
-    fn copy(&self, run: &[(u32, Ordinal)], copy: &mut Copied) {
+    fn copy(&self, run: &[(u32, Ordinal)], snapshot: Option<u64>, copy: &mut Copied) {
         let base = self.base.unwrap_or(0);
+        let mark = self.mark_of(snapshot);
         for (index, ordinal) in run {
             let at = *ordinal as usize % CHUNK;
             let slot = &self.slots[at];
             if slot.rows == 0 {
                 continue;
             }
-            copy.bytes.extend_from_slice(&slot.sealed);
-            for k in 0..usize::from(slot.open) {
+            let (sealed, open) = match mark {
+                None => (&slot.sealed[..], usize::from(slot.open)),
+                Some(mark) => (&slot.sealed[..mark.ends[at].sealed as usize], usize::from(mark.ends[at].open)),
+            };
+            copy.bytes.extend_from_slice(sealed);
+            for k in 0..open {
                 copy.ts.push(base.wrapping_add(i64::from(self.open_ts[k * CHUNK + at])));
                 copy.values.push(self.open_values[k * CHUNK + at]);
             }

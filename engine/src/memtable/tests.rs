@@ -36,31 +36,51 @@ fn rows_of(batch: &RecordBatch) -> Vec<(u32, i64, u64)> {
     (0..batch.num_rows()).map(|i| (series.value(i), ts.value(i), values.value(i).to_bits())).collect()
 }
 
-/// Appends `requests` to both forms and compares every read with the last row of each key.
+/// Appends `requests` to both forms and compares what is there then, and what snapshots on the way see.
 fn check(requests: &[Rows], ordinals: &[Ordinal], ranges: &[(i64, i64)]) {
     let forms: [(Memtable, ToBatch); 2] =
         [(Memtable::new(SAMPLES.clone()), samples), (Memtable::new(EXEMPLARS.clone()), exemplars)];
     for (memtable, batch) in forms {
+        let memtable = Arc::new(memtable);
         let mut model = BTreeMap::new();
-        for rows in requests {
+        let mut views = Vec::new();
+        for (i, rows) in requests.iter().enumerate() {
+            if i % 7 < 3 {
+                views.push((memtable.view(), model.clone()));
+            }
+            if i % 5 == 4 && !views.is_empty() {
+                views.swap_remove(i % views.len());
+            }
             memtable.append(ordinals, &batch(rows)).unwrap();
             model.extend(rows.iter().map(|r| ((ordinals[r.0 as usize], r.1), r.2)));
         }
-        let mut present: Vec<Ordinal> = model.keys().map(|k| k.0).collect();
-        present.dedup();
-        assert_eq!(memtable.ordinals(), present);
-        assert_eq!(memtable.rows(), requests.iter().map(|r| r.len() as u64).sum::<u64>());
-        // Numbers are given in another order than ordinals, some for sets without rows.
-        let wanted: Vec<(u32, Ordinal)> =
-            present.iter().rev().copied().chain([9_999]).enumerate().map(|(i, o)| (3 * i as u32 + 1, o)).collect();
-        for (start, end) in ranges {
-            let read = memtable.read(&wanted, *start, *end, &[1, 2]).unwrap();
-            let want: Vec<(u32, i64, u64)> = wanted
-                .iter()
-                .flat_map(|(n, o)| model.range((*o, *start)..=(*o, *end)).map(|(k, v)| (*n, k.1, v.to_bits())))
-                .collect();
-            assert_eq!(rows_of(&read), want, "{start}..={end} of {:?}", memtable.table().name);
+        for (view, model) in &views {
+            compare(view, model, ranges);
         }
+        views.clear();
+        if let Form::Series(form) = &memtable.form {
+            assert_eq!(form.marks(), 0);
+        }
+        compare(&memtable, &model, ranges);
+        assert_eq!(memtable.rows(), requests.iter().map(|r| r.len() as u64).sum::<u64>());
+    }
+}
+
+/// Compares every read with the last row of each key.
+fn compare(memtable: &Memtable, model: &BTreeMap<(Ordinal, i64), f64>, ranges: &[(i64, i64)]) {
+    let mut present: Vec<Ordinal> = model.keys().map(|k| k.0).collect();
+    present.dedup();
+    assert_eq!(memtable.ordinals(), present);
+    // Numbers are given in another order than ordinals, some for sets without rows.
+    let wanted: Vec<(u32, Ordinal)> =
+        present.iter().rev().copied().chain([9_999]).enumerate().map(|(i, o)| (3 * i as u32 + 1, o)).collect();
+    for (start, end) in ranges {
+        let read = memtable.read(&wanted, *start, *end, &[1, 2]).unwrap();
+        let want: Vec<(u32, i64, u64)> = wanted
+            .iter()
+            .flat_map(|(n, o)| model.range((*o, *start)..=(*o, *end)).map(|(k, v)| (*n, k.1, v.to_bits())))
+            .collect();
+        assert_eq!(rows_of(&read), want, "{start}..={end} of {:?}", memtable.table().name);
     }
 }
 
