@@ -290,10 +290,11 @@ fn options(text: &str) -> Result<Vec<(String, String)>, SqlError> {
     Ok(settings)
 }
 
-/// Asks for credentials where they are needed; whether the client has the scope admin. Nearly all that SQL does is read.
+/// Asks for credentials where they are needed; whether the client has the scope admin. Nearly all that SQL does is read,
+/// and that is all that a client may who did not say who it is.
 async fn log_in(server: &Server, connection: &mut Connection, user: &str) -> PgWireResult<bool> {
     if !server.access.asks() {
-        return Ok(true);
+        return Ok(false);
     }
     connection.set_state(PgWireConnectionState::AuthenticationInProgress);
     let address = connection.socket_addr().ip();
