@@ -1,28 +1,35 @@
 //! Stopping a query that gives nothing back for long.
 //!
-//! Work is dropped where it waits. A join that multiplies its inputs may compute for minutes without waiting, so the
-//! rule [`Interruptible`] makes joins take part in the runtime's cooperative scheduling, and lets the predicate of a
-//! nested loop look at the statement's [`Stop`] each time it is evaluated.
+//! Work is dropped where it waits, but a sort, an aggregate, a window or a join may compute for minutes without waiting. The
+//! rule [`Interruptible`] therefore puts every node of a plan into a [`Watched`], which looks at the statement's [`Stop`]
+//! before each batch and takes part in the runtime's cooperative scheduling: whoever asks for input after that gets an
+//! error and ends. A nested loop looks at more rows between two batches than can be counted, so its predicate looks, too.
 
 use std::any::Any;
 use std::fmt;
 use std::hash::{Hash, Hasher};
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 
-use arrow::datatypes::{DataType, Schema};
+use arrow::datatypes::{DataType, Schema, SchemaRef};
 use arrow::record_batch::RecordBatch;
 use datafusion::common::config::ConfigOptions;
-use datafusion::common::tree_node::{Transformed, TreeNode};
+use datafusion::common::tree_node::{Transformed, TreeNode, TreeNodeRecursion};
 use datafusion::error::{DataFusionError, Result};
+use datafusion::execution::{RecordBatchStream, SendableRecordBatchStream, TaskContext};
 use datafusion::logical_expr::ColumnarValue;
 use datafusion::physical_expr::PhysicalExpr;
 use datafusion::physical_optimizer::PhysicalOptimizerRule;
-use datafusion::physical_plan::ExecutionPlan;
-use datafusion::physical_plan::coop::CooperativeExec;
+use datafusion::physical_plan::coop::cooperative;
 use datafusion::physical_plan::joins::utils::JoinFilter;
-use datafusion::physical_plan::joins::{CrossJoinExec, HashJoinExec, NestedLoopJoinExec, NestedLoopJoinExecBuilder};
-use datafusion::physical_plan::unnest::UnnestExec;
+use datafusion::physical_plan::joins::{NestedLoopJoinExec, NestedLoopJoinExecBuilder};
+use datafusion::physical_plan::metrics::MetricsSet;
+use datafusion::physical_plan::{
+    ChildrenPropertiesMode, DisplayAs, DisplayFormatType, ExecutionPlan, PlanProperties, ReplaceChildrenOptions,
+};
 use engine::Stop;
+use futures::{Stream, StreamExt};
 
 use crate::table::external;
 
@@ -34,24 +41,15 @@ impl PhysicalOptimizerRule for Interruptible {
     fn optimize(&self, plan: Arc<dyn ExecutionPlan>, config: &ConfigOptions) -> Result<Arc<dyn ExecutionPlan>> {
         let stop = Stop::of(config);
         plan.transform_up(|node| {
-            let any = node.as_ref() as &dyn Any;
-            if let Some(join) = any.downcast_ref::<NestedLoopJoinExec>()
+            let mut node = node;
+            if let Some(join) = node.downcast_ref::<NestedLoopJoinExec>()
                 && let Some(filter) = join.filter()
             {
                 let expr = Arc::new(Interrupted { expr: filter.expression().clone(), stop: stop.clone() });
                 let filter = JoinFilter::new(expr, filter.column_indices().to_vec(), filter.schema().clone());
-                let join = NestedLoopJoinExecBuilder::from(join).with_filter(Some(filter)).build()?;
-                return Ok(Transformed::yes(Arc::new(CooperativeExec::new(Arc::new(join))) as _));
+                node = Arc::new(NestedLoopJoinExecBuilder::from(join).with_filter(Some(filter)).build()?);
             }
-            let multiplies = any.is::<NestedLoopJoinExec>()
-                || any.is::<CrossJoinExec>()
-                || any.is::<HashJoinExec>()
-                || any.is::<UnnestExec>();
-            Ok(if multiplies {
-                Transformed::yes(Arc::new(CooperativeExec::new(node)) as _)
-            } else {
-                Transformed::no(node)
-            })
+            Ok(Transformed::yes(Arc::new(Watched(node)) as _))
         })
         .map(|t| t.data)
     }
@@ -62,6 +60,99 @@ impl PhysicalOptimizerRule for Interruptible {
 
     fn schema_check(&self) -> bool {
         true
+    }
+}
+
+/// A node that is in all the one within, but for how its rows are given.
+#[derive(Debug)]
+struct Watched(Arc<dyn ExecutionPlan>);
+
+impl DisplayAs for Watched {
+    fn fmt_as(&self, t: DisplayFormatType, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt_as(t, f)
+    }
+}
+
+impl ExecutionPlan for Watched {
+    fn name(&self) -> &str {
+        self.0.name()
+    }
+
+    fn downcast_delegate(&self) -> Option<&dyn ExecutionPlan> {
+        Some(self.0.as_ref())
+    }
+
+    fn properties(&self) -> &Arc<PlanProperties> {
+        self.0.properties()
+    }
+
+    fn children(&self) -> Vec<&Arc<dyn ExecutionPlan>> {
+        self.0.children()
+    }
+
+    fn apply_expressions(
+        &self,
+        f: &mut dyn FnMut(&Arc<dyn PhysicalExpr>) -> Result<TreeNodeRecursion>,
+    ) -> Result<TreeNodeRecursion> {
+        self.0.apply_expressions(f)
+    }
+
+    fn replace_children(
+        self: Arc<Self>,
+        children: Vec<Arc<dyn ExecutionPlan>>,
+        options: ReplaceChildrenOptions,
+    ) -> Result<Arc<dyn ExecutionPlan>> {
+        Ok(Arc::new(Self(self.0.clone().replace_children(children, options)?)))
+    }
+
+    fn with_new_children(self: Arc<Self>, children: Vec<Arc<dyn ExecutionPlan>>) -> Result<Arc<dyn ExecutionPlan>> {
+        self.replace_children(children, ReplaceChildrenOptions::new(ChildrenPropertiesMode::Recompute))
+    }
+
+    fn reset_state(self: Arc<Self>) -> Result<Arc<dyn ExecutionPlan>> {
+        Ok(Arc::new(Self(self.0.clone().reset_state()?)))
+    }
+
+    fn with_new_state(&self, state: Arc<dyn Any + Send + Sync>) -> Option<Arc<dyn ExecutionPlan>> {
+        Some(Arc::new(Self(self.0.with_new_state(state)?)))
+    }
+
+    fn metrics(&self) -> Option<MetricsSet> {
+        self.0.metrics()
+    }
+
+    fn execute(&self, partition: usize, context: Arc<TaskContext>) -> Result<SendableRecordBatchStream> {
+        let stop = Stop::of(context.session_config().options());
+        let rows = self.0.execute(partition, context)?;
+        Ok(Box::pin(cooperative(WatchedRows { rows, stop, ended: false })))
+    }
+}
+
+/// Rows until the statement is to stop.
+struct WatchedRows {
+    rows: SendableRecordBatchStream,
+    stop: Stop,
+    ended: bool,
+}
+
+impl Stream for WatchedRows {
+    type Item = Result<RecordBatch>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        if let Err(e) = self.stop.check() {
+            self.ended = true;
+            return Poll::Ready(Some(Err(external(e))));
+        }
+        self.rows.poll_next_unpin(cx)
+    }
+}
+
+impl RecordBatchStream for WatchedRows {
+    fn schema(&self) -> SchemaRef {
+        self.rows.schema()
     }
 }
 
@@ -118,5 +209,40 @@ impl PhysicalExpr for Interrupted {
 
     fn fmt_sql(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.expr.fmt_sql(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use datafusion::physical_plan::displayable;
+    use engine::QueryLimits;
+
+    use super::*;
+    use crate::tests::Fixture;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn nodes_give_no_more_once_the_statement_is_to_stop() {
+        let f = Fixture::new().await;
+        let sql = "SELECT n FROM (SELECT n, row_number() OVER (ORDER BY n % 7) AS r FROM generate_series(1, 100000) AS t(n)) \
+                   AS x ORDER BY r DESC";
+        let plan = crate::plan(sql, &f.session).await.unwrap();
+        let query = f.engine.begin(QueryLimits { timeout: Duration::from_secs(60) }).await.unwrap();
+        let context = f.engine.session();
+        let state = context.state_ref();
+        state.write().config_mut().options_mut().extensions.insert(query.stop().clone());
+        let state = context.state();
+        let plain = state.create_physical_plan(&plan).await.unwrap();
+        let watched = Interruptible.optimize(plain.clone(), state.config_options()).unwrap();
+        let shown = |plan: &Arc<dyn ExecutionPlan>| displayable(plan.as_ref()).indent(true).to_string();
+        assert_eq!(shown(&watched), shown(&plain));
+        assert!(watched.children()[0].downcast_ref::<Watched>().is_none(), "what it is in is not seen");
+        let mut rows = watched.execute(0, state.task_ctx()).unwrap();
+        assert!(rows.next().await.unwrap().unwrap().num_rows() > 0);
+        drop(query.guard());
+        let e = rows.next().await.unwrap().unwrap_err();
+        assert_eq!(engine::error_of(e).kind(), engine::ErrorKind::Canceled);
+        assert!(rows.next().await.is_none());
     }
 }

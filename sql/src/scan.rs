@@ -71,7 +71,7 @@ impl TagScanExec {
     }
 
     fn scan(&self) -> Option<&SeriesScanExec> {
-        (self.input.as_ref() as &dyn std::any::Any).downcast_ref()
+        self.input.downcast_ref()
     }
 
     /// The dictionary is closed by the first call, after every scan of the statement was planned.
