@@ -36,7 +36,7 @@ pub fn fields(schema: &Schema, names: &Names, format: &Format) -> Vec<FieldInfo>
 /// The PostgreSQL type of a column. What PostgreSQL has no type for is text.
 pub fn wire_type(field: &Arc<Field>) -> Type {
     match field.data_type() {
-        DataType::Map(..) => Type::JSON,
+        DataType::Map(..) => Type::JSONB,
         DataType::UInt64 => Type::INT8,
         DataType::Null => Type::TEXT,
         _ => field_into_pg_type(field).unwrap_or(Type::TEXT),
@@ -54,10 +54,15 @@ fn size(pg_type: &Type) -> i16 {
     }
 }
 
+/// Stands before the text of a value of jsonb in its binary form.
+const JSONB_VERSION: char = '\u{1}';
+
 /// How the cells of a column get onto the wire.
 enum Cells {
     /// As text that we write.
     Text(Column),
+    /// As the binary form of jsonb: its version, and text.
+    Jsonb(Column),
     /// As text, in a format where that is the same as binary.
     Library { array: ArrayRef, field: Arc<Field>, info: FieldInfo, encoder: DataRowEncoder },
 }
@@ -66,6 +71,9 @@ impl Cells {
     fn new(array: &ArrayRef, field: &Arc<Field>, info: &FieldInfo, zone: &str) -> PgWireResult<Self> {
         let failed = |e: datafusion::error::DataFusionError| super::answer::pg_error(e.into());
         let column = Column::new(array, zone).map_err(failed)?;
+        if *info.datatype() == Type::JSONB && info.format() == FieldFormat::Binary {
+            return Ok(Self::Jsonb(column));
+        }
         let text_is_binary = matches!(*info.datatype(), Type::TEXT | Type::JSON | Type::VARCHAR);
         if (info.format() == FieldFormat::Text && !column.is_foreign()) || text_is_binary {
             return Ok(Self::Text(column));
@@ -81,10 +89,14 @@ impl Cells {
 
     /// Appends a cell: its length and its bytes.
     fn put(&mut self, row: usize, text: &mut String, out: &mut BytesMut) -> PgWireResult<()> {
+        let is_jsonb = matches!(self, Self::Jsonb(_));
         match self {
-            Self::Text(column) if column.is_null(row) => out.put_i32(-1),
-            Self::Text(column) => {
+            Self::Text(column) | Self::Jsonb(column) if column.is_null(row) => out.put_i32(-1),
+            Self::Text(column) | Self::Jsonb(column) => {
                 text.clear();
+                if is_jsonb {
+                    text.push(JSONB_VERSION);
+                }
                 column.text(row, text).map_err(|e| super::answer::pg_error(e.into()))?;
                 let length = i32::try_from(text.len()).map_err(|_| too_long())?;
                 out.put_i32(length);
@@ -181,7 +193,7 @@ mod tests {
         check(DataType::Int64, Type::INT8);
         check(DataType::UInt64, Type::INT8);
         check(DataType::Utf8View, Type::TEXT);
-        check(crate::tags::dictionary::map_type(), Type::JSON);
+        check(crate::tags::dictionary::map_type(), Type::JSONB);
         check(DataType::Null, Type::TEXT);
     }
 }
