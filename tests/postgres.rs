@@ -1,7 +1,7 @@
 //! The PostgreSQL endpoint as its clients see it: `psql` with its commands, psycopg, asyncpg, SQLAlchemy, node-postgres,
 //! the statements that JDBC's driver and Grafana send; logins with SCRAM, TLS, and many sessions at a time.
 
-use std::io::Write as _;
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -11,6 +11,12 @@ use crate::harness::{Down, Process, Server, Setup, free_port, now_ms, program, r
 
 fn filled() -> Server {
     let server = Server::start();
+    fill(&server);
+    server
+}
+
+/// Returns the time of the first rows.
+fn fill(server: &Server) -> i64 {
     let start = now_ms() / 60_000 * 60_000 - 3_600_000;
     let points = |first: f64| (0..60).map(|i| (start + i * 1000, first + i as f64)).collect::<Vec<_>>();
     server.write(&[
@@ -18,7 +24,7 @@ fn filled() -> Server {
         series("requests_total", &[("job", "api"), ("instance", "b")], &points(100.0)),
         series("requests_total", &[("job", "web"), ("instance", "c")], &points(1000.0)),
     ]);
-    server
+    start
 }
 
 fn script(name: &str) -> PathBuf {
@@ -62,6 +68,57 @@ fn node_postgres_gets_everything() {
     command.arg(script("with_pg.js")).arg(server.postgres.port().to_string()).env("NODE_PATH", modules);
     let output = command.output().expect("node runs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Runs a script of transactions and changes the data whenever it asks for that.
+fn beside_a_transaction(server: &Server, start: i64, what: &str) {
+    let Some(python) = python_with("psycopg") else { return };
+    let mut command = Command::new(python);
+    command.arg(script("in_transaction.py")).arg(server.postgres.port().to_string()).arg(what);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("python runs");
+    let mut input = child.stdin.take().expect("a piped input");
+    let asked = BufReader::new(child.stdout.take().expect("a piped output"));
+    let admin = |path: &str, pairs: &[(&str, &str)]| {
+        let answer = server.client().form(path, pairs);
+        assert!((200..300).contains(&answer.status), "{path}: {}", answer.text());
+    };
+    let mut written = 0;
+    for line in asked.lines() {
+        match line.expect("a line").as_str() {
+            "write" => {
+                written += 1;
+                let at = start + 500 + written;
+                server.write(&[
+                    series("requests_total", &[("job", "api"), ("instance", "a")], &[(at, 5000.0)]),
+                    series("requests_total", &[("job", "api"), ("instance", "new"), ("zone", "z")], &[(at, 1.0)]),
+                    series("later", &[("job", "api")], &[(at, 1.0)]),
+                ]);
+            }
+            "flush" => server.flush(),
+            "compact" => server.compact(),
+            "delete" => admin("/api/v1/admin/tsdb/delete_series", &[("match[]", "requests_total{instance=\"b\"}")]),
+            "fold" => admin("/api/v1/admin/tsdb/clean_tombstones", &[]),
+            other => panic!("{other}"),
+        }
+        input.write_all(b"done\n").expect("the script waits");
+    }
+    assert!(child.wait().expect("python ends").success());
+}
+
+#[test]
+fn a_transaction_sees_one_state_of_the_data() {
+    let server = Server::start();
+    let start = fill(&server);
+    beside_a_transaction(&server, start, "isolated");
+}
+
+#[test]
+fn a_transaction_that_outlives_its_data_is_told() {
+    let environment = vec![("THALWEG_DELETE_GRACE".to_owned(), "0s".to_owned())];
+    let server = Down::new(Setup { environment, ..Setup::default() }).start();
+    let start = fill(&server);
+    server.flush();
+    beside_a_transaction(&server, start, "too_old");
 }
 
 /// `psql` for a server, with its errors in full.
@@ -128,6 +185,31 @@ fn psql_runs_its_commands() {
         "\\encoding",
         "\\timing",
         "\\dt *.*",
+        "\\dn+",
+        "\\df+",
+        "\\dT",
+        "\\dT+",
+        "\\dT text",
+        "\\dd",
+        "\\do",
+        "\\dL",
+        "\\dD+",
+        "\\dX",
+        "\\ddp",
+        "\\drds",
+        "\\dF",
+        "\\dFd",
+        "\\dFp",
+        "\\dFt",
+        "\\dy",
+        "\\dAc",
+        "\\dAf",
+        "\\dAo",
+        "\\db+",
+        "\\deu",
+        "\\dx+",
+        "\\dconfig",
+        "\\sf now",
     ];
     for command in commands {
         let said = psql.run(command);
@@ -242,7 +324,8 @@ fn users_log_in_with_scram() {
     let auth = dir.path().join("auth.toml");
     let reader = entry();
     let writer = reader.replace("alice", "bob").replace("\"read\"", "\"write\"");
-    std::fs::write(&auth, format!("{reader}\n{writer}")).expect("a file");
+    let admin = reader.replace("alice", "root").replace("\"read\"", "\"admin\"");
+    std::fs::write(&auth, format!("{reader}\n{writer}\n{admin}")).expect("a file");
     let environment = vec![("THALWEG_AUTH_FILE".to_owned(), auth.display().to_string())];
     let server = Down::new(Setup { environment, ..Setup::default() }).start();
     let check = |user: &str, password: &str, more: &str, right: bool, expected: &str| {
@@ -254,6 +337,15 @@ fn users_log_in_with_scram() {
     check("ghost", PASSWORD, "", false, "password authentication failed");
     check("bob", PASSWORD, "", false, "lack the scope");
     check("alice", PASSWORD, "sslmode=require", false, "server does not support SSL");
+    let settings = |user: &str| {
+        let url = format!("postgres://{user}@{}/thalweg", server.postgres);
+        let mut command = Command::new(&psql);
+        command.args(["-w", "-X", "-At", "-c", "SELECT count(*) > 10 FROM catalog.settings", &url]);
+        let output = command.env("PGPASSWORD", PASSWORD).output().expect("psql runs");
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+    };
+    assert_eq!(settings("root"), "t\n");
+    assert!(settings("alice").contains("permission denied"));
 }
 
 #[test]
@@ -306,23 +398,55 @@ fn a_stopping_server_tells_its_clients() {
     assert!(text.contains("57P01: terminating connection due to administrator command"), "{text}");
 }
 
+/// A variable of the environment that is a number.
+fn asked(name: &str) -> Option<usize> {
+    std::env::var(name).ok().map(|v| v.parse().unwrap_or_else(|_| panic!("{name} is no number: {v}")))
+}
+
+/// 100 sessions at a time on 1 GiB: each of their queries is answered, or refused for want of memory or of a turn, and the
+/// server takes no more than that and a constant. In full with `POSTGRES_SESSIONS=n`: each of them asks so many queries of
+/// a million samples.
 #[test]
 fn a_hundred_sessions_at_a_time_are_answered() {
-    let Some(psql) = Psql::new() else { return };
+    const LIMIT: usize = 1 << 30;
+    /// The binary, which is large without optimisation, threads, and what is not seen in time.
+    const BEYOND: usize = 512 << 20;
+    let Some(program) = program("psql") else { return };
+    let full = asked("POSTGRES_SESSIONS");
+    let environment = vec![("THALWEG_MEMORY_LIMIT".to_owned(), LIMIT.to_string())];
+    let psql = Psql { program, server: Down::new(Setup { environment, ..Setup::default() }).start() };
+    fill(&psql.server);
+    let start = now_ms() - 3_600_000;
+    for i in 0..if full.is_some() { 4000 } else { 4 } {
+        let points: Vec<(i64, f64)> =
+            (0..250).map(|k| (start + k * 10_000, ((i * 7919 + k * 13) % 1009) as f64)).collect();
+        psql.server.write(&[series(
+            "load",
+            &[("instance", &format!("i{i}")), ("zone", &format!("z{}", i % 3))],
+            &points,
+        )]);
+    }
+    let rows = psql.run("SELECT count(*) FROM samples;");
     let queries = [
         "SELECT count(*) FROM samples",
         "SELECT instance, max(value) FROM prometheus.requests_total GROUP BY instance ORDER BY 1",
-        "SELECT a.value FROM samples a JOIN samples b ON a.ts = b.ts ORDER BY 1",
+        "SELECT a.value FROM prometheus.requests_total a JOIN prometheus.requests_total b ON a.ts = b.ts ORDER BY 1",
         "SELECT table_name FROM information_schema.tables",
         "COPY samples TO STDOUT",
-        "SELECT * FROM samples a CROSS JOIN samples b ORDER BY a.value + b.value, a.ts, b.ts LIMIT 10",
+        "SELECT * FROM prometheus.requests_total a CROSS JOIN prometheus.requests_total b \
+         ORDER BY a.value + b.value, a.ts, b.ts LIMIT 10",
         "SELECT nothing FROM samples",
+        "COPY (SELECT ts, instance, value FROM prometheus.load ORDER BY value, ts, instance) TO STDOUT",
+        "SELECT count(*) FROM (SELECT DISTINCT ts, value, instance FROM prometheus.load) AS x",
+        "SELECT max(r) FROM (SELECT row_number() OVER (PARTITION BY zone ORDER BY value, ts) AS r FROM prometheus.load) AS x",
+        "SELECT instance, array_agg(value ORDER BY ts) FROM prometheus.load GROUP BY instance",
+        "BEGIN; SELECT count(*) FROM samples; SELECT string_agg(instance, ',') FROM prometheus.load; COMMIT",
     ];
     let children: Vec<_> = (0..100)
         .map(|i| {
             let mut command = Command::new(&psql.program);
             command.args(psql.arguments());
-            for n in 0..5 {
+            for n in 0..full.unwrap_or(5) {
                 command.args(["-c", queries[(i + n) % queries.len()]]);
             }
             let (out, err) = (Stdio::null(), Stdio::piped());
@@ -333,11 +457,17 @@ fn a_hundred_sessions_at_a_time_are_answered() {
         let output = child.wait_with_output().expect("psql ends");
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         let odd = text.lines().filter(|l| l.contains("ERROR") || l.contains("FATAL") || l.contains("lost"));
-        let odd: Vec<&str> =
-            odd.filter(|l| !l.contains("42703") && !l.contains("53200") && !l.contains("53300")).collect();
+        // A column that is not there, no memory, no turn in time; memory is short; the deadline.
+        let told = ["42703", "53200", "53300", "54000", "57014"];
+        let odd: Vec<&str> = odd.filter(|l| !told.iter().any(|code| l.contains(code))).collect();
         assert!(odd.is_empty(), "{odd:?}");
     }
-    assert_eq!(psql.run("SELECT count(*) FROM samples;").trim(), "180");
+    assert_eq!(psql.run("SELECT count(*) FROM samples;"), rows);
+    let status = std::fs::read_to_string(format!("/proc/{}/status", psql.server.pid())).expect("the server runs");
+    let most = status.lines().find_map(|l| l.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse::<usize>().ok());
+    let most = most.expect("the most memory that it held") << 10;
+    println!("at most {} MiB of memory", most >> 20);
+    assert!(most <= LIMIT + BEYOND, "{most} bytes of memory were held, {LIMIT} may be");
 }
 
 #[test]

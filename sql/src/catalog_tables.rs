@@ -162,7 +162,10 @@ impl PartitionStream for Rows {
     }
 
     fn execute(&self, context: Arc<TaskContext>) -> SendableRecordBatchStream {
-        let (engine, listing, schema) = (self.engine.clone(), self.listing, self.schema.clone());
+        // Of the transaction, where there is one.
+        let engine = context.session_config().get_extension::<Engine>();
+        let engine = engine.map_or_else(|| self.engine.clone(), |e| Engine::clone(&e));
+        let (listing, schema) = (self.listing, self.schema.clone());
         let rows = async move {
             let reading = Reading {
                 stop: Stop::of(context.session_config().options()),
@@ -197,7 +200,7 @@ impl Reading {
             Listing::TagSets => self.tag_sets().await,
             Listing::Tags => self.tags().await,
             Listing::Metrics => Ok(self.metrics()),
-            Listing::Files => Ok(self.files()),
+            Listing::Files => self.files(),
             Listing::Queries => Ok(self.queries()),
             Listing::Settings => self.settings(),
         }
@@ -284,12 +287,12 @@ impl Reading {
         vec![column(|m| &m.metric), column(|m| &m.kind), column(|m| &m.help), column(|m| &m.unit)]
     }
 
-    fn files(&self) -> Vec<ArrayRef> {
-        let files = self.engine.files();
+    fn files(&self) -> Result<Vec<ArrayRef>> {
+        let files = self.engine.files().map_err(external)?;
         let number =
             |get: fn(&DataFile) -> i64| Arc::new(files.iter().map(|(_, f)| get(f)).collect::<Int64Array>()) as ArrayRef;
         let time = |get: fn(&DataFile) -> i64| times(files.iter().map(|(_, f)| get(f)));
-        vec![
+        Ok(vec![
             Arc::new(files.iter().map(|(t, _)| Some(t.name)).collect::<StringArray>()),
             number(|f| f.id),
             Arc::new(files.iter().map(|(_, f)| Some(f.path.as_str())).collect::<StringArray>()),
@@ -299,7 +302,7 @@ impl Reading {
             number(|f| f.bytes as i64),
             time(|f| f.ts_min),
             time(|f| f.ts_max),
-        ]
+        ])
     }
 
     fn queries(&self) -> Vec<ArrayRef> {

@@ -8,7 +8,7 @@ use datafusion::common::utils::datafusion_strsim::levenshtein;
 use datafusion::error::DataFusionError;
 use datafusion::sql::sqlparser::dialect::PostgreSqlDialect;
 use datafusion::sql::sqlparser::tokenizer::{Token, Tokenizer};
-use engine::{Error, ErrorKind};
+use engine::{Error, ErrorKind, TooOld};
 
 /// An error with its SQLSTATE.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,7 +87,7 @@ impl SqlError {
     pub fn http_status(&self) -> u16 {
         match &self.code[..2] {
             _ if self.code == "53300" => 503,
-            "57" | "58" => 503,
+            "57" | "58" | "72" => 503,
             "22" | "53" | "54" => 422,
             "XX" => 500,
             _ => 400,
@@ -143,8 +143,17 @@ fn code_of(kind: ErrorKind) -> &'static str {
     }
 }
 
+/// A transaction whose snapshot has ended.
+fn too_old(e: &Error) -> Option<SqlError> {
+    let hint = "End the transaction and begin a new one.";
+    TooOld::is(e).then(|| SqlError::new("72000", e.to_string()).hint(hint))
+}
+
 impl From<Error> for SqlError {
     fn from(e: Error) -> Self {
+        if let Some(error) = too_old(&e) {
+            return error;
+        }
         if e.kind() == ErrorKind::Internal || e.kind() == ErrorKind::Corrupt {
             tracing::error!(error = %e, "query failed");
         }
@@ -206,7 +215,8 @@ fn known(e: &DataFusionError) -> Option<SqlError> {
             _ => return None,
         },
         DataFusionError::External(inner) => {
-            return inner.downcast_ref::<SqlError>().cloned().or_else(|| known(inner.downcast_ref()?));
+            let ours = || inner.downcast_ref().and_then(too_old);
+            return inner.downcast_ref::<SqlError>().cloned().or_else(ours).or_else(|| known(inner.downcast_ref()?));
         }
         _ => return None,
     })
@@ -331,6 +341,9 @@ mod tests {
         check(crate::table::external(Error::timeout("x")), "57014", 503);
         check(crate::table::external(Error::unavailable("x")), "57P03", 503);
         check(crate::table::external(Error::limit_exceeded("x")), "54000", 422);
+        let ended = || crate::table::external(Error::unavailable("x").with_source(TooOld::Memory));
+        check(ended(), "72000", 503);
+        check(DataFusionError::Shared(std::sync::Arc::new(ended())), "72000", 503);
         check(plan("table 'thalweg.public.nope' not found").context("while planning"), "42P01", 400);
         let missing = SqlError::from(plan("table 'thalweg.public.nope' not found"));
         assert_eq!(missing.message, "relation \"nope\" does not exist");

@@ -14,6 +14,8 @@ use engine::{Engine, Selection, Stop};
 use parking_lot::RwLock;
 
 use crate::catalog_tables::Catalog;
+use crate::pg::system::Information;
+use crate::session::catalogs;
 use crate::table::{SeriesTable, external};
 
 /// All schemas of a database. What is registered besides our own are `pg_catalog` and its like.
@@ -34,12 +36,26 @@ impl Database {
     }
 }
 
+impl Database {
+    /// The same with other metrics.
+    pub fn with_metrics(&self, metrics: &Arc<Metrics>) -> Self {
+        let mut schemas = self.schemas.read().clone();
+        schemas.insert("prometheus".to_owned(), metrics.clone());
+        Self { schemas: RwLock::new(schemas) }
+    }
+}
+
 impl CatalogProvider for Database {
     fn schema_names(&self) -> Vec<String> {
         self.schemas.read().keys().cloned().collect()
     }
 
     fn schema(&self, name: &str) -> Option<Arc<dyn SchemaProvider>> {
+        if name == "information_schema" {
+            // It lists the others.
+            let others = Self { schemas: RwLock::new(self.schemas.read().clone()) };
+            return Some(Arc::new(Information::new(catalogs(Arc::new(others)))));
+        }
         self.schemas.read().get(name).cloned()
     }
 
@@ -145,7 +161,8 @@ impl SchemaProvider for Metrics {
         }
         for table in [&*SAMPLES, &*HISTOGRAMS] {
             if let Some(labels) = self.labels(table, name).await? {
-                let provider = SeriesTable::of_metric(self.engine.clone(), table.clone(), name, labels);
+                // What a plan keeps must not hold a snapshot.
+                let provider = SeriesTable::of_metric(self.engine.present(), table.clone(), name, labels);
                 return Ok(Some(Arc::new(provider)));
             }
         }

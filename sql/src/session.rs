@@ -8,10 +8,10 @@ use arrow::array::timezone::Tz;
 use arrow::array::{ArrayRef, StringArray};
 use arrow::datatypes::{DataType, Field, Schema};
 use arrow::record_batch::RecordBatch;
-use datafusion::catalog::{CatalogProviderList, MemoryCatalogProviderList};
+use datafusion::catalog::{CatalogProvider, CatalogProviderList, MemoryCatalogProviderList};
 use datafusion::error::DataFusionError;
 use datafusion::execution::context::SQLOptions;
-use datafusion::execution::{SendableRecordBatchStream, SessionStateBuilder};
+use datafusion::execution::{SendableRecordBatchStream, SessionState, SessionStateBuilder};
 use datafusion::logical_expr::{LogicalPlan, ScalarUDF};
 use datafusion::prelude::SessionContext;
 use datafusion::sql::parser::Statement as DfStatement;
@@ -29,6 +29,7 @@ use crate::functions;
 use crate::functions::gapfill::TimeBuckets;
 use crate::interrupt::Interruptible;
 use crate::limits;
+use crate::pg::system::System;
 use crate::rules::watched;
 use crate::schema::{Database, Metrics};
 use crate::statement::{self, Command};
@@ -44,6 +45,7 @@ const SUGGESTIONS_MAX: usize = 20_000;
 pub struct Frontend {
     engine: Engine,
     template: SessionContext,
+    database: Arc<Database>,
     metrics: Arc<Metrics>,
     parser: PostgresCompatibilityParser,
 }
@@ -62,16 +64,15 @@ impl Frontend {
     pub fn new(engine: &Engine) -> Result<Arc<Self>> {
         let state = engine.session().state();
         let mut config = state.config().clone().with_default_catalog_and_schema(DATABASE, "public");
-        config = config.with_create_default_catalog_and_schema(false).with_information_schema(true);
+        config = config.with_create_default_catalog_and_schema(false).with_information_schema(false);
         // Scans cut themselves into as many partitions as pay. A repartitioning on top of a sort, for the sake of the
         // projection that restores text, would lose the order of the answer.
         config.options_mut().optimizer.enable_round_robin_repartition = false;
         let metrics = Arc::new(Metrics::new(engine));
-        let catalogs = MemoryCatalogProviderList::new();
-        catalogs.register_catalog(DATABASE.to_owned(), Arc::new(Database::new(engine, &metrics)));
+        let database = Arc::new(Database::new(engine, &metrics));
         let state = SessionStateBuilder::new_from_existing(state)
             .with_config(config)
-            .with_catalog_list(Arc::new(catalogs))
+            .with_catalog_list(catalogs(database.clone()))
             .with_analyzer_rule(Arc::new(TimeBuckets))
             .with_analyzer_rule(Arc::new(BoundedResults))
             .with_physical_optimizer_rule(Arc::new(Interruptible))
@@ -80,9 +81,13 @@ impl Frontend {
         functions::register_planners(&mut state)?;
         let template = SessionContext::new_with_state(state);
         setup_pg_catalog(&template, DATABASE, EmptyContextProvider).map_err(|e| SqlError::from(*e))?;
+        if let Some(system) = database.schema("pg_catalog") {
+            database.register_schema("pg_catalog", Arc::new(System(system)))?;
+        }
         functions::register(&template);
         crate::pg::functions::register(&template);
-        Ok(Arc::new(Self { engine: engine.clone(), template, metrics, parser: PostgresCompatibilityParser::new() }))
+        let parser = PostgresCompatibilityParser::new();
+        Ok(Arc::new(Self { engine: engine.clone(), template, database, metrics, parser }))
     }
 
     /// A session of its own state.
@@ -96,7 +101,8 @@ impl Frontend {
         context.register_udf(ScalarUDF::new_from_impl(Cancel::new(&self.engine, &caller)));
         let variables = Arc::new(Mutex::new(Variables::new(user)));
         functions::register_session(&context, &variables);
-        Session { frontend: self.clone(), context, variables, caller, notices, asked: Mutex::default() }
+        let (asked, transaction) = (Mutex::new("".into()), Mutex::default());
+        Session { frontend: self.clone(), context, variables, caller, notices, asked, transaction }
     }
 }
 
@@ -108,8 +114,43 @@ pub struct Session {
     caller: Arc<Caller>,
     /// What there is to say of the statement that runs.
     notices: Arc<Notices>,
-    /// The text of the statement that was planned last.
-    asked: Mutex<String>,
+    /// The text that runs next.
+    asked: Mutex<Arc<str>>,
+    transaction: Mutex<Transaction>,
+}
+
+/// Whether a client has begun a transaction.
+#[derive(Default)]
+enum Transaction {
+    #[default]
+    None,
+    Begun,
+    /// It has run a statement, and its others see the same.
+    Sees(Moment),
+}
+
+/// The database at one moment.
+#[derive(Clone)]
+struct Moment {
+    engine: Arc<Engine>,
+    metrics: Arc<Metrics>,
+    catalogs: Arc<dyn CatalogProviderList>,
+}
+
+impl Moment {
+    async fn now(frontend: &Frontend) -> Self {
+        let engine = Arc::new(frontend.engine.snapshot().await);
+        let metrics = Arc::new(Metrics::new(&engine));
+        let catalogs = catalogs(Arc::new(frontend.database.with_metrics(&metrics)));
+        Self { engine, metrics, catalogs }
+    }
+}
+
+/// A list of one database.
+pub fn catalogs(database: Arc<Database>) -> Arc<dyn CatalogProviderList> {
+    let catalogs = MemoryCatalogProviderList::new();
+    catalogs.register_catalog(DATABASE.to_owned(), database);
+    Arc::new(catalogs)
 }
 
 /// Who a session belongs to.
@@ -154,6 +195,7 @@ impl Session {
     /// # Errors
     /// Those of [`statement::parse`].
     pub async fn parse(&self, text: &str) -> Result<Vec<Command>> {
+        self.asks(text.trim().trim_end_matches(';').into());
         let (frontend, text) = (self.frontend.clone(), text.to_owned());
         self.frontend.engine.run(async move { statement::parse(&frontend.parser, &text) }).await
     }
@@ -163,11 +205,15 @@ impl Session {
     /// # Errors
     /// 42P01, 42703 and their like for names that mean nothing; 25006 for what would write.
     pub async fn plan(&self, statement: &Arc<Statement>) -> Result<LogicalPlan> {
+        let moment = self.moment().await?;
         if lists_tables(statement) {
+            // `pg_catalog` lists the present ones.
             self.frontend.metrics.refresh().await?;
+            if let Some(moment) = &moment {
+                moment.metrics.refresh().await?;
+            }
         }
-        self.asks(statement.to_string());
-        let (state, statement) = (self.context.state(), statement.clone());
+        let (state, statement) = (self.state(moment.as_ref()), statement.clone());
         let plan = async move {
             let statement = DfStatement::Statement(Box::new(Statement::clone(&statement)));
             let plan = state.statement_to_plan(statement).await?;
@@ -202,7 +248,7 @@ impl Session {
     }
 
     /// Says what the next plan that runs was made of.
-    pub fn asks(&self, text: String) {
+    pub fn asks(&self, text: Arc<str>) {
         *self.asked.lock() = text;
     }
 
@@ -216,6 +262,31 @@ impl Session {
         let level = self.variables.lock().get("client_min_messages").map_or_else(|_| String::new(), |(_, v)| v);
         let level = level.to_ascii_lowercase();
         (!["warning", "error"].contains(&level.as_str()), level != "error")
+    }
+
+    /// What statements of a transaction see, from its first on; `None` where each sees the present.
+    async fn moment(&self) -> Result<Option<Moment>> {
+        match &*self.transaction.lock() {
+            Transaction::Sees(moment) => {
+                moment.engine.check_snapshot()?;
+                return Ok(Some(moment.clone()));
+            }
+            Transaction::Begun if self.variables.lock().repeatable() => {}
+            _ => return Ok(None),
+        }
+        let moment = Moment::now(&self.frontend).await;
+        *self.transaction.lock() = Transaction::Sees(moment.clone());
+        Ok(Some(moment))
+    }
+
+    /// What planning and running work with.
+    fn state(&self, moment: Option<&Moment>) -> SessionState {
+        let mut state = self.context.state();
+        if let Some(moment) = moment {
+            state.register_catalog_list(moment.catalogs.clone());
+            state.config_mut().set_extension(moment.engine.clone());
+        }
+        state
     }
 
     /// Runs a plan. Dropping the stream stops the work.
@@ -239,9 +310,9 @@ impl Session {
         query.describe(Description {
             language: "sql",
             user: self.caller.name.clone(),
-            text: self.asked.lock().clone(),
+            text: self.asked.lock().to_string(),
         });
-        let mut state = self.context.state();
+        let mut state = self.state(self.moment().await?.as_ref());
         state.config_mut().options_mut().extensions.insert(Results::default());
         Ok(engine.execute(&state, plan, query).await?)
     }
@@ -251,13 +322,18 @@ impl Session {
         self.variables.lock().idle_timeout(in_transaction)
     }
 
-    /// Notes the variables, to which the end of a transaction may lead back.
+    /// Begins a transaction: notes the variables, to which its end may lead back.
     pub fn begin(&self) {
         self.variables.lock().begin();
+        let mut transaction = self.transaction.lock();
+        if matches!(*transaction, Transaction::None) {
+            *transaction = Transaction::Begun;
+        }
     }
 
     /// Takes back what was set for the transaction alone, or all that was set in it.
     pub fn end(&self, committed: bool) {
+        *self.transaction.lock() = Transaction::None;
         self.variables.lock().end(committed);
         self.apply();
     }
@@ -267,6 +343,10 @@ impl Session {
     /// # Errors
     /// Those of [`Session::set`].
     pub fn set_local(&self, name: &str, value: Option<&str>) -> Result<Option<(&'static str, String)>> {
+        if name == "transaction_isolation" && matches!(*self.transaction.lock(), Transaction::Sees(_)) {
+            let message = "SET TRANSACTION ISOLATION LEVEL must be called before any query";
+            return Err(SqlError::new("25001", message));
+        }
         let reported = self.variables.lock().set_local(name, value)?;
         self.apply();
         Ok(reported)
@@ -346,7 +426,7 @@ impl Session {
 }
 
 /// Whether a statement may read the names of tables from `pg_catalog` or `information_schema`.
-fn lists_tables(statement: &Statement) -> bool {
+pub fn lists_tables(statement: &Statement) -> bool {
     if matches!(statement, Statement::ShowTables { .. } | Statement::ShowColumns { .. }) {
         return true;
     }

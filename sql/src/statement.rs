@@ -6,16 +6,18 @@ use std::sync::Arc;
 
 use datafusion::sql::sqlparser::ast::{
     BinaryOperator, CastKind, CloseCursor, ContextModifier, CopyLegacyCsvOption, CopyLegacyOption, CopyOption,
-    CopySource, CopyTarget, DataType, Declare, DiscardObject, Expr, FetchDirection, FunctionArguments, Ident,
-    ObjectName, OrderBy, OrderByKind, Query, Reset, SelectItem, Set, SetExpr, Statement, Value, ValueWithSpan,
-    VisitMut, VisitorMut,
+    CopySource, CopyTarget, DataType, Declare, DiscardObject, Expr, FunctionArguments, Ident, ObjectName, OrderBy,
+    OrderByKind, Query, Reset, SelectItem, Set, SetExpr, Statement, TableAliasColumnDef, TableFactor, TransactionMode,
+    Value, ValueWithSpan, VisitMut, VisitorMut,
 };
 use datafusion::sql::sqlparser::dialect::PostgreSqlDialect;
 use datafusion::sql::sqlparser::parser::{Parser, ParserError};
+use datafusion::sql::sqlparser::tokenizer::{Token, Tokenizer};
 use datafusion_pg_catalog::sql::PostgresCompatibilityParser;
 
 use crate::error::{Result, SqlError, character};
 use crate::limits;
+use crate::pg::{functions, system};
 
 /// What a statement asks for.
 #[derive(Debug, Clone)]
@@ -48,6 +50,8 @@ pub enum Command {
         binary: bool,
         /// Whether it outlives its transaction.
         hold: bool,
+        /// Whether it goes backwards.
+        scroll: bool,
     },
     /// Rows of a cursor.
     Fetch {
@@ -91,8 +95,8 @@ pub enum Command {
     ResetAll,
     /// Shows a session variable, or all.
     Show(String),
-    /// Starts a transaction; there is nothing to roll back.
-    Begin(&'static str),
+    /// Starts a transaction, with its level of isolation where that is told.
+    Begin(&'static str, Option<String>),
     /// Ends a transaction.
     End(&'static str),
     /// Goes back to a savepoint: a failed transaction may go on.
@@ -105,17 +109,21 @@ pub enum Command {
     Done(&'static str),
 }
 
-/// Rows of a cursor. Cursors go forward only.
+/// Rows of a cursor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rows {
     /// So many of the next.
     Next(u64),
     /// All that are left.
     All,
-    /// The one with this number, from one.
-    At(u64),
-    /// So many are passed over and the next one is given.
-    After(u64),
+    /// So many of those before, backwards.
+    Back(u64),
+    /// All that come before, backwards.
+    AllBack,
+    /// The one with this number, from one, or from minus one for the last.
+    At(i64),
+    /// The one so many rows from the present one.
+    By(i64),
 }
 
 /// How `COPY` writes rows.
@@ -195,24 +203,109 @@ impl Names {
 /// aren't answered.
 pub fn parse(parser: &PostgresCompatibilityParser, text: &str) -> Result<Vec<Command>> {
     limits::check_text(text)?;
-    // The parser does not know `MOVE`, which differs from `FETCH` by its answer alone.
-    let start = text.trim_start();
-    let moves = start.get(..4).is_some_and(|w| w.eq_ignore_ascii_case("move"))
-        && start[4..].starts_with(|c: char| c.is_ascii_whitespace());
-    let fetch = if moves { format!("FETCH{}", &start[4..]) } else { String::new() };
-    let statements = parser.parse(if moves { &fetch } else { text }).map_err(|e| match e {
+    let failed = |e: ParserError| match e {
         // The parser's own bound, on what it parses by recursion, is lower.
         ParserError::RecursionLimitExceeded => SqlError::new("54001", "statement is nested too deep"),
         e => syntax(text, &e),
-    })?;
-    let mut commands = Vec::with_capacity(statements.len());
-    for (i, statement) in statements.into_iter().enumerate() {
-        commands.push(command(statement).map_err(|e| e.within(text, i))?);
-    }
-    if let Some(Command::Fetch { skip, .. }) = commands.first_mut() {
-        *skip = moves;
+    };
+    let mut commands = Vec::new();
+    for part in parts(text) {
+        if let Some(fetch) = fetch(part)? {
+            commands.push(fetch);
+            continue;
+        }
+        for statement in parser.parse(part).map_err(failed)? {
+            let nth = commands.len();
+            commands.push(command(statement).map_err(|e| e.within(text, nth))?);
+        }
     }
     Ok(commands)
+}
+
+/// The statements of a text one by one where one of them may be about a cursor, else the text.
+fn parts(text: &str) -> Vec<&str> {
+    let names = |word: &str| text.as_bytes().windows(word.len()).any(|w| w.eq_ignore_ascii_case(word.as_bytes()));
+    if !names("fetch") && !names("move") {
+        return vec![text];
+    }
+    let Ok(tokens) = Tokenizer::new(&PostgreSqlDialect {}, text).tokenize_with_location() else { return vec![text] };
+    let ends = tokens.iter().filter(|t| t.token == Token::SemiColon);
+    let ends = ends.filter_map(|t| character(text, t.span.end.line, t.span.end.column));
+    let ends = ends.filter_map(|c| text.char_indices().map(|(at, _)| at).nth(c - 1));
+    let mut parts = Vec::new();
+    let mut from = 0;
+    for end in ends.chain([text.len()]) {
+        parts.push(&text[from..end]);
+        from = end;
+    }
+    parts
+}
+
+/// `FETCH` or `MOVE`, of which the parser knows less than PostgreSQL; `None` for any other statement.
+fn fetch(text: &str) -> Result<Option<Command>> {
+    let wrong = |what: &str| {
+        let message = format!("syntax error in FETCH or MOVE: {what}");
+        SqlError::new("42601", message).hint("They are of the form FETCH [direction] [FROM | IN] cursor.")
+    };
+    let first = text.trim_start().get(..4).unwrap_or_default();
+    if !first.eq_ignore_ascii_case("fetc") && !first.eq_ignore_ascii_case("move") {
+        return Ok(None);
+    }
+    let tokens = Tokenizer::new(&PostgreSqlDialect {}, text).tokenize().map_err(|e| wrong(&e.to_string()))?;
+    let mut tokens: Vec<Token> =
+        tokens.into_iter().filter(|t| !matches!(t, Token::Whitespace(_) | Token::SemiColon)).collect();
+    let word = |t: &Token| match t {
+        Token::Word(w) if w.quote_style.is_none() => w.value.to_lowercase(),
+        other => other.to_string(),
+    };
+    let mut words: Vec<String> = tokens.iter().map(word).collect();
+    let skip = match words[0].as_str() {
+        "fetch" => false,
+        "move" => true,
+        _ => return Ok(None),
+    };
+    let Some(Token::Word(name)) = tokens.pop() else { return Err(wrong("the name of a cursor is missing")) };
+    if tokens.is_empty() {
+        return Err(wrong("the name of a cursor is missing"));
+    }
+    words.pop();
+    words.remove(0);
+    words.pop_if(|w| w == "from" || w == "in");
+    let number = |words: &[String]| {
+        let text = words.concat();
+        let number = text.strip_prefix('+').unwrap_or(&text).parse::<i64>();
+        number.map_err(|_| wrong(&format!("{text:?} is no number of rows")))
+    };
+    let by = |n: i64| match n {
+        0 => Rows::By(0),
+        n if n > 0 => Rows::Next(n.unsigned_abs()),
+        n => Rows::Back(n.unsigned_abs()),
+    };
+    let all = |words: &[String]| matches!(words, [all] if all == "all");
+    let rows = match words.split_first() {
+        None => Rows::Next(1),
+        Some((first, rest)) => match (first.as_str(), rest) {
+            ("next", []) => Rows::Next(1),
+            ("prior", []) => Rows::Back(1),
+            ("first", []) => Rows::At(1),
+            ("last", []) => Rows::At(-1),
+            ("all", []) => Rows::All,
+            ("absolute", n) => Rows::At(number(n)?),
+            ("relative", n) => Rows::By(number(n)?),
+            ("forward", []) => Rows::Next(1),
+            ("forward", n) if all(n) => Rows::All,
+            ("forward", n) => by(number(n)?),
+            ("backward", []) => Rows::Back(1),
+            ("backward", n) if all(n) => Rows::AllBack,
+            ("backward", n) => by(number(n)?.saturating_neg()),
+            _ => by(number(&words)?),
+        },
+    };
+    Ok(Some(Command::Fetch {
+        cursor: if name.quote_style.is_some() { name.value } else { name.value.to_lowercase() },
+        rows,
+        skip,
+    }))
 }
 
 /// What the parser says about a text, in PostgreSQL's words, with the place.
@@ -258,35 +351,10 @@ fn declare(declare: &Declare) -> Result<Command> {
     let (Some(query), [name]) = (&declare.for_query, declare.names.as_slice()) else {
         return Err(SqlError::unsupported("DECLARE of anything but a cursor"));
     };
-    if declare.scroll == Some(true) {
-        return Err(SqlError::unsupported("a cursor that goes backwards (SCROLL)"));
-    }
     let (statement, names) = named(query)?;
     let (binary, hold) = (declare.binary == Some(true), declare.hold == Some(true));
-    Ok(Command::Declare { cursor: output_case(name), statement, names, binary, hold })
-}
-
-fn fetch(direction: &FetchDirection) -> Result<Rows> {
-    let backwards = || SqlError::new("55000", "cursor can only scan forward");
-    let count = |v: &ValueWithSpan| match &v.value {
-        Value::Number(n, _) => {
-            n.parse::<u64>().map_err(|_| SqlError::new("22023", format!("{n} is no number of rows")))
-        }
-        _ => Err(backwards()),
-    };
-    Ok(match direction {
-        FetchDirection::Next => Rows::Next(1),
-        FetchDirection::Count { limit } => Rows::Next(count(limit)?),
-        FetchDirection::Forward { limit } => Rows::Next(limit.as_ref().map_or(Ok(1), count)?),
-        FetchDirection::All | FetchDirection::ForwardAll => Rows::All,
-        FetchDirection::First => Rows::At(1),
-        FetchDirection::Absolute { limit } => Rows::At(count(limit)?),
-        FetchDirection::Relative { limit } => match count(limit)? {
-            0 => return Err(backwards()),
-            n => Rows::After(n - 1),
-        },
-        _ => return Err(backwards()),
-    })
+    let scroll = declare.scroll == Some(true);
+    Ok(Command::Declare { cursor: output_case(name), statement, names, binary, hold, scroll })
 }
 
 /// A kept statement with what is given in the place of `$1` and its like.
@@ -374,9 +442,6 @@ fn command(mut statement: Statement) -> Result<Command> {
             [one] => declare(one)?,
             _ => return Err(SqlError::unsupported("more than one DECLARE in a statement")),
         },
-        Statement::Fetch { name, direction, into: None, .. } => {
-            Command::Fetch { cursor: output_case(name), rows: fetch(direction)?, skip: false }
-        }
         Statement::Close { cursor } => Command::CloseCursor(match cursor {
             CloseCursor::All => None,
             CloseCursor::Specific { name } => Some(output_case(name)),
@@ -407,7 +472,9 @@ fn command(mut statement: Statement) -> Result<Command> {
                 _ => name,
             })
         }
-        Statement::StartTransaction { begin, .. } => Command::Begin(if *begin { "BEGIN" } else { "START TRANSACTION" }),
+        Statement::StartTransaction { begin, modes, .. } => {
+            Command::Begin(if *begin { "BEGIN" } else { "START TRANSACTION" }, isolation(modes))
+        }
         Statement::Commit { .. } => Command::End("COMMIT"),
         Statement::Rollback { savepoint: None, .. } => Command::End("ROLLBACK"),
         Statement::Rollback { .. } => Command::RollbackTo,
@@ -585,11 +652,23 @@ fn assignment(set: &Set) -> Result<Command> {
             let value = Some(charset_name.value.clone());
             Command::Set { name: "client_encoding".to_owned(), value, local: false }
         }
-        Set::SetTransaction { .. }
-        | Set::SetNamesDefault {}
-        | Set::SetSessionAuthorization(_)
-        | Set::SetRole { .. } => Command::Done("SET"),
+        Set::SetTransaction { modes, session, .. } => match isolation(modes) {
+            Some(level) => {
+                let name = if *session { "default_transaction_isolation" } else { "transaction_isolation" };
+                Command::Set { name: name.to_owned(), value: Some(level), local: !*session }
+            }
+            None => Command::Done("SET"),
+        },
+        Set::SetNamesDefault {} | Set::SetSessionAuthorization(_) | Set::SetRole { .. } => Command::Done("SET"),
         other => return Err(SqlError::unsupported(format!("SET {other}"))),
+    })
+}
+
+/// The level of isolation that a transaction is to have.
+fn isolation(modes: &[TransactionMode]) -> Option<String> {
+    modes.iter().rev().find_map(|mode| match mode {
+        TransactionMode::IsolationLevel(level) => Some(level.to_string().to_lowercase()),
+        TransactionMode::AccessMode(_) => None,
     })
 }
 
@@ -670,7 +749,8 @@ fn own_name(expr: &Expr) -> Option<String> {
     })
 }
 
-fn last_part(name: &ObjectName) -> String {
+/// The last part of a name, in lower case.
+pub fn last_part(name: &ObjectName) -> String {
     name.0.last().and_then(|p| p.as_ident()).map(|i| i.value.to_lowercase()).unwrap_or_default()
 }
 
@@ -710,8 +790,19 @@ fn name_columns(statement: &mut Statement) {
             }
             ControlFlow::Continue(())
         }
+        fn pre_visit_table_factor(&mut self, table: &mut TableFactor) -> ControlFlow<()> {
+            // The one column of a function's rows is called as the function is.
+            if let TableFactor::UNNEST { alias: Some(alias), array_exprs, .. } = table
+                && array_exprs.len() == 1
+                && alias.columns.is_empty()
+            {
+                alias.columns = vec![TableAliasColumnDef { name: alias.name.clone(), data_type: None }];
+            }
+            ControlFlow::Continue(())
+        }
         fn pre_visit_expr(&mut self, expr: &mut Expr) -> ControlFlow<()> {
-            if let Some(other) = array_of_query(expr).or_else(|| no_options(expr)).or_else(|| without_escape(expr)) {
+            let other = array_of_query(expr).or_else(|| rows_of_array(expr)).or_else(|| without_escape(expr));
+            if let Some(other) = other.or_else(|| system::known(expr)) {
                 *expr = other;
             }
             // JSON is text here, on which its operators work.
@@ -724,12 +815,6 @@ fn name_columns(statement: &mut Statement) {
         }
     }
     let _ = statement.visit(&mut Namer);
-}
-
-/// A relation's storage options, which `psql` shows: there are none.
-fn no_options(expr: &Expr) -> Option<Expr> {
-    let Expr::CompoundIdentifier(parts) = expr else { return None };
-    if parts.last()?.value == "reloptions" { no_texts() } else { None }
 }
 
 /// `LIKE ... ESCAPE` of another character than the backslash, which alone the planner knows.
@@ -762,7 +847,7 @@ fn without_escape(expr: &Expr) -> Option<Expr> {
             other => {
                 let escape = escape.replace('\'', "''");
                 let text = format!("replace(replace({other}, '\\', '\\\\'), '{escape}', '\\')");
-                *other = Parser::new(&PostgreSqlDialect {}).try_with_sql(&text).ok()?.parse_expr().ok()?;
+                *other = expression(&text)?;
             }
         }
         Some(())
@@ -771,8 +856,20 @@ fn without_escape(expr: &Expr) -> Option<Expr> {
     Some(like)
 }
 
-fn no_texts() -> Option<Expr> {
-    Parser::new(&PostgreSqlDialect {}).try_with_sql("CAST(NULL AS TEXT[])").ok()?.parse_expr().ok()
+/// The expression that a text means.
+pub fn expression(text: &str) -> Option<Expr> {
+    Parser::new(&PostgreSqlDialect {}).try_with_sql(text).ok()?.parse_expr().ok()
+}
+
+/// `information_schema._pg_expandarray(x)`: a row for each element, with its number.
+fn rows_of_array(expr: &Expr) -> Option<Expr> {
+    let Expr::Function(function) = expr else { return None };
+    if last_part(&function.name) != "_pg_expandarray" {
+        return None;
+    }
+    let mut numbered = function.clone();
+    numbered.name = ObjectName::from(vec![Ident::new(functions::NUMBERED)]);
+    expression(&format!("unnest({})", Expr::Function(numbered)))
 }
 
 /// `ARRAY(SELECT x ...)`, for which the planner has no words, as `(SELECT array_agg(x) ...)`.
@@ -782,9 +879,9 @@ fn array_of_query(expr: &Expr) -> Option<Expr> {
     if !last_part(&function.name).eq("array") {
         return None;
     }
-    if query.to_string().contains(".reloptions)") {
-        // A table function of a correlated column, which can't be planned.
-        return no_texts();
+    if query.body.as_select().is_some_and(|s| s.from.iter().any(|t| t.to_string().contains("unnest("))) {
+        // A table function of a column of the query around it, which can't be planned. In `pg_catalog` these hold nothing.
+        return expression("CAST(NULL AS TEXT[])");
     }
     let mut query = query.clone();
     query.order_by = None;
@@ -793,9 +890,7 @@ fn array_of_query(expr: &Expr) -> Option<Expr> {
     else {
         return None;
     };
-    let dialect = PostgreSqlDialect {};
-    let text = format!("array_agg({item})");
-    let aggregate = Parser::new(&dialect).try_with_sql(&text).ok()?.parse_expr().ok()?;
+    let aggregate = expression(&format!("array_agg({item})"))?;
     select.projection = vec![SelectItem::UnnamedExpr(aggregate)];
     Some(Expr::Subquery(query))
 }
@@ -1011,7 +1106,17 @@ mod tests {
         check("RESET ALL", "ResetAll");
         check("SHOW TIME ZONE", "Show(\"timezone\")");
         check("SHOW server_version", "Show(\"server_version\")");
-        check("BEGIN", "Begin(\"BEGIN\")");
+        check("BEGIN", "Begin(\"BEGIN\", None)");
+        check("BEGIN ISOLATION LEVEL SERIALIZABLE", "Begin(\"BEGIN\", Some(\"serializable\"))");
+        let set = |name: &str, local: bool| {
+            format!("Set {{ name: \"{name}\", value: Some(\"read committed\"), local: {local} }}")
+        };
+        check("SET TRANSACTION ISOLATION LEVEL READ COMMITTED", &set("transaction_isolation", true));
+        check(
+            "SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL READ COMMITTED",
+            &set("default_transaction_isolation", false),
+        );
+        check("SET TRANSACTION READ ONLY", "Done(\"SET\")");
         check("COMMIT", "End(\"COMMIT\")");
         check("ABORT", "End(\"ROLLBACK\")");
         check("DISCARD ALL", "Discard");
@@ -1020,7 +1125,24 @@ mod tests {
         check("FETCH 3 FROM c", "Fetch { cursor: \"c\", rows: Next(3), skip: false }");
         check("move forward all in C;", "Fetch { cursor: \"c\", rows: All, skip: true }");
         check("FETCH ABSOLUTE 5 FROM \"C\"", "Fetch { cursor: \"C\", rows: At(5), skip: false }");
-        check("FETCH PRIOR FROM c", "cursor can only scan forward");
+        let fetch = |rows: &str| format!("Fetch {{ cursor: \"c\", rows: {rows}, skip: false }}");
+        check("FETCH PRIOR FROM c", &fetch("Back(1)"));
+        check("FETCH c", &fetch("Next(1)"));
+        check("FETCH NEXT c", &fetch("Next(1)"));
+        check("FETCH 5 IN c", &fetch("Next(5)"));
+        check("FETCH -5 c", &fetch("Back(5)"));
+        check("FETCH ALL c;", &fetch("All"));
+        check("FETCH FORWARD 3 c", &fetch("Next(3)"));
+        check("FETCH BACKWARD ALL FROM c", &fetch("AllBack"));
+        check("FETCH BACKWARD 0 FROM c", &fetch("By(0)"));
+        check("FETCH LAST c", &fetch("At(-1)"));
+        check("FETCH RELATIVE -2 FROM c", &fetch("By(-2)"));
+        check("FETCH SOME FROM c", "syntax error in FETCH or MOVE: \"some\" is no number of rows");
+        check("MOVE 5", "syntax error in FETCH or MOVE: the name of a cursor is missing");
+        let several =
+            parse(&PostgresCompatibilityParser::new(), "SELECT 'ü;', 1; MOVE 2 c; FETCH c; SELECT 2").unwrap();
+        let kinds: Vec<bool> = several.iter().map(|c| matches!(c, Command::Fetch { .. })).collect();
+        assert_eq!(kinds, [false, true, true, false]);
         check("CLOSE ALL", "CloseCursor(None)");
         check("UNLISTEN *", "Done(\"UNLISTEN\")");
         check("DEALLOCATE p1", "Deallocate(Some(\"p1\"))");

@@ -223,14 +223,14 @@ impl SeriesTable {
         dictionary: &Arc<Dictionary>,
         projection: &[usize],
         conjuncts: &[Expr],
-        stop: &Stop,
+        (engine, stop): (&Engine, &Stop),
     ) -> Result<Arc<dyn ExecutionPlan>> {
         let (selection, predicates) = self.selection(conjuncts)?;
         let schema = Arc::new(schema(&self.table, &self.columns, true).project(projection)?);
         if selection.start_ms > selection.end_ms {
             return Ok(Arc::new(datafusion::physical_plan::empty::EmptyExec::new(schema)));
         }
-        let mut set = self.engine.select(&selection, stop).await.map_err(external)?;
+        let mut set = engine.select(&selection, stop).await.map_err(external)?;
         let candidates = set.series.len();
         if !predicates.is_empty() {
             let keep = filter::evaluate(&predicates, &self.columns, &set.series)?;
@@ -318,14 +318,17 @@ impl TableProvider for SeriesTable {
         _limit: Option<usize>,
     ) -> Result<Arc<dyn ExecutionPlan>> {
         let stop = Stop::of(state.config_options());
+        // A plan may be older than the transaction that runs it, or have outlived the one that made it.
+        let engine = state.config().get_extension::<Engine>();
+        let engine = engine.as_deref().unwrap_or(&self.engine);
         let all: Vec<usize> = (0..self.columns.len()).collect();
         let projection = projection.unwrap_or(&all);
         let conjuncts: Vec<Expr> = self.pushed.iter().chain(filters).cloned().collect();
         if let Some(dictionary) = &self.ordinals {
-            return self.scan_ordinals(dictionary, projection, &conjuncts, &stop).await;
+            return self.scan_ordinals(dictionary, projection, &conjuncts, (engine, &stop)).await;
         }
         let dictionary = Dictionary::new();
-        let scan = self.scan_ordinals(&dictionary, projection, &conjuncts, &stop).await?;
+        let scan = self.scan_ordinals(&dictionary, projection, &conjuncts, (engine, &stop)).await?;
         let df_schema = DFSchema::try_from(scan.schema())?;
         let exprs = projection
             .iter()

@@ -35,6 +35,8 @@ enum Kind {
     Duration,
     /// A time zone.
     Zone,
+    /// What statements of a transaction see of changes.
+    Isolation,
 }
 
 const fn known(name: &'static str, default: &'static str, kind: Kind) -> Known {
@@ -48,7 +50,7 @@ const KNOWN: &[Known] = &[
     known("client_encoding", "UTF8", Kind::Reported),
     known("client_min_messages", "notice", Kind::Free),
     known("DateStyle", "ISO, MDY", Kind::Reported),
-    known("default_transaction_isolation", "read committed", Kind::Free),
+    known("default_transaction_isolation", "repeatable read", Kind::Isolation),
     known("default_transaction_read_only", "on", Kind::Reported),
     known("extra_float_digits", "1", Kind::Free),
     known("idle_in_transaction_session_timeout", "0", Kind::Duration),
@@ -77,7 +79,7 @@ const KNOWN: &[Known] = &[
     known("statement_timeout", "0", Kind::Duration),
     known("synchronize_seqscans", "on", Kind::Free),
     known("TimeZone", "UTC", Kind::Zone),
-    known("transaction_isolation", "read committed", Kind::Free),
+    known("transaction_isolation", "repeatable read", Kind::Isolation),
     known("transaction_read_only", "on", Kind::Free),
     known("xmloption", "content", Kind::Free),
 ];
@@ -116,6 +118,9 @@ impl Variables {
         match known.name {
             "server_version" => server_version(),
             "session_authorization" => self.user.clone(),
+            "transaction_isolation" => {
+                self.values.get("default_transaction_isolation").map_or(known.default, String::as_str).to_owned()
+            }
             _ => known.default.to_owned(),
         }
     }
@@ -242,6 +247,12 @@ impl Variables {
         duration(self.values.get(name)?).filter(|d| !d.is_zero())
     }
 
+    /// Whether all statements of a transaction see the same.
+    pub fn repeatable(&self) -> bool {
+        let level = ["transaction_isolation", "default_transaction_isolation"].iter().find_map(|n| self.values.get(*n));
+        !level.is_some_and(|level| level.starts_with("read"))
+    }
+
     /// The time zone.
     pub fn time_zone(&self) -> Arc<str> {
         self.values.get("timezone").map_or_else(|| Arc::from("UTC"), |z| Arc::from(z.as_str()))
@@ -276,6 +287,11 @@ fn checked(known: &Known, value: &str) -> Result<String> {
     match known.kind {
         Kind::Fixed | Kind::Internal => {
             Err(SqlError::new("55P02", format!("parameter {:?} cannot be changed", known.name)))
+        }
+        Kind::Isolation => {
+            let value = value.to_ascii_lowercase();
+            let levels = ["read uncommitted", "read committed", "repeatable read", "serializable"];
+            levels.contains(&&*value).then_some(value).ok_or_else(invalid)
         }
         Kind::Duration => duration(value).map(|_| value.to_owned()).ok_or_else(invalid),
         Kind::Zone => crate::session::is_time_zone(value).then(|| value.to_owned()).ok_or_else(invalid),

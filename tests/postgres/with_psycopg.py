@@ -116,6 +116,26 @@ with connect() as conn:
     conn.commit()
     refused(errors.InvalidCursorName, lambda: conn.execute("FETCH 1 FROM gone"))
 
+# Back and forth.
+with connect() as conn:
+    with conn.cursor(name="both", scrollable=True) as cursor:
+        cursor.execute("SELECT value FROM samples ORDER BY value")
+        assert [r[0] for r in cursor.fetchmany(3)] == [0, 1, 2]
+        cursor.scroll(-2)
+        assert cursor.fetchone()[0] == 1
+        cursor.scroll(179, mode="absolute")
+        assert cursor.fetchone()[0] == 1059 and cursor.fetchone() is None
+    conn.execute("DECLARE c SCROLL CURSOR FOR SELECT value FROM samples ORDER BY value")
+    rows = lambda fetch: [int(r[0]) for r in conn.execute(fetch).fetchall()]
+    assert rows("FETCH LAST c") == [1059] and rows("FETCH BACKWARD 2 FROM c") == [1058, 1057]
+    assert rows("FETCH c") == [1058] and rows("FETCH FIRST IN c") == [0] and rows("FETCH RELATIVE 0 c") == [0]
+    assert rows("FETCH FORWARD 2 c") == [1, 2] and len(rows("FETCH ALL c")) == 177
+    assert conn.execute("MOVE BACKWARD ALL c").statusmessage == "MOVE 180" and rows("FETCH NEXT c") == [0]
+    conn.execute("DECLARE d NO SCROLL CURSOR FOR SELECT value FROM samples ORDER BY value")
+    assert rows("FETCH 2 d") == [0, 1]
+    e = refused(errors.ObjectNotInPrerequisiteState, lambda: conn.execute("FETCH PRIOR d"))
+    assert "SCROLL" in e.diag.message_hint
+
 # Cancelling from another thread, then the same session goes on.
 with connect(autocommit=True) as conn:
     timer = threading.Timer(0.3, conn.cancel_safe)

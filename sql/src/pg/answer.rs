@@ -13,6 +13,7 @@ use datafusion::execution::SendableRecordBatchStream;
 use datafusion::logical_expr::{Expr, LogicalPlan};
 use datafusion::sql::sqlparser::ast;
 use engine::Notice;
+use engine::memory::Kind;
 use futures::{Sink, SinkExt, Stream, StreamExt, TryStreamExt, stream};
 use parking_lot::Mutex;
 use pgwire::api::portal::{Format, Portal, PortalExecutionState};
@@ -37,7 +38,7 @@ use super::copy::Writer;
 use super::cursor::{Cursor, LIFETIME};
 use super::rows;
 use crate::error::SqlError;
-use crate::session::Session;
+use crate::session::{Session, lists_tables};
 use crate::statement::{self, Command, Names};
 
 /// An error as clients are told.
@@ -57,8 +58,11 @@ fn key(name: Option<&str>) -> String {
 /// A prepared statement.
 #[derive(Debug)]
 pub struct Prepared {
+    /// As the client sent it.
+    text: Arc<str>,
     command: Command,
-    /// Of a query: its plan with placeholders, whose columns are fixed from here on.
+    /// Of a query: its plan with placeholders, whose columns are fixed from here on. One that lists tables is planned when it
+    /// runs: what there is to list is looked up then, and what a transaction saw is not held beyond its end.
     plan: Option<LogicalPlan>,
     /// Types of its parameters, as far as the plan tells them.
     parameters: Vec<Option<DataType>>,
@@ -250,12 +254,13 @@ impl Answers {
     {
         client.set_state(PgWireConnectionState::QueryInProgress);
         let commands = self.session.parse(text).await.map_err(pg_error)?;
+        let sent = sent(text);
         if commands.is_empty() {
             client.feed(PgWireBackendMessage::EmptyQueryResponse(EmptyQueryResponse::new())).await?;
         }
         for (i, command) in commands.into_iter().enumerate() {
             self.check_transaction(client, &command)?;
-            let prepared = self.prepare(command).await.map_err(|e| pg_error(e.within(text, i)))?;
+            let prepared = self.prepare(command, &sent).await.map_err(|e| pg_error(e.within(text, i)))?;
             if !prepared.parameters.is_empty() && !matches!(prepared.command, Command::Prepare { .. }) {
                 return Err(pg_error(SqlError::new("42P02", "there is no parameter $1").within(text, i)));
             }
@@ -307,10 +312,10 @@ impl Answers {
             *statement = Arc::new(statement::with_types(statement, &types));
         }
         // Where that makes no sense the values themselves may.
-        Ok(self.prepare(command).await.unwrap_or(prepared))
+        Ok(self.prepare(command, &prepared.text).await.unwrap_or(prepared))
     }
 
-    async fn prepare(&self, command: Command) -> Result<Prepared, SqlError> {
+    async fn prepare(&self, command: Command, text: &Arc<str>) -> Result<Prepared, SqlError> {
         let command = self.filled(command)?;
         let (plan, result) = match &command {
             Command::Query { statement, .. } => {
@@ -332,7 +337,7 @@ impl Answers {
             Some(plan) => parameter_types(plan)?,
             None => vec![],
         };
-        Ok(Prepared { command, plan, parameters, result })
+        Ok(Prepared { text: text.clone(), command, plan, parameters, result })
     }
 
     /// The query that `EXECUTE` means, or the command itself.
@@ -361,6 +366,7 @@ impl Answers {
         self.check_transaction(client, &prepared.command)?;
         let plan = || plan.ok_or_else(|| pg_error(SqlError::new("XX000", "a query without its plan")));
         let zone = self.session.time_zone();
+        self.session.asks(prepared.text.clone());
         Ok(match &prepared.command {
             Command::Query { names, .. } => {
                 let plan = plan()?;
@@ -379,7 +385,7 @@ impl Answers {
                 let writer = Writer::new(format.clone(), &batches.schema(), names).map_err(pg_error)?;
                 Answer::Copy { batches, writer, zone }
             }
-            Command::Declare { cursor, names, binary, hold, .. } => {
+            Command::Declare { cursor, names, binary, hold, scroll, .. } => {
                 if !*hold && client.transaction_status() == TransactionStatus::Idle {
                     let message = "DECLARE CURSOR can only be used in transaction blocks";
                     return Err(pg_error(SqlError::new("25P01", message)));
@@ -395,7 +401,8 @@ impl Answers {
                 }
                 let lifetime = LIFETIME.max(self.session.timeout());
                 let batches = self.session.run_within(plan()?, lifetime).await.map_err(pg_error)?;
-                let opened = Cursor::new(batches, names.clone(), *binary, *hold);
+                let memory = scroll.then(|| self.session.engine().memory().reserve(Kind::Queries));
+                let opened = Cursor::new(batches, names.clone(), (*binary, *hold), memory);
                 self.kept.lock().cursors.insert(cursor.clone(), Arc::new(opened));
                 Answer::Done(Tag::new("DECLARE CURSOR"))
             }
@@ -471,8 +478,11 @@ impl Answers {
                 self.reset(client).await?;
                 Answer::Done(Tag::new("DISCARD ALL"))
             }
-            Command::Begin(tag) => {
+            Command::Begin(tag, isolation) => {
                 self.session.begin();
+                if let Some(level) = isolation {
+                    self.session.set_local("transaction_isolation", Some(level)).map_err(pg_error)?;
+                }
                 client.set_transaction_status(client.transaction_status().to_in_transaction_state());
                 Answer::Done(Tag::new(tag))
             }
@@ -603,6 +613,11 @@ where
         .try_flatten()
 }
 
+/// A text as `catalog.queries` shows it.
+fn sent(text: &str) -> Arc<str> {
+    text.trim().trim_end_matches(';').into()
+}
+
 fn aborted() -> SqlError {
     let message = "current transaction is aborted, commands ignored until end of transaction block";
     SqlError::new("25P02", message)
@@ -680,8 +695,13 @@ impl QueryParser for Answers {
                 if client.transaction_status() == TransactionStatus::Error && !ends {
                     return Err(pg_error(aborted()));
                 }
-                let prepared = self.prepare(command).await.map_err(|e| pg_error(e.within(sql, 0)))?;
-                let prepared = self.typed(prepared, types).await.map_err(|e| pg_error(e.within(sql, 0)))?;
+                let prepared = self.prepare(command, &sent(sql)).await.map_err(|e| pg_error(e.within(sql, 0)))?;
+                let mut prepared = self.typed(prepared, types).await.map_err(|e| pg_error(e.within(sql, 0)))?;
+                if let Command::Query { statement, .. } = &prepared.command
+                    && lists_tables(statement)
+                {
+                    prepared.plan = None;
+                }
                 Ok(Some(Arc::new(prepared)))
             }
             (Some(_), false) => {
@@ -771,10 +791,11 @@ impl Answers {
         let mut state = state.lock().await;
         if matches!(*state, PortalExecutionState::Initial) {
             let prepared = &portal.statement.statement;
-            let plan = match &prepared.plan {
-                Some(plan) => Some(bind(plan.clone(), portal, &prepared.parameters)?),
-                None => None,
+            let plan = match (&prepared.plan, &prepared.command) {
+                (None, Command::Query { statement, .. }) => Some(self.session.plan(statement).await.map_err(pg_error)?),
+                (plan, _) => plan.clone(),
             };
+            let plan = plan.map(|plan| bind(plan, portal, &prepared.parameters)).transpose()?;
             match self.respond(client, prepared, plan, &portal.result_column_format).await? {
                 Answer::Rows(results) => *state = PortalExecutionState::Suspended(results),
                 other => return finish(client, other).await,

@@ -1,16 +1,20 @@
 //! Cursors: rows of a query that a client asks for piece by piece, by name.
 //!
-//! The query runs as far ahead as its channel has room and waits for the client beyond. Cursors only go forward, so
-//! nothing is kept of what was given.
+//! The query runs as far ahead as its channel has room and waits for the client beyond. Of a cursor that only goes forward
+//! nothing is kept of what was given. One that is declared with `SCROLL` keeps what was read, on the account of memory.
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use arrow::array::UInt32Array;
+use arrow::compute::take_record_batch;
 use arrow::datatypes::SchemaRef;
 use arrow::record_batch::RecordBatch;
-use datafusion::error::Result;
+use datafusion::error::{DataFusionError, Result};
 use datafusion::execution::SendableRecordBatchStream;
-use futures::{Stream, StreamExt, stream};
+use engine::Reservation;
+use futures::stream::BoxStream;
+use futures::{StreamExt, stream};
 use tokio::sync::Mutex;
 
 use crate::SqlError;
@@ -32,6 +36,7 @@ pub struct Cursor {
     /// Whether it outlives its transaction.
     pub hold: bool,
     left: Arc<Mutex<Left>>,
+    scroll: bool,
 }
 
 /// What was not given yet.
@@ -39,8 +44,20 @@ struct Left {
     stream: SendableRecordBatchStream,
     /// The rest of a batch.
     batch: Option<RecordBatch>,
-    /// Rows given and passed over.
+    /// Rows given and passed over; of one that goes backwards, the number of the row that was given last: 0 before the
+    /// first row, one more than there are after the last.
     position: u64,
+    /// Of one that goes backwards: what was read.
+    read: Option<Read>,
+}
+
+/// Rows that were read.
+struct Read {
+    /// Each with the number of rows before it.
+    batches: Vec<(u64, RecordBatch)>,
+    rows: u64,
+    /// For the batches.
+    memory: Reservation,
 }
 
 impl std::fmt::Debug for Left {
@@ -79,34 +96,116 @@ impl Left {
     }
 }
 
+impl Left {
+    /// Reads on until so many rows were read, or to the end.
+    async fn read_to(&mut self, rows: u64) -> Result<()> {
+        while self.read.as_ref().is_some_and(|read| read.rows < rows) {
+            let Some(batch) = self.stream.next().await.transpose()? else { break };
+            if let Some(read) = &mut self.read
+                && batch.num_rows() > 0
+            {
+                let room = read.memory.grow(batch.get_array_memory_size());
+                room.map_err(|e| DataFusionError::ResourcesExhausted(e.to_string()))?;
+                let before = read.rows;
+                read.rows += batch.num_rows() as u64;
+                read.batches.push((before, batch));
+            }
+        }
+        Ok(())
+    }
+
+    /// The asked-for rows of one that goes backwards.
+    async fn scroll(&mut self, rows: Rows) -> Result<Vec<RecordBatch>> {
+        let wanted = match rows {
+            Rows::Next(n) => self.position.saturating_add(n),
+            Rows::By(n) => self.position.saturating_add_signed(n),
+            Rows::At(n) => u64::try_from(n).unwrap_or(u64::MAX),
+            Rows::All => u64::MAX,
+            Rows::Back(_) | Rows::AllBack => 0,
+        };
+        self.read_to(wanted).await?;
+        let Some(read) = &self.read else { return Ok(vec![]) };
+        // Where the rows are told by one number alone.
+        let at = |row: u64| match (1..=read.rows).contains(&row) {
+            true => (row - 1..row, row),
+            false => (0..0, row.min(read.rows + 1)),
+        };
+        let forward = |n: u64| {
+            let (from, to) = (self.position.min(read.rows), self.position.saturating_add(n));
+            (from..to.min(read.rows), to.min(read.rows + 1))
+        };
+        let back = |n: u64| {
+            let to = self.position.saturating_sub(1);
+            let from = to.saturating_sub(n);
+            (from..to, self.position.saturating_sub(n))
+        };
+        let ((range, position), reversed) = match rows {
+            Rows::Next(n) => (forward(n), false),
+            Rows::All => (forward(u64::MAX), false),
+            Rows::Back(n) => (back(n), true),
+            Rows::AllBack => (back(u64::MAX), true),
+            Rows::By(n) => (at(self.position.checked_add_signed(n).unwrap_or(0)), false),
+            Rows::At(n) if n < 0 => (at((read.rows + 1).checked_add_signed(n).unwrap_or(0)), false),
+            Rows::At(n) => (at(n.unsigned_abs()), false),
+        };
+        self.position = position;
+        let parts = read.batches.iter().filter_map(|(before, batch)| {
+            let from = range.start.max(*before);
+            let to = range.end.min(before + batch.num_rows() as u64);
+            (from < to).then(|| batch.slice((from - before) as usize, (to - from) as usize))
+        });
+        let mut parts: Vec<RecordBatch> = parts.collect();
+        if reversed {
+            parts.reverse();
+            for part in &mut parts {
+                let order: UInt32Array = (0..part.num_rows() as u32).rev().collect();
+                *part = take_record_batch(part, &order)?;
+            }
+        }
+        Ok(parts)
+    }
+}
+
 impl Cursor {
-    /// A cursor over the rows of a running query.
-    pub fn new(stream: SendableRecordBatchStream, names: Names, binary: bool, hold: bool) -> Self {
+    /// A cursor over the rows of a running query; with memory for what it keeps, it goes backwards as well.
+    pub fn new(
+        stream: SendableRecordBatchStream,
+        names: Names,
+        (binary, hold): (bool, bool),
+        memory: Option<Reservation>,
+    ) -> Self {
         let schema = stream.schema();
-        let left = Arc::new(Mutex::new(Left { stream, batch: None, position: 0 }));
-        Self { schema, names, binary, hold, left }
+        let scroll = memory.is_some();
+        let read = memory.map(|memory| Read { batches: vec![], rows: 0, memory });
+        let left = Arc::new(Mutex::new(Left { stream, batch: None, position: 0, read }));
+        Self { schema, names, binary, hold, left, scroll }
     }
 
     /// The asked-for rows.
     ///
     /// # Errors
-    /// 55000 for rows that were passed already.
-    pub async fn fetch(
-        &self,
-        rows: Rows,
-    ) -> std::result::Result<impl Stream<Item = Result<RecordBatch>> + Send + 'static, SqlError> {
+    /// 55000 for rows that were passed already, of a cursor that only goes forward.
+    pub async fn fetch(&self, rows: Rows) -> std::result::Result<BoxStream<'static, Result<RecordBatch>>, SqlError> {
         let mut left = self.left.clone().lock_owned().await;
+        if self.scroll {
+            return Ok(stream::iter(left.scroll(rows).await?.into_iter().map(Ok)).boxed());
+        }
+        let backwards = || {
+            let hint = "Declare it with the SCROLL option to enable backward scan.";
+            SqlError::new("55000", "cursor can only scan forward").hint(hint)
+        };
         let (before, most) = match rows {
             Rows::Next(most) => (0, most),
             Rows::All => (0, u64::MAX),
-            Rows::After(before) => (before, 1),
-            Rows::At(row) => match row.checked_sub(left.position + 1) {
+            Rows::By(rows) if rows > 0 => (rows.unsigned_abs() - 1, 1),
+            Rows::At(row) if row > 0 => match row.unsigned_abs().checked_sub(left.position + 1) {
                 Some(before) => (before, 1),
-                None => return Err(SqlError::new("55000", "cursor can only scan forward")),
+                None => return Err(backwards()),
             },
+            _ => return Err(backwards()),
         };
         left.skip(before).await?;
-        Ok(stream::try_unfold((left, most), |(mut left, most)| async move {
+        let rows = stream::try_unfold((left, most), |(mut left, most)| async move {
             if most == 0 {
                 return Ok(None);
             }
@@ -115,7 +214,8 @@ impl Cursor {
                 let rest = most - batch.num_rows() as u64;
                 (batch, (left, rest))
             }))
-        }))
+        });
+        Ok(rows.boxed())
     }
 }
 
@@ -124,6 +224,8 @@ mod tests {
     use arrow::array::{AsArray, Int64Array};
     use arrow::datatypes::Int64Type;
     use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
+    use engine::Memory;
+    use engine::memory::Kind;
     use futures::TryStreamExt;
 
     use super::*;
@@ -134,22 +236,68 @@ mod tests {
         Ok(batches.iter().flat_map(|b| b.column(0).as_primitive::<Int64Type>().values().to_vec()).collect())
     }
 
-    #[tokio::test]
-    async fn rows_come_in_pieces() {
+    fn cursor(memory: Option<Reservation>) -> Cursor {
         let batch = |rows: Vec<i64>| {
             RecordBatch::try_from_iter([("n", Arc::new(Int64Array::from(rows)) as _)]).expect("a batch")
         };
         let batches = [batch(vec![1, 2, 3]), batch(vec![]), batch(vec![4, 5, 6, 7, 8])];
         let schema = batches[0].schema();
         let stream = RecordBatchStreamAdapter::new(schema, stream::iter(batches.map(Ok)));
-        let cursor = Cursor::new(Box::pin(stream), Names::default(), false, false);
+        Cursor::new(Box::pin(stream), Names::default(), (false, false), memory)
+    }
+
+    #[tokio::test]
+    async fn rows_come_in_pieces() {
+        let cursor = cursor(None);
         assert_eq!(rows_of(&cursor, Rows::Next(0)).await, Ok(vec![]));
         assert_eq!(rows_of(&cursor, Rows::Next(2)).await, Ok(vec![1, 2]));
         assert_eq!(rows_of(&cursor, Rows::Next(2)).await, Ok(vec![3, 4]));
         assert_eq!(rows_of(&cursor, Rows::At(4)).await, Err("55000"));
         assert_eq!(rows_of(&cursor, Rows::At(6)).await, Ok(vec![6]));
-        assert_eq!(rows_of(&cursor, Rows::After(0)).await, Ok(vec![7]));
+        assert_eq!(rows_of(&cursor, Rows::By(1)).await, Ok(vec![7]));
+        assert_eq!(rows_of(&cursor, Rows::Back(1)).await, Err("55000"));
+        assert_eq!(rows_of(&cursor, Rows::By(0)).await, Err("55000"));
         assert_eq!(rows_of(&cursor, Rows::All).await, Ok(vec![8]));
         assert_eq!(rows_of(&cursor, Rows::Next(1)).await, Ok(vec![]));
+    }
+
+    #[tokio::test]
+    async fn a_scrolling_cursor_goes_both_ways() {
+        let memory = Memory::new(1 << 20);
+        let cursor = cursor(Some(memory.reserve(Kind::Queries)));
+        let check = async |rows: Rows, expected: &[i64]| {
+            assert_eq!(rows_of(&cursor, rows).await.as_deref(), Ok(expected), "{rows:?}");
+        };
+        check(Rows::Back(1), &[]).await;
+        check(Rows::By(0), &[]).await;
+        check(Rows::Next(4), &[1, 2, 3, 4]).await;
+        check(Rows::By(0), &[4]).await;
+        check(Rows::Back(2), &[3, 2]).await;
+        check(Rows::Next(1), &[3]).await;
+        check(Rows::By(3), &[6]).await;
+        check(Rows::By(-4), &[2]).await;
+        check(Rows::At(8), &[8]).await;
+        check(Rows::Next(1), &[]).await;
+        check(Rows::Back(1), &[8]).await;
+        check(Rows::At(-3), &[6]).await;
+        check(Rows::All, &[7, 8]).await;
+        check(Rows::All, &[]).await;
+        check(Rows::AllBack, &[8, 7, 6, 5, 4, 3, 2, 1]).await;
+        check(Rows::Next(2), &[1, 2]).await;
+        check(Rows::At(-9), &[]).await;
+        check(Rows::By(1), &[1]).await;
+        check(Rows::At(99), &[]).await;
+        check(Rows::By(-1), &[8]).await;
+        check(Rows::At(0), &[]).await;
+        check(Rows::Next(u64::MAX), &[1, 2, 3, 4, 5, 6, 7, 8]).await;
+        assert!(memory.held(Kind::Queries) > 0);
+        drop(cursor);
+        assert_eq!(memory.held(Kind::Queries), 0);
+    }
+
+    #[tokio::test]
+    async fn a_scrolling_cursor_keeps_no_more_than_there_is_room_for() {
+        let cursor = cursor(Some(Memory::new(64).reserve(Kind::Queries)));
+        assert_eq!(rows_of(&cursor, Rows::All).await, Err("53200"));
     }
 }

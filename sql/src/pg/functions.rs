@@ -2,25 +2,74 @@
 
 use std::sync::Arc;
 
-use arrow::array::{Array, ArrayRef, Int32Array, StringArray};
+use arrow::array::{Array, ArrayRef, AsArray, Int32Array, ListArray, StringArray, StructArray};
 use arrow::compute::cast;
-use arrow::datatypes::DataType;
+use arrow::datatypes::{DataType, Field, Fields};
+use datafusion::common::ScalarValue;
 use datafusion::common::cast::as_string_array;
 use datafusion::error::{DataFusionError, Result};
-use datafusion::logical_expr::{ColumnarValue, ScalarFunctionArgs, ScalarUDF, ScalarUDFImpl, Signature, Volatility};
+use datafusion::execution::FunctionRegistry;
+use datafusion::logical_expr::{
+    ColumnarValue, ScalarFunctionArgs, ScalarUDF, ScalarUDFImpl, Signature, TypeSignature, Volatility,
+};
 use datafusion::prelude::SessionContext;
 use pgwire::api::Type;
 
 use crate::format::{Column, quoted};
 
+/// What tools ask about objects that there are none of, with what is answered.
+const ANSWERS: [(&str, Answer); 18] = [
+    ("getdatabaseencoding", Answer::Text("UTF8")),
+    ("pg_get_functiondef", Answer::NoText),
+    ("pg_get_function_sqlbody", Answer::NoText),
+    ("pg_get_indexdef", Answer::NoText),
+    ("pg_get_ruledef", Answer::NoText),
+    ("pg_get_triggerdef", Answer::NoText),
+    ("pg_describe_object", Answer::NoText),
+    ("pg_tablespace_location", Answer::NoText),
+    ("pg_tablespace_size", Answer::NoNumber),
+    ("pg_opclass_is_visible", Answer::Yes),
+    ("pg_operator_is_visible", Answer::Yes),
+    ("pg_opfamily_is_visible", Answer::Yes),
+    ("pg_conversion_is_visible", Answer::Yes),
+    ("pg_statistics_obj_is_visible", Answer::Yes),
+    ("pg_ts_config_is_visible", Answer::Yes),
+    ("pg_ts_dict_is_visible", Answer::Yes),
+    ("pg_ts_parser_is_visible", Answer::Yes),
+    ("pg_ts_template_is_visible", Answer::Yes),
+];
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Answer {
+    NoText,
+    NoNumber,
+    Text(&'static str),
+    Yes,
+}
+
 /// Registers them.
 pub fn register(context: &SessionContext) {
-    for function in [Function::ToRegtype, Function::QuoteLiteral, Function::JsonBuildObject] {
+    for function in [
+        Function::ToRegtype,
+        Function::QuoteLiteral,
+        Function::JsonBuildObject,
+        Function::Encoding,
+        Function::Format,
+        Function::Numbered,
+    ] {
         let arguments = match function {
-            Function::ToRegtype | Function::QuoteLiteral => Signature::any(1, Volatility::Stable),
-            Function::JsonBuildObject => Signature::variadic_any(Volatility::Stable),
+            Function::JsonBuildObject | Function::Format => Signature::variadic_any(Volatility::Stable),
+            _ => Signature::any(1, Volatility::Stable),
         };
         context.register_udf(ScalarUDF::new_from_impl(Lookup { function, signature: arguments }));
+    }
+    for (name, answer) in ANSWERS {
+        if context.udf(name).is_err() {
+            let function = Function::Fixed(name, answer);
+            let some = TypeSignature::OneOf(vec![TypeSignature::Nullary, TypeSignature::VariadicAny]);
+            let signature = Signature::new(some, Volatility::Stable);
+            context.register_udf(ScalarUDF::new_from_impl(Lookup { function, signature }));
+        }
     }
 }
 
@@ -32,6 +81,14 @@ enum Function {
     QuoteLiteral,
     /// An object of JSON of names and values in turn.
     JsonBuildObject,
+    /// The number of an encoding.
+    Encoding,
+    /// A text with values in the places of `%s`, `%I` and `%L`.
+    Format,
+    /// The elements of an array, each with its number.
+    Numbered,
+    /// The same whatever is asked.
+    Fixed(&'static str, Answer),
 }
 
 #[derive(Debug, PartialEq, Eq, Hash)]
@@ -46,6 +103,10 @@ impl ScalarUDFImpl for Lookup {
             Function::ToRegtype => "to_regtype",
             Function::QuoteLiteral => "quote_literal",
             Function::JsonBuildObject => "json_build_object",
+            Function::Encoding => "pg_char_to_encoding",
+            Function::Format => "format",
+            Function::Numbered => NUMBERED,
+            Function::Fixed(name, _) => name,
         }
     }
 
@@ -53,14 +114,29 @@ impl ScalarUDFImpl for Lookup {
         &self.signature
     }
 
-    fn return_type(&self, _arguments: &[DataType]) -> Result<DataType> {
+    fn return_type(&self, arguments: &[DataType]) -> Result<DataType> {
         Ok(match self.function {
-            Function::ToRegtype => DataType::Int32,
-            Function::QuoteLiteral | Function::JsonBuildObject => DataType::Utf8,
+            Function::ToRegtype | Function::Encoding => DataType::Int32,
+            Function::QuoteLiteral | Function::JsonBuildObject | Function::Format => DataType::Utf8,
+            Function::Numbered => match arguments {
+                [DataType::List(item)] => DataType::new_list(DataType::Struct(numbered_fields(item.data_type())), true),
+                _ => return Err(DataFusionError::Plan("_pg_expandarray takes an array".to_owned())),
+            },
+            Function::Fixed(_, Answer::NoText | Answer::Text(_)) => DataType::Utf8,
+            Function::Fixed(_, Answer::NoNumber) => DataType::Int64,
+            Function::Fixed(_, Answer::Yes) => DataType::Boolean,
         })
     }
 
     fn invoke_with_args(&self, args: ScalarFunctionArgs) -> Result<ColumnarValue> {
+        if let Function::Fixed(_, answer) = self.function {
+            return Ok(ColumnarValue::Scalar(match answer {
+                Answer::NoText => ScalarValue::Utf8(None),
+                Answer::NoNumber => ScalarValue::Int64(None),
+                Answer::Text(text) => ScalarValue::from(text),
+                Answer::Yes => ScalarValue::Boolean(Some(true)),
+            }));
+        }
         let arrays = ColumnarValue::values_to_arrays(&args.args)?;
         let answer: ArrayRef = match (self.function, arrays.as_slice()) {
             (Function::ToRegtype, [names]) => {
@@ -69,9 +145,18 @@ impl ScalarUDFImpl for Lookup {
                 Arc::new(numbers)
             }
             (Function::QuoteLiteral, [values]) => Arc::new(literals(values)?),
-            (Function::ToRegtype | Function::QuoteLiteral, _) => {
+            (Function::Encoding, [names]) => {
+                let names = cast(names, &DataType::Utf8)?;
+                // There is one encoding, under PostgreSQL's number.
+                let number = |name: &str| if name.replace('-', "").eq_ignore_ascii_case("utf8") { 6 } else { -1 };
+                Arc::new(as_string_array(&names)?.iter().map(|n| n.map(number)).collect::<Int32Array>())
+            }
+            (Function::Numbered, [lists]) => Arc::new(numbered(lists)?),
+            (Function::Format, arrays) => Arc::new(formatted(arrays, args.number_rows)?),
+            (Function::ToRegtype | Function::QuoteLiteral | Function::Encoding | Function::Numbered, _) => {
                 return Err(DataFusionError::Plan("one argument is needed".to_owned()));
             }
+            (Function::Fixed(..), _) => return Err(DataFusionError::Internal("no arrays are needed".to_owned())),
             (Function::JsonBuildObject, arrays) => Arc::new(objects(arrays, args.number_rows)?),
         };
         Ok(ColumnarValue::Array(answer))
@@ -100,18 +185,111 @@ fn regtype(name: &str) -> Option<i32> {
         .and_then(|oid| i32::try_from(oid).ok())
 }
 
+/// What `_pg_expandarray` is called here, beneath the `unnest` that makes rows of it.
+pub const NUMBERED: &str = "_pg_numbered_array";
+
+fn numbered_fields(item: &DataType) -> Fields {
+    Fields::from(vec![Field::new("x", item.clone(), true), Field::new("n", DataType::Int32, true)])
+}
+
+/// Arrays of pairs: an element `x` and its number `n`, from one.
+fn numbered(lists: &ArrayRef) -> Result<ListArray> {
+    let lists = lists.as_list_opt::<i32>();
+    let lists = lists.ok_or_else(|| DataFusionError::Internal("an array that is no list".to_owned()))?;
+    let mut numbers = vec![0; lists.values().len()];
+    for range in lists.offsets().windows(2) {
+        let numbered = numbers[range[0] as usize..range[1] as usize].iter_mut().zip(1..);
+        numbered.for_each(|(number, n)| *number = n);
+    }
+    let fields = numbered_fields(lists.values().data_type());
+    let columns: Vec<ArrayRef> = vec![lists.values().clone(), Arc::new(Int32Array::from(numbers))];
+    let pairs = StructArray::try_new(fields, columns, None)?;
+    let item = Arc::new(Field::new_list_field(pairs.data_type().clone(), true));
+    Ok(ListArray::try_new(item, lists.offsets().clone(), Arc::new(pairs), lists.nulls().cloned())?)
+}
+
+/// Each row's first text with the others in the places of `%s`, and as names and literals in those of `%I` and `%L`.
+fn formatted(arrays: &[ArrayRef], rows: usize) -> Result<StringArray> {
+    let failed = |message: String| DataFusionError::Execution(message);
+    let columns = arrays.iter().map(|a| Column::new(a, "UTC")).collect::<Result<Vec<_>>>()?;
+    let Some((format, values)) = columns.split_first() else {
+        return Err(DataFusionError::Plan("format takes a text and the values for it".to_owned()));
+    };
+    let one = |row: usize| -> Result<Option<String>> {
+        if format.is_null(row) {
+            return Ok(None);
+        }
+        let (mut text, mut out, mut next) = (String::new(), String::new(), 0);
+        format.text(row, &mut text)?;
+        let mut rest = text.as_str();
+        while let Some((before, after)) = rest.split_once('%') {
+            out.push_str(before);
+            // A number says which value, as in `%2$s`.
+            let digits = after.len() - after.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+            let (at, after) = match after[digits..].strip_prefix('$') {
+                Some(after_number) if digits > 0 => (after[..digits].parse::<usize>().ok(), after_number),
+                _ => (None, after),
+            };
+            let mut kinds = after.chars();
+            let kind = kinds.next();
+            rest = kinds.as_str();
+            if kind == Some('%') {
+                out.push('%');
+                continue;
+            }
+            let at = at.unwrap_or(next + 1);
+            next = at;
+            let value = at.checked_sub(1).and_then(|i| values.get(i));
+            let value = value.ok_or_else(|| failed("too few arguments for format()".to_owned()))?;
+            let mut text = String::new();
+            if !value.is_null(row) {
+                value.text(row, &mut text)?;
+            }
+            match kind {
+                Some('s') => out.push_str(&text),
+                Some('L') if value.is_null(row) => out.push_str("NULL"),
+                Some('L') => out.push_str(&literal(&text)),
+                Some('I') if value.is_null(row) => {
+                    return Err(failed("null values cannot be formatted as an SQL identifier".to_owned()));
+                }
+                Some('I') => out.push_str(&name(&text)),
+                other => {
+                    let kind = other.map_or_else(|| "the end".to_owned(), |c| c.to_string());
+                    return Err(failed(format!("format() knows %s, %I and %L, not {kind:?}")));
+                }
+            }
+        }
+        out.push_str(rest);
+        Ok(Some(out))
+    };
+    Ok((0..rows).map(one).collect::<Result<Vec<_>>>()?.into())
+}
+
+fn literal(text: &str) -> String {
+    let escaped = if text.contains('\\') { "E" } else { "" };
+    format!("{escaped}'{}'", text.replace('\\', "\\\\").replace('\'', "''"))
+}
+
+/// A name as SQL has it, quoted where it must be.
+fn name(text: &str) -> String {
+    let plain = |c: char| c.is_ascii_lowercase() || c == '_' || c.is_ascii_digit();
+    match text.starts_with(|c: char| plain(c) && !c.is_ascii_digit()) && text.chars().all(plain) {
+        true => text.to_owned(),
+        false => format!("\"{}\"", text.replace('"', "\"\"")),
+    }
+}
+
 fn literals(values: &ArrayRef) -> Result<StringArray> {
     let column = Column::new(values, "UTC")?;
-    let literal = |row: usize| -> Result<Option<String>> {
+    let one = |row: usize| -> Result<Option<String>> {
         if column.is_null(row) {
             return Ok(None);
         }
         let mut text = String::new();
         column.text(row, &mut text)?;
-        let escaped = if text.contains('\\') { "E" } else { "" };
-        Ok(Some(format!("{escaped}'{}'", text.replace('\\', "\\\\").replace('\'', "''"))))
+        Ok(Some(literal(&text)))
     };
-    Ok((0..values.len()).map(literal).collect::<Result<Vec<_>>>()?.into())
+    Ok((0..values.len()).map(one).collect::<Result<Vec<_>>>()?.into())
 }
 
 fn objects(arrays: &[ArrayRef], rows: usize) -> Result<StringArray> {
@@ -166,6 +344,37 @@ mod tests {
         let literals = literals(&texts).expect("literals");
         assert_eq!((literals.value(0), literals.value(1)), ("'it''s'", "E'a\\\\b'"));
         assert!(literals.is_null(2));
+    }
+
+    #[test]
+    fn texts_with_values_in_them() {
+        let array = |text: Option<&str>| Arc::new(StringArray::from(vec![text])) as ArrayRef;
+        let check = |texts: &[Option<&str>], expected: Result<Option<&str>, &str>| {
+            let arrays: Vec<ArrayRef> = texts.iter().map(|t| array(*t)).collect();
+            let got = formatted(&arrays, 1).map(|a| a.iter().next().flatten().map(str::to_owned));
+            let got = got.map_err(|e| e.message().into_owned());
+            assert_eq!(got.as_ref().map(Option::as_deref).map_err(String::as_str), expected, "{texts:?}");
+        };
+        check(&[Some("a %s b%%"), Some("x")], Ok(Some("a x b%")));
+        check(&[Some("%I.%I = %L"), Some("t"), Some("A b"), Some("it's")], Ok(Some("t.\"A b\" = 'it''s'")));
+        check(&[Some("%2$s %1$s %s"), Some("a"), Some("b")], Ok(Some("b a b")));
+        check(&[Some("%L%s"), None, None], Ok(Some("NULL")));
+        check(&[None], Ok(None));
+        check(&[Some("%s")], Err("too few arguments for format()"));
+        check(&[Some("%d"), Some("1")], Err("format() knows %s, %I and %L, not \"d\""));
+    }
+
+    #[test]
+    fn arrays_with_numbers() {
+        let lists = ListArray::from_iter_primitive::<arrow::datatypes::Int16Type, _, _>([
+            Some(vec![Some(7), None]),
+            None,
+            Some(vec![Some(9)]),
+        ]);
+        let lists = numbered(&(Arc::new(lists) as ArrayRef)).expect("arrays of pairs");
+        let shown = |row: usize| arrow::util::display::array_value_to_string(&lists, row).expect("a text");
+        assert_eq!((shown(0).as_str(), shown(2).as_str()), ("[{x: 7, n: 1}, {x: , n: 2}]", "[{x: 9, n: 1}]"));
+        assert!(lists.is_null(1));
     }
 
     #[test]

@@ -1,0 +1,375 @@
+//! `pg_catalog` and `information_schema` as tools expect them, where what the library gives falls short: columns and tables that it lacks, arrays that
+//! it holds as texts, and expressions over them for which the planner has no words.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use arrow::array::StringArray;
+use arrow::compute::cast;
+use arrow::datatypes::{DataType, Field, Schema};
+use async_trait::async_trait;
+use datafusion::catalog::information_schema::InformationSchemaProvider;
+use datafusion::catalog::{CatalogProviderList, SchemaProvider, TableProvider};
+use datafusion::common::cast::as_string_array;
+use datafusion::common::{Column, ScalarValue};
+use datafusion::datasource::empty::EmptyTable;
+use datafusion::datasource::{TableType, ViewTable, provider_as_source};
+use datafusion::error::Result;
+use datafusion::logical_expr::{
+    ColumnarValue, Expr, LogicalPlanBuilder, ScalarFunctionArgs, ScalarUDF, ScalarUDFImpl, Signature, Volatility, lit,
+};
+use datafusion::sql::sqlparser::ast;
+use datafusion::sql::sqlparser::ast::{SetExpr, Value, ValueWithSpan, visit_expressions, visit_relations};
+
+/// What kinds of values columns have that are added or changed; they hold nothing but NULL.
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    Text,
+    Number,
+    Texts,
+    Small,
+    Numbers,
+}
+
+impl Kind {
+    fn data_type(self) -> DataType {
+        let list = |item| DataType::new_list(item, true);
+        match self {
+            Self::Text => DataType::Utf8,
+            Self::Number => DataType::Int32,
+            Self::Texts => list(DataType::Utf8),
+            Self::Small => list(DataType::Int16),
+            Self::Numbers => list(DataType::Int32),
+        }
+    }
+}
+
+/// Columns that are missing.
+const MISSING: [(&str, &str, Kind); 12] = [
+    ("pg_collation", "colliculocale", Kind::Text),
+    ("pg_class", "relacl", Kind::Texts),
+    ("pg_class", "reloptions", Kind::Texts),
+    ("pg_class", "tableoid", Kind::Number),
+    ("pg_language", "tableoid", Kind::Number),
+    ("pg_type", "tableoid", Kind::Number),
+    ("pg_constraint", "tableoid", Kind::Number),
+    ("pg_opclass", "tableoid", Kind::Number),
+    ("pg_opfamily", "tableoid", Kind::Number),
+    ("pg_rewrite", "tableoid", Kind::Number),
+    ("pg_trigger", "tableoid", Kind::Number),
+    ("pg_settings", "boot_val", Kind::Text),
+];
+
+/// Tables whose rows are those of PostgreSQL's own tables: here no table has an index or a constraint.
+const EMPTY: [&str; 2] = ["pg_constraint", "pg_index"];
+
+/// Tables that are missing, all of them empty.
+const TABLES: [(&str, &[(&str, Kind)]); 2] = [
+    (
+        "pg_user_mappings",
+        &[
+            ("umid", Kind::Number),
+            ("srvid", Kind::Number),
+            ("srvname", Kind::Text),
+            ("umuser", Kind::Number),
+            ("usename", Kind::Text),
+            ("umoptions", Kind::Texts),
+        ],
+    ),
+    ("pg_parameter_acl", &[("oid", Kind::Number), ("parname", Kind::Text), ("paracl", Kind::Texts)]),
+];
+
+/// What an array is that the library holds as a text.
+fn array(table: &str, column: &str) -> Option<Kind> {
+    Some(match (table, column) {
+        ("pg_index", "indkey" | "indoption") | ("pg_constraint", "conkey" | "confkey" | "confdelsetcols") => {
+            Kind::Small
+        }
+        ("pg_statistic_ext", "stxkeys") => Kind::Small,
+        ("pg_statistic_ext", "stxkind") => Kind::Texts,
+        ("pg_policy", "polroles")
+        | ("pg_index", "indcollation" | "indclass")
+        | ("pg_constraint", "conpfeqop" | "conppeqop" | "conffeqop" | "conexclop") => Kind::Numbers,
+        (_, column) if column.ends_with("acl") => Kind::Texts,
+        (
+            _,
+            "attoptions" | "attfdwoptions" | "setconfig" | "spcoptions" | "srvoptions" | "fdwoptions" | "ftoptions"
+            | "umoptions" | "evttags",
+        ) => Kind::Texts,
+        _ => return None,
+    })
+}
+
+/// `pg_catalog`.
+#[derive(Debug)]
+pub struct System(pub Arc<dyn SchemaProvider>);
+
+#[async_trait]
+impl SchemaProvider for System {
+    fn table_names(&self) -> Vec<String> {
+        let missing = TABLES.iter().map(|(name, _)| (*name).to_owned());
+        self.0.table_names().into_iter().chain(missing).collect()
+    }
+
+    async fn table(&self, name: &str) -> Result<Option<Arc<dyn TableProvider>>> {
+        let name = name.to_ascii_lowercase();
+        if let Some((_, columns)) = TABLES.iter().find(|(n, _)| *n == name) {
+            let fields: Vec<Field> = columns.iter().map(|(n, kind)| Field::new(*n, kind.data_type(), true)).collect();
+            return Ok(Some(Arc::new(EmptyTable::new(Arc::new(Schema::new(fields))))));
+        }
+        let Some(table) = self.0.table(&name).await? else { return Ok(None) };
+        let (schema, mut changed) = (table.schema(), false);
+        let null = |kind: Kind, name: &str| {
+            Ok::<_, datafusion::error::DataFusionError>(lit(ScalarValue::try_from(&kind.data_type())?).alias(name))
+        };
+        let mut columns = Vec::with_capacity(schema.fields().len());
+        for field in schema.fields() {
+            columns.push(match array(&name, field.name()).filter(|_| *field.data_type() == DataType::Utf8) {
+                Some(kind) => {
+                    changed = true;
+                    null(kind, field.name())?
+                }
+                None => Expr::Column(Column::new_unqualified(field.name())),
+            });
+        }
+        for (_, column, kind) in MISSING.iter().filter(|(t, c, _)| *t == name && schema.index_of(c).is_err()) {
+            changed = true;
+            columns.push(null(*kind, column)?);
+        }
+        if !changed {
+            return Ok(Some(table));
+        }
+        let mut plan = LogicalPlanBuilder::scan(&*name, provider_as_source(table), None)?;
+        if EMPTY.contains(&&*name) {
+            plan = plan.filter(lit(false))?;
+        }
+        Ok(Some(Arc::new(ViewTable::new(plan.project(columns)?.build()?, None))))
+    }
+
+    async fn table_type(&self, name: &str) -> Result<Option<TableType>> {
+        match TABLES.iter().any(|(n, _)| *n == name) {
+            true => Ok(Some(TableType::View)),
+            false => self.0.table_type(name).await,
+        }
+    }
+
+    fn table_exist(&self, name: &str) -> bool {
+        self.0.table_exist(name) || TABLES.iter().any(|(n, _)| n.eq_ignore_ascii_case(name))
+    }
+}
+
+/// `information_schema`, with types of columns as PostgreSQL calls them.
+#[derive(Debug)]
+pub struct Information(InformationSchemaProvider);
+
+impl Information {
+    /// That of a list of catalogs.
+    pub fn new(catalogs: Arc<dyn CatalogProviderList>) -> Self {
+        Self(InformationSchemaProvider::new(catalogs))
+    }
+}
+
+#[async_trait]
+impl SchemaProvider for Information {
+    fn table_names(&self) -> Vec<String> {
+        self.0.table_names()
+    }
+
+    async fn table(&self, name: &str) -> Result<Option<Arc<dyn TableProvider>>> {
+        let table = self.0.table(name).await?;
+        let Some(table) = table.filter(|_| name.eq_ignore_ascii_case("columns")) else {
+            return self.0.table(name).await;
+        };
+        let schema = table.schema();
+        let of = |function: TypeName| {
+            let arrow = Expr::Column(Column::new_unqualified("data_type"));
+            ScalarUDF::new_from_impl(function).call(vec![arrow])
+        };
+        let columns = schema.fields().iter().map(|field| match field.name().as_str() {
+            "data_type" => of(TypeName::new(false)).alias("data_type"),
+            name => Expr::Column(Column::new_unqualified(name)),
+        });
+        let udt = [of(TypeName::new(true)).alias("udt_name"), lit("pg_catalog").alias("udt_schema")];
+        let plan = LogicalPlanBuilder::scan("columns", provider_as_source(table), None)?;
+        Ok(Some(Arc::new(ViewTable::new(plan.project(columns.chain(udt))?.build()?, None))))
+    }
+
+    fn table_exist(&self, name: &str) -> bool {
+        self.0.table_exist(name)
+    }
+}
+
+/// What PostgreSQL calls a type that is given in Arrow's words.
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct TypeName {
+    /// Whether by the name that `pg_type` has.
+    short: bool,
+    signature: Signature,
+}
+
+impl TypeName {
+    fn new(short: bool) -> Self {
+        Self { short, signature: Signature::any(1, Volatility::Immutable) }
+    }
+
+    fn of(&self, arrow: &str) -> String {
+        let (long, short) = match arrow.split('(').next().unwrap_or(arrow) {
+            "Utf8" | "LargeUtf8" | "Utf8View" | "Null" => ("text", "text"),
+            "Boolean" => ("boolean", "bool"),
+            "Int8" | "Int16" | "UInt8" => ("smallint", "int2"),
+            "Int32" | "UInt16" => ("integer", "int4"),
+            "Int64" | "UInt32" | "UInt64" => ("bigint", "int8"),
+            "Float16" | "Float32" => ("real", "float4"),
+            "Float64" => ("double precision", "float8"),
+            "Decimal128" | "Decimal256" => ("numeric", "numeric"),
+            "Date32" | "Date64" => ("date", "date"),
+            "Timestamp" if arrow.contains('"') => ("timestamp with time zone", "timestamptz"),
+            "Timestamp" => ("timestamp without time zone", "timestamp"),
+            "Interval" | "Duration" => ("interval", "interval"),
+            "Binary" | "LargeBinary" | "BinaryView" | "FixedSizeBinary" => ("bytea", "bytea"),
+            "Map" | "Struct" => ("jsonb", "jsonb"),
+            "List" | "LargeList" => ("ARRAY", "anyarray"),
+            _ => (arrow, arrow),
+        };
+        if self.short { short } else { long }.to_owned()
+    }
+}
+
+impl ScalarUDFImpl for TypeName {
+    fn name(&self) -> &str {
+        "type_name"
+    }
+
+    fn signature(&self) -> &Signature {
+        &self.signature
+    }
+
+    fn return_type(&self, _arguments: &[DataType]) -> Result<DataType> {
+        Ok(DataType::Utf8)
+    }
+
+    fn invoke_with_args(&self, args: ScalarFunctionArgs) -> Result<ColumnarValue> {
+        let arrays = ColumnarValue::values_to_arrays(&args.args)?;
+        let texts = cast(&arrays[0], &DataType::Utf8)?;
+        let names: StringArray = as_string_array(&texts)?.iter().map(|t| t.map(|t| self.of(t))).collect();
+        Ok(ColumnarValue::Array(Arc::new(names)))
+    }
+}
+
+/// Another form of an expression over `pg_catalog`, which the planner knows.
+pub fn known(expr: &ast::Expr) -> Option<ast::Expr> {
+    match expr {
+        ast::Expr::Subquery(query) => one_row(query),
+        ast::Expr::CompoundFieldAccess { root, access_chain } => field(root, access_chain),
+        ast::Expr::Function(function) => subscripts(function),
+        ast::Expr::BinaryOp { left, op, right } => Some(ast::Expr::BinaryOp {
+            right: Box::new(function_name(left, right)?),
+            left: left.clone(),
+            op: op.clone(),
+        }),
+        _ => None,
+    }
+}
+
+/// `(x).name`, a field of what stands in brackets.
+fn field(root: &ast::Expr, access: &[ast::AccessExpr]) -> Option<ast::Expr> {
+    let ast::Expr::Nested(root) = root else { return None };
+    let mut text = root.to_string();
+    for access in access {
+        let ast::AccessExpr::Dot(ast::Expr::Identifier(name)) = access else { return None };
+        let name = Value::SingleQuotedString(name.value.clone());
+        text = format!("get_field({text}, {name})");
+    }
+    crate::statement::expression(&text)
+}
+
+/// `generate_subscripts(array, 1)`: a row for each element, its number.
+fn subscripts(function: &ast::Function) -> Option<ast::Expr> {
+    let ast::FunctionArguments::List(arguments) = &function.args else { return None };
+    let array =
+        arguments.args.first().filter(|_| crate::statement::last_part(&function.name) == "generate_subscripts")?;
+    crate::statement::expression(&format!("unnest(range(1, CAST(cardinality({array}) AS BIGINT) + 1))"))
+}
+
+/// A subquery for one value may depend on the query around it only when it is seen to give one row. Whoever looks
+/// something up in `pg_catalog` counts on that.
+fn one_row(query: &ast::Query) -> Option<ast::Expr> {
+    const AGGREGATES: [&str; 12] = [
+        "count",
+        "sum",
+        "min",
+        "max",
+        "avg",
+        "array_agg",
+        "string_agg",
+        "bool_and",
+        "bool_or",
+        "every",
+        "first_value",
+        "last_value",
+    ];
+    let SetExpr::Select(select) = query.body.as_ref() else { return None };
+    let (ast::SelectItem::UnnamedExpr(item) | ast::SelectItem::ExprWithAlias { expr: item, .. }) =
+        select.projection.first()?
+    else {
+        return None;
+    };
+    let grouped = !matches!(&select.group_by, ast::GroupByExpr::Expressions(by, _) if by.is_empty());
+    let plain = select.projection.len() == 1 && !grouped && select.distinct.is_none() && query.limit_clause.is_none();
+    let mut system = false;
+    let _ = visit_relations(&select.from, |name| {
+        let last = name.0.last().and_then(|p| p.as_ident());
+        system |= last.is_some_and(|n| n.value.to_ascii_lowercase().starts_with("pg_"));
+        ControlFlow::<()>::Continue(())
+    });
+    let aggregate = visit_expressions(item, |e| match e {
+        ast::Expr::Function(f) if AGGREGATES.iter().any(|a| crate::statement::last_part(&f.name) == *a) => {
+            ControlFlow::Break(())
+        }
+        _ => ControlFlow::Continue(()),
+    });
+    if !plain || !system || select.selection.is_none() || aggregate.is_break() {
+        return None;
+    }
+    if let [ast::TableWithJoins { relation: ast::TableFactor::Table { name, .. }, joins }] = select.from.as_slice()
+        && joins.is_empty()
+        && ["pg_attrdef", "pg_sequence"].contains(&&*crate::statement::last_part(name))
+    {
+        // No column has a default, and there are no sequences.
+        return crate::statement::expression("NULL");
+    }
+    let value = crate::statement::expression(&format!("first_value({item})"))?;
+    let mut query = query.clone();
+    query.order_by = None;
+    if let SetExpr::Select(select) = query.body.as_mut() {
+        select.projection = vec![ast::SelectItem::UnnamedExpr(value)];
+    }
+    Some(ast::Expr::Subquery(Box::new(query)))
+}
+
+/// The columns of `pg_type` that name functions are texts: what they are compared with is to be one, too.
+fn function_name(column: &ast::Expr, with: &ast::Expr) -> Option<ast::Expr> {
+    let last = match column {
+        ast::Expr::Identifier(name) => name,
+        ast::Expr::CompoundIdentifier(parts) => parts.last()?,
+        _ => return None,
+    };
+    if last.value == "polroles" {
+        // Compared with the text of an array: there are no policies.
+        return crate::statement::expression("NULL");
+    }
+    if !["typinput", "typoutput", "typreceive", "typsend"].contains(&&*last.value) {
+        return None;
+    }
+    let name = match with {
+        ast::Expr::Value(ValueWithSpan { value: Value::Number(n, _), .. }) if n == "0" => "-".to_owned(),
+        // What the parser makes of 'name'::regproc.
+        ast::Expr::Subquery(query) => {
+            let text = query.to_string();
+            let name = text.split_once("proname = '")?.1.split('\'').next()?;
+            name.rsplit('.').next()?.to_owned()
+        }
+        _ => return None,
+    };
+    Some(ast::Expr::Value(Value::SingleQuotedString(name).into()))
+}
