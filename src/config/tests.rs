@@ -151,3 +151,38 @@ fn the_reference_page_is_fresh() {
         "docs/configuration.md is stale; run: thalweg check-config --reference > docs/configuration.md"
     );
 }
+
+/// A file that somebody mistyped is read, or an error says what is wrong with it.
+#[test]
+fn changed_files_are_read_or_refused() {
+    let file = "http = \"127.0.0.1:1\"\nmemory_limit = \"1GiB\"\nquery_timeout = \"2m\"\nwal = \"object\"\nseries_limit = 5_000\n\
+                [[retention_rules]]\nmatch = '{job=~\"a|b\"}'\nkeep = \"7d\"\n";
+    let mut seed = 7u64;
+    let mut draw = |below: usize| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (seed >> 33) as usize % below
+    };
+    let (mut read, mut refused) = (0, 0);
+    for _ in 0..2000 {
+        let mut changed = file.as_bytes().to_vec();
+        for _ in 0..=draw(3) {
+            let at = draw(changed.len());
+            match draw(3) {
+                0 => changed[at] = b"\"'[]{}=\\#\n9-zZ\xff"[draw(15)],
+                1 => changed.truncate(at.max(1)),
+                _ => drop(changed.remove(at)),
+            }
+            if changed.is_empty() {
+                changed.push(b'#');
+            }
+        }
+        match load(&String::from_utf8_lossy(&changed), &[], &[]) {
+            Ok(_) => read += 1,
+            Err(e) => {
+                refused += 1;
+                assert!(!e.to_string().is_empty());
+            }
+        }
+    }
+    assert!(read > 0 && refused > 0, "{read} read, {refused} refused");
+}

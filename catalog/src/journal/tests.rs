@@ -410,6 +410,27 @@ proptest! {
         prop_assert!(decode::<Entry>(ENTRY_KIND, &bytes, &Path::from("x")).is_err());
         prop_assert!(decode::<Entry>(ENTRY_KIND, &body, &Path::from("x")).is_err());
     }
+
+    /// With a checksum that fits, as a faulty writer would leave it.
+    #[test]
+    fn a_changed_text_is_read_or_named(changes in proptest::collection::vec(any::<(u16, u8)>(), 1..4)) {
+        let state = serde_json::to_vec(&State::new(42)).unwrap();
+        let mut text = state.clone();
+        for (at, byte) in changes {
+            let at = usize::from(at) % text.len();
+            text[at] = byte;
+        }
+        let mut bytes = MAGIC.to_vec();
+        bytes.extend_from_slice(&[FORMAT, ENTRY_KIND, 0, 0, 0, 0, 0, 0]);
+        bytes.extend_from_slice(&(text.len() as u32).to_le_bytes());
+        bytes.extend_from_slice(&zstd::bulk::compress(&text, LEVEL).unwrap());
+        let crc = crc32fast::hash(&bytes[12..]);
+        bytes[8..12].copy_from_slice(&crc.to_le_bytes());
+        if let Err(e) = decode::<State>(ENTRY_KIND, &bytes, &Path::from("x")) {
+            prop_assert_eq!(e.kind(), ErrorKind::Corrupt);
+            prop_assert!(e.message().contains('x'));
+        }
+    }
 }
 
 #[tokio::test]
