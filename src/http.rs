@@ -21,7 +21,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
-use tokio::time::Sleep;
+use tokio::time::{Instant, Sleep};
 use tokio_util::sync::CancellationToken;
 use tower::Layer as _;
 use tower::util::MapRequestLayer;
@@ -32,6 +32,9 @@ use crate::tls::Tls;
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// A client that has sent nothing of a body that it announced for this long has gone, or means harm.
 const BODY_IDLE: Duration = Duration::from_secs(30);
+/// So many bytes of a body must come in a second, after as long as it may be idle: one that comes byte by byte holds a
+/// connection and memory just as long as one that never comes.
+const BODY_BYTES_PER_SECOND: u64 = 1024;
 /// Requests under way get this long to end when the server stops.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 /// Most connections at a time; further ones wait in the kernel's queue.
@@ -117,7 +120,7 @@ async fn connection(
     let with_peer = MapRequestLayer::new(move |mut request: Request<Incoming>| {
         begins.store(true, Ordering::Relaxed);
         request.extensions_mut().insert(Peer(peer.ip()));
-        request.map(|body| Awaited { body, idle: None })
+        request.map(Awaited::new)
     });
     let service = TowerToHyperService::new(with_peer.layer(router));
     let mut builder = auto::Builder::new(TokioExecutor::new());
@@ -141,26 +144,50 @@ async fn connection(
     }
 }
 
-/// A request's body, which fails when nothing comes of it for too long.
-struct Awaited {
-    body: Incoming,
-    idle: Option<Pin<Box<Sleep>>>,
+/// A request's body, which fails when nothing comes of it for too long, or too little.
+struct Awaited<B> {
+    body: B,
+    begun: Instant,
+    received: u64,
+    /// Until when something must come.
+    patience: Option<Pin<Box<Sleep>>>,
 }
 
-impl Body for Awaited {
+impl<B> Awaited<B> {
+    fn new(body: B) -> Self {
+        Self { body, begun: Instant::now(), received: 0, patience: None }
+    }
+
+    fn deadline(&self) -> Instant {
+        let idle = Instant::now() + BODY_IDLE;
+        idle.min(self.begun + BODY_IDLE + Duration::from_secs(self.received / BODY_BYTES_PER_SECOND))
+    }
+}
+
+impl<B> Body for Awaited<B>
+where
+    B: Body<Data = Bytes, Error: Into<Box<dyn std::error::Error + Send + Sync>>> + Unpin,
+{
     type Data = Bytes;
     type Error = Box<dyn std::error::Error + Send + Sync>;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         match Pin::new(&mut self.body).poll_frame(cx) {
             Poll::Ready(frame) => {
-                self.idle = None;
+                let data = frame.as_ref().and_then(|f| f.as_ref().ok()?.data_ref());
+                self.received += data.map_or(0, |data| data.len() as u64);
+                self.patience = None;
                 Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
             }
             Poll::Pending => {
-                let idle = self.idle.get_or_insert_with(|| Box::pin(tokio::time::sleep(BODY_IDLE)));
-                ready!(idle.as_mut().poll(cx));
-                Poll::Ready(Some(Err(format!("nothing came for {} s", BODY_IDLE.as_secs()).into())))
+                let deadline = self.deadline();
+                let patience = self.patience.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
+                ready!(patience.as_mut().poll(cx));
+                Poll::Ready(Some(Err(format!(
+                    "nothing came for {} s, or fewer than {BODY_BYTES_PER_SECOND} bytes a second",
+                    BODY_IDLE.as_secs()
+                )
+                .into())))
             }
         }
     }
@@ -178,5 +205,46 @@ impl Body for Awaited {
 fn report(result: Result<(), Box<dyn std::error::Error + Send + Sync>>) {
     if let Err(error) = result {
         tracing::debug!(error, "connection ended early");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A body of so many pieces, one each second, then none for as long as given.
+    struct Drip {
+        pieces: usize,
+        bytes: usize,
+        then: Duration,
+        pause: Option<Pin<Box<Sleep>>>,
+    }
+
+    impl Body for Drip {
+        type Data = Bytes;
+        type Error = std::io::Error;
+
+        fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<std::io::Result<Frame<Bytes>>>> {
+            let length = if self.pieces == 0 { self.then } else { Duration::from_secs(1) };
+            let pause = self.pause.get_or_insert_with(|| Box::pin(tokio::time::sleep(length)));
+            ready!(pause.as_mut().poll(cx));
+            self.pause = None;
+            let more = self.pieces.checked_sub(1);
+            self.pieces = more.unwrap_or(0);
+            Poll::Ready(more.map(|_| Ok(Frame::data(Bytes::from(vec![0; self.bytes])))))
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_that_hardly_comes_is_given_up() {
+        let read = async |pieces, bytes, then| {
+            let (begun, then) = (Instant::now(), Duration::from_secs(then));
+            let body = axum::body::Body::new(Awaited::new(Drip { pieces, bytes, then, pause: None }));
+            (axum::body::to_bytes(body, usize::MAX).await.is_ok(), begun.elapsed().as_secs())
+        };
+        assert_eq!(read(100, 2048, 0).await, (true, 100));
+        assert_eq!(read(0, 0, 3600).await, (false, 30));
+        assert_eq!(read(5, 1 << 20, 3600).await, (false, 35));
+        assert_eq!(read(100_000, 1, 0).await, (false, 30));
     }
 }
