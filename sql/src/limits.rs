@@ -8,7 +8,8 @@ use std::collections::HashMap;
 use std::ops::ControlFlow;
 
 use datafusion::sql::sqlparser::ast::{
-    BinaryOperator, Expr, ObjectName, ObjectNamePart, Query, Select, Statement, TableFactor, Visit, Visitor,
+    BinaryOperator, Expr, GroupByExpr, GroupByWithModifier, ObjectName, ObjectNamePart, Query, Select, Statement,
+    TableFactor, Visit, Visitor,
 };
 use datafusion::sql::sqlparser::dialect::PostgreSqlDialect;
 use datafusion::sql::sqlparser::keywords::Keyword;
@@ -285,6 +286,45 @@ pub fn check_columns(columns: usize) -> Result<()> {
     Err(SqlError::new("54011", format!("target lists can have at most {COLUMNS_MAX} entries, this one has {columns}")))
 }
 
+/// Most sets by which one `SELECT` groups, as in PostgreSQL: each is written out before anything is computed.
+const GROUPING_SETS_MAX: usize = 4096;
+/// Most elements of a `CUBE`, which has a set for each choice of them.
+const CUBE_MAX: usize = 12;
+
+/// Refuses to group by too many sets.
+///
+/// # Errors
+/// 54000, in PostgreSQL's words.
+fn check_grouping(group_by: &GroupByExpr) -> Result<()> {
+    let (expressions, modifiers) = match group_by {
+        GroupByExpr::All(modifiers) => (&[][..], modifiers),
+        GroupByExpr::Expressions(expressions, modifiers) => (expressions.as_slice(), modifiers),
+    };
+    let cube = |elements: usize| match elements {
+        0..=CUBE_MAX => Ok(1 << elements),
+        _ => Err(SqlError::new("54000", format!("CUBE is limited to {CUBE_MAX} elements"))),
+    };
+    let mut sets = 1usize;
+    for expr in expressions {
+        let of_expr = match expr {
+            Expr::Cube(elements) => cube(elements.len())?,
+            Expr::Rollup(elements) => elements.len() + 1,
+            Expr::GroupingSets(elements) => elements.len(),
+            _ => 1,
+        };
+        sets = sets.saturating_mul(of_expr);
+    }
+    for modifier in modifiers {
+        if matches!(modifier, GroupByWithModifier::Cube) {
+            sets = sets.saturating_mul(cube(expressions.len())?);
+        }
+    }
+    if sets <= GROUPING_SETS_MAX {
+        return Ok(());
+    }
+    Err(SqlError::new("54000", format!("too many grouping sets present (maximum {GROUPING_SETS_MAX})")))
+}
+
 /// Counts selects and tables.
 #[derive(Debug, Default)]
 struct Sizes {
@@ -383,7 +423,8 @@ impl Visitor for Sizes {
 
     fn pre_visit_select(&mut self, select: &Select) -> ControlFlow<SqlError> {
         self.add(1);
-        match check_columns(select.projection.len()) {
+        let checked = check_columns(select.projection.len()).and_then(|()| check_grouping(&select.group_by));
+        match checked {
             Ok(()) => ControlFlow::Continue(()),
             Err(e) => ControlFlow::Break(e),
         }
@@ -523,6 +564,14 @@ mod tests {
             .collect();
         let e = sizes(&format!("WITH a0 AS (SELECT 1){doubled} SELECT * FROM a499")).expect_err("too large");
         assert_eq!(e.code, TOO_COMPLEX);
+        let grouped = |by: &str| sizes(&format!("SELECT 1 FROM t GROUP BY {by}")).map_err(|e| (e.code, e.message));
+        let many = |n: usize| (0..n).map(|i| format!("c{i}")).collect::<Vec<_>>().join(",");
+        assert_eq!(grouped(&format!("CUBE({})", many(12))), Ok(2));
+        let e = grouped(&format!("CUBE({})", many(30))).expect_err("a billion sets");
+        assert_eq!(e, ("54000", "CUBE is limited to 12 elements".into()));
+        assert_eq!(grouped(&format!("ROLLUP({}), CUBE({})", many(20), many(7))), Ok(2));
+        let e = grouped(&format!("ROLLUP({}), CUBE({})", many(40), many(7))).expect_err("5,248 sets");
+        assert_eq!(e, ("54000", "too many grouping sets present (maximum 4096)".into()));
         let e = sizes(&format!("SELECT 1{}", ",1".repeat(COLUMNS_MAX))).expect_err("too wide");
         assert_eq!((e.code, &*e.message), ("54011", "target lists can have at most 1664 entries, this one has 1665"));
     }
