@@ -289,13 +289,16 @@ impl Query {
     }
 }
 
+/// A query that runs, and its view of memory.
+type Begun = (Weak<State>, Memory);
+
 /// The turns of an engine's queries: so many run, others wait in the order in which they came.
 #[derive(Debug, Clone)]
 pub(crate) struct Turns {
     turns: Arc<Semaphore>,
     max: usize,
     /// Those that have begun, oldest first; some of them may have ended.
-    begun: Arc<Mutex<Vec<(Weak<State>, Memory)>>>,
+    begun: Arc<Mutex<Vec<Begun>>>,
     /// A query that has not had its turn after this long is refused.
     within: Duration,
     memory: Memory,
