@@ -104,6 +104,17 @@ impl TagSet {
         TagIter { rest: &self.0 }
     }
 
+    /// The keys in order, as bytes.
+    pub fn keys(&self) -> impl Iterator<Item = &[u8]> {
+        let mut rest = self.as_bytes();
+        std::iter::from_fn(move || {
+            // Canonical bytes hold whole pairs.
+            let key = take_bytes(&mut rest).ok()?;
+            take_bytes(&mut rest).ok()?;
+            Some(key)
+        })
+    }
+
     /// The value of `key`, or `None` when absent.
     pub fn get(&self, key: &str) -> Option<&str> {
         get(&self.0, key)

@@ -50,6 +50,7 @@ pub use notices::{Notice, Notices};
 pub use query::{Guard, Query, QueryLimits, Stop};
 pub use retention::{Retention, RetentionRule};
 pub use scan::SeriesScanExec;
+pub use scan::count::SeriesCountExec;
 pub use select::{Selection, SeriesSet};
 pub use session::{Extensions, error_of};
 pub use settings::{ListedSetting, LogStore, Settings, SqlCatalog};

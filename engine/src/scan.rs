@@ -1,5 +1,6 @@
 //! The leaf of every plan: rows of a set of series, sorted and free of duplicates.
 
+pub(crate) mod count;
 pub(crate) mod gather;
 pub(crate) mod merge;
 #[cfg(test)]
@@ -109,61 +110,127 @@ impl SeriesScanExec {
         &self.columns
     }
 
-    /// What is counted of the files that a partition reads.
-    fn reads(&self, partition: usize, context: &TaskContext) -> Arc<Reads> {
-        let count = |name: &'static str| MetricBuilder::new(&self.metrics).counter(name, partition);
-        Arc::new(Reads {
-            bytes: count("bytes_scanned"),
-            row_groups: count("row_groups"),
-            row_groups_pruned: count("row_groups_pruned"),
-            pages: count("pages"),
-            pages_pruned: count("pages_pruned"),
-            activity: context.session_config().get_extension::<Activity>(),
+    /// The same scan of other columns.
+    #[must_use]
+    pub fn reading(&self, columns: Vec<usize>) -> Self {
+        let schema = read_schema(&self.set.table, &columns);
+        let properties = PlanProperties::clone(&self.properties).with_eq_properties(equivalences(&schema, &columns));
+        Self {
+            set: self.set.clone(),
+            columns,
+            schema,
+            properties: Arc::new(properties),
+            memtables: self.memtables.clone(),
+            files: self.files.clone(),
+            memory_cuts: self.memory_cuts.clone(),
+            deletes: self.deletes,
+            files_pruned: self.files_pruned,
+            metrics: ExecutionPlanMetricsSet::new(),
+        }
+    }
+
+    /// Which series a partition reads.
+    fn range(&self, partition: usize) -> Range<usize> {
+        let (n, partitions) = (self.set.series.len(), self.properties.partitioning.partition_count());
+        n * partition / partitions..n * (partition + 1) / partitions
+    }
+
+    /// What is read: files, then memtables, both oldest first.
+    fn sources(&self) -> Range<usize> {
+        0..self.files.len() + self.memtables.len()
+    }
+
+    /// First and last time of a source.
+    fn times(&self, source: usize) -> (i64, i64) {
+        match self.files.get(source) {
+            Some((file, _)) => (file.ts_min, file.ts_max),
+            None => self.memtables[source - self.files.len()].ts_range().unwrap_or((i64::MIN, i64::MAX)),
+        }
+    }
+
+    fn request(&self, series: Range<usize>, columns: Vec<usize>) -> Arc<Request> {
+        let set = &self.set;
+        Arc::new(Request {
+            table: set.table.clone(),
+            keys: set.keys.clone(),
+            range: series,
+            start_ms: set.start_ms,
+            end_ms: set.end_ms,
+            columns,
+            cuts: None,
         })
     }
 
-    fn merge(&self, series: Range<usize>, reads: &Arc<Reads>) -> Merge {
+    fn cursor(&self, file: usize, request: &Arc<Request>, reads: &Arc<Reads>) -> Cursor {
+        let (file, cuts) = &self.files[file];
+        let request = match cuts {
+            None => request.clone(),
+            cuts => Arc::new(Request { cuts: cuts.clone(), ..Request::clone(request) }),
+        };
+        Cursor::new(self.set.segments.clone(), file.clone(), request).counted(reads.clone())
+    }
+
+    /// Merges some of the sources, which are given in ascending order. Of memtables what lies between two times,
+    /// inclusive.
+    fn merge(&self, sources: &[usize], series: Range<usize>, times: (i64, i64), reads: &Arc<Reads>) -> Merge {
         let set = &self.set;
         let mut columns = self.columns.clone();
-        let sources = self.files.len() + self.memtables.len();
         let ts = columns.iter().position(|c| *c == TS);
         // Merging and leaving out need the time; the stream drops it again.
         let ts = ts.unwrap_or_else(|| {
-            if sources > 1 || self.memory_cuts.is_some() {
+            if sources.len() > 1 || self.memory_cuts.is_some() {
                 columns.push(TS);
             }
             columns.len().saturating_sub(1)
         });
-        let request = Arc::new(Request {
-            table: set.table.clone(),
-            keys: set.keys.clone(),
-            range: series.clone(),
-            start_ms: set.start_ms,
-            end_ms: set.end_ms,
-            columns: columns.clone(),
-            cuts: None,
-        });
-        let file = |(file, cuts): &(Arc<DataFile>, Option<Arc<Cuts>>)| {
-            let request = match cuts {
-                None => request.clone(),
-                cuts => Arc::new(Request { cuts: cuts.clone(), ..Request::clone(&request) }),
-            };
-            let cursor = Cursor::new(set.segments.clone(), file.clone(), request);
-            Source::File(Box::new(cursor.counted(reads.clone())))
-        };
+        let request = self.request(series.clone(), columns.clone());
         let memory = |m: &Arc<Memtable>| {
             let wanted: Vec<(u32, Ordinal)> = series
                 .clone()
                 .filter(|i| set.ordinals[*i] != NO_ORDINAL)
                 .map(|i| (i as u32, set.ordinals[i]))
                 .collect();
-            let range = (set.start_ms, set.end_ms);
-            let cursor = MemoryCursor::new(m.clone(), wanted, range, columns.clone());
+            let times = (set.start_ms.max(times.0), set.end_ms.min(times.1));
+            let cursor = MemoryCursor::new(m.clone(), wanted, times, columns.clone());
             Source::Memory(Box::new(cursor.cut(self.memory_cuts.clone(), ts + 1)))
         };
-        let sources = self.files.iter().map(file).chain(self.memtables.iter().map(memory)).collect();
-        Merge::new(sources, read_schema(&set.table, &columns), ts + 1)
+        let source = |i: &usize| match i.checked_sub(self.files.len()) {
+            None => Source::File(Box::new(self.cursor(*i, &request, reads))),
+            Some(i) => memory(&self.memtables[i]),
+        };
+        Merge::new(sources.iter().map(source).collect(), read_schema(&set.table, &columns), ts + 1)
     }
+
+    fn describe(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let set = &self.set;
+        let (codes, of) = (set.series.len(), set.candidates);
+        let (memtables, files) = (self.memtables.len(), self.files.len());
+        write!(f, "table={}, codes={codes} of {of}, memtables={memtables}, files={files}", set.table.name)?;
+        write!(f, ", time=[{}..{}]", set.start_ms, set.end_ms)?;
+        if self.deletes > 0 {
+            write!(f, ", deletes={}", self.deletes)?;
+        }
+        Ok(())
+    }
+
+    fn count_sources(&self, metrics: &ExecutionPlanMetricsSet, partition: usize) {
+        MetricBuilder::new(metrics).counter("files", partition).add(self.files.len());
+        MetricBuilder::new(metrics).counter("files_pruned", partition).add(self.files_pruned);
+        MetricBuilder::new(metrics).counter("memtables", partition).add(self.memtables.len());
+    }
+}
+
+/// What is counted of the files that a partition reads.
+fn reads(metrics: &ExecutionPlanMetricsSet, partition: usize, context: &TaskContext) -> Arc<Reads> {
+    let count = |name: &'static str| MetricBuilder::new(metrics).counter(name, partition);
+    Arc::new(Reads {
+        bytes: count("bytes_scanned"),
+        row_groups: count("row_groups"),
+        row_groups_pruned: count("row_groups_pruned"),
+        pages: count("pages"),
+        pages_pruned: count("pages_pruned"),
+        activity: context.session_config().get_extension::<Activity>(),
+    })
 }
 
 fn overlaps(file: &DataFile, set: &SeriesSet, metric_min: i64, metric_max: i64) -> bool {
@@ -187,19 +254,8 @@ fn equivalences(schema: &SchemaRef, columns: &[usize]) -> EquivalenceProperties 
 
 impl DisplayAs for SeriesScanExec {
     fn fmt_as(&self, _t: DisplayFormatType, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let set = &self.set;
-        let (codes, of) = (set.series.len(), set.candidates);
-        let (memtables, files) = (self.memtables.len(), self.files.len());
-        write!(
-            f,
-            "SeriesScanExec: table={}, codes={codes} of {of}, memtables={memtables}, files={files}",
-            set.table.name
-        )?;
-        write!(f, ", time=[{}..{}]", set.start_ms, set.end_ms)?;
-        if self.deletes > 0 {
-            write!(f, ", deletes={}", self.deletes)?;
-        }
-        Ok(())
+        f.write_str("SeriesScanExec: ")?;
+        self.describe(f)
     }
 }
 
@@ -236,14 +292,11 @@ impl ExecutionPlan for SeriesScanExec {
     }
 
     fn execute(&self, partition: usize, context: Arc<TaskContext>) -> DfResult<SendableRecordBatchStream> {
-        let partitions = self.properties.partitioning.partition_count();
-        let n = self.set.series.len();
-        let reads = self.reads(partition, &context);
-        let merge = self.merge(n * partition / partitions..n * (partition + 1) / partitions, &reads);
+        let reads = reads(&self.metrics, partition, &context);
+        let sources: Vec<usize> = self.sources().collect();
+        let merge = self.merge(&sources, self.range(partition), (i64::MIN, i64::MAX), &reads);
         let baseline = BaselineMetrics::new(&self.metrics, partition);
-        MetricBuilder::new(&self.metrics).counter("files", partition).add(self.files.len());
-        MetricBuilder::new(&self.metrics).counter("files_pruned", partition).add(self.files_pruned);
-        MetricBuilder::new(&self.metrics).counter("memtables", partition).add(self.memtables.len());
+        self.count_sources(&self.metrics, partition);
         let width = self.schema.fields().len();
         let schema = self.schema.clone();
         let snapshot = self.set.snapshot.clone();

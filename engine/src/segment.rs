@@ -16,7 +16,7 @@ mod write;
 use catalog::Series;
 
 pub(crate) use footer::Description;
-pub(crate) use read::{Cursor, Reads, Request, Segments};
+pub(crate) use read::{Cursor, Reads, Request, Segments, count_runs};
 pub(crate) use write::{Writer, day_of, day_start_ms};
 
 use runs::RunIndex;

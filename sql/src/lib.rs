@@ -8,6 +8,7 @@
 //! Nothing here writes: no statement may change data, or open a file or a URL.
 
 pub mod bounded;
+pub mod by_series;
 pub mod catalog_tables;
 pub mod error;
 pub mod flight;

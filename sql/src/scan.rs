@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, Int64Array, UInt32Array};
 use arrow::compute::take;
-use arrow::datatypes::SchemaRef;
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use arrow::record_batch::{RecordBatch, RecordBatchOptions};
 use datafusion::common::tree_node::TreeNodeRecursion;
 use datafusion::error::{DataFusionError, Result};
@@ -31,7 +31,12 @@ pub enum Output {
     Tag(Arc<TagColumn>),
     /// The set ordinal.
     Tags,
+    /// The index of the series in the scan's set.
+    Index,
 }
+
+/// The name of a column of [`Output::Index`].
+const INDEX: &str = "series#";
 
 /// Gives each row of a series scan its tags as ordinals of the statement's dictionary.
 #[derive(Debug)]
@@ -70,8 +75,65 @@ impl TagScanExec {
         Self { input, outputs, dictionary, candidates, predicate, properties, metrics, lookups: Arc::default() }
     }
 
-    fn scan(&self) -> Option<&SeriesScanExec> {
+    /// The scan below.
+    pub fn scan(&self) -> Option<&SeriesScanExec> {
         self.input.downcast_ref()
+    }
+
+    /// How many series a predicate on tags left.
+    pub fn fmt_choice(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.predicate.is_empty() {
+            return Ok(());
+        }
+        let left = self.scan().map_or(0, |s| s.set().series.len());
+        write!(f, ", codes={left} of {} by [{}]", self.candidates, self.predicate)
+    }
+
+    /// Where the columns come from.
+    pub fn outputs(&self) -> &[Output] {
+        &self.outputs
+    }
+
+    /// The same rows with these of its columns, and then the indexes of their series. `None` above a node that is no scan.
+    pub fn with_index(&self, columns: &[usize]) -> Option<Self> {
+        let scan = self.scan()?;
+        let mut stored = Vec::new();
+        let mut outputs = Vec::with_capacity(columns.len() + 1);
+        let mut fields = Vec::with_capacity(columns.len() + 1);
+        let schema = self.schema();
+        for column in columns {
+            fields.push(schema.field(*column).clone());
+            outputs.push(match &self.outputs[*column] {
+                Output::Stored(i) => {
+                    stored.push(*scan.columns().get(i.checked_sub(1)?)?);
+                    Output::Stored(stored.len())
+                }
+                other => other.clone(),
+            });
+        }
+        fields.push(Field::new(INDEX, DataType::UInt32, false));
+        outputs.push(Output::Index);
+        let (dictionary, predicate) = (self.dictionary.clone(), self.predicate.clone());
+        let schema = Arc::new(Schema::new(fields));
+        Some(Self::new(Arc::new(scan.reading(stored)), outputs, schema, dictionary, self.candidates, predicate))
+    }
+
+    /// What these columns, none of which is stored, have for series.
+    ///
+    /// # Errors
+    /// For a stored column.
+    pub fn of_series(&self, columns: &[usize], series: &UInt32Array) -> Result<RecordBatch> {
+        let lookups = self.lookups()?;
+        let schema = Arc::new(self.schema().project(columns)?);
+        let arrays = columns
+            .iter()
+            .map(|c| match &lookups[*c] {
+                Some(lookup) => Ok(take(lookup, series, None)?),
+                None => Err(DataFusionError::Internal("a stored column of series".to_owned())),
+            })
+            .collect::<Result<Vec<ArrayRef>>>()?;
+        let options = RecordBatchOptions::new().with_row_count(Some(series.len()));
+        Ok(RecordBatch::try_new_with_options(schema, arrays, &options)?)
     }
 
     /// The dictionary is closed by the first call, after every scan of the statement was planned.
@@ -86,7 +148,7 @@ impl TagScanExec {
             .outputs
             .iter()
             .map(|o| match o {
-                Output::Stored(_) => None,
+                Output::Stored(_) | Output::Index => None,
                 Output::Series => {
                     Some(Arc::new(series.iter().map(|s| s.id.code.0).collect::<Int64Array>()) as ArrayRef)
                 }
@@ -114,6 +176,7 @@ fn project(
         .zip(lookups)
         .map(|(output, lookup)| match (output, lookup) {
             (Output::Stored(i), _) => Ok(batch.column(*i).clone()),
+            (Output::Index, _) => Ok(batch.column(0).clone()),
             (_, Some(lookup)) => Ok(take(lookup, index, None)?),
             (_, None) => Err(DataFusionError::Internal("a tag column without its lookup".to_owned())),
         })
@@ -131,18 +194,14 @@ impl DisplayAs for TagScanExec {
             .zip(&self.outputs)
             .map(|(field, output)| match output {
                 Output::Tag(_) | Output::Tags => format!("{}#", field.name()),
-                Output::Stored(_) | Output::Series => field.name().clone(),
+                Output::Stored(_) | Output::Series | Output::Index => field.name().clone(),
             })
             .collect();
         if matches!(t, DisplayFormatType::TreeRender) {
             return write!(f, "columns={}", columns.join(", "));
         }
         write!(f, "TagScanExec: columns=[{}]", columns.join(", "))?;
-        if !self.predicate.is_empty() {
-            let left = self.scan().map_or(0, |s| s.set().series.len());
-            write!(f, ", codes={left} of {} by [{}]", self.candidates, self.predicate)?;
-        }
-        Ok(())
+        self.fmt_choice(f)
     }
 }
 

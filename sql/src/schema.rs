@@ -135,12 +135,17 @@ impl Metrics {
         let matcher = Matcher::new(METRIC_NAME, MatchOp::Eq, metric).map_err(external)?;
         let selection = Selection { matchers: vec![matcher], ..everything(table) };
         let mut labels: Option<BTreeSet<String>> = None;
+        // Most series of a metric have the same labels as the one before.
+        let mut last: Option<Arc<Series>> = None;
         let visit = |series: &Arc<Series>| {
             let labels = labels.get_or_insert_default();
-            for (key, _) in series.tags.iter() {
-                if !labels.contains(key) {
-                    labels.insert(key.to_owned());
+            if !last.as_ref().is_some_and(|last| last.tags.keys().eq(series.tags.keys())) {
+                for (key, _) in series.tags.iter() {
+                    if !labels.contains(key) {
+                        labels.insert(key.to_owned());
+                    }
                 }
+                last = Some(series.clone());
             }
             true
         };

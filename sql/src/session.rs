@@ -23,6 +23,7 @@ use engine::{Activity, Description, Engine, ErrorKind, Notices, QueryLimits};
 use parking_lot::Mutex;
 
 use crate::bounded::{BoundedResults, Results};
+use crate::by_series::rule::BySeries;
 use crate::catalog_tables::Cancel;
 use crate::error::{Result, SqlError};
 use crate::functions;
@@ -75,6 +76,7 @@ impl Frontend {
             .with_catalog_list(catalogs(database.clone()))
             .with_analyzer_rule(Arc::new(TimeBuckets))
             .with_analyzer_rule(Arc::new(BoundedResults))
+            .with_physical_optimizer_rule(Arc::new(BySeries))
             .with_physical_optimizer_rule(Arc::new(Interruptible))
             .build();
         let mut state = watched(state)?;

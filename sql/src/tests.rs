@@ -506,3 +506,75 @@ async fn planning_ends_with_its_deadline() {
     let e = f.run(&text).await.expect_err("it never ends");
     assert!(["54000", "57014"].contains(&e.code), "{} {e}", e.code);
 }
+
+/// Rows in three files and in memory: a day's first, one that is alone in its time, and one that says some of it again.
+async fn spread(f: &Fixture) {
+    let hour = |h: i64| (0..40).map(move |i| (h * 3600 + i * 90, ((i * 7 + h) % 11) as f64)).collect::<Vec<_>>();
+    for h in [-30, -2, -1] {
+        for (job, host) in [("api", "h1"), ("api", "h2"), ("db", "h3"), ("web", "h4")] {
+            // One host is new, and one is gone.
+            if (host, h) != ("h4", -30) && (host, h) != ("h3", -1) {
+                write(&f.engine, &format!("__name__=load,job={job},host={host},le=0.5"), &hour(h)).await;
+                write(&f.engine, &format!("__name__=load,job={job},host={host},le=+Inf"), &hour(h)).await;
+            }
+        }
+        if h < -1 {
+            f.engine.flush().await.unwrap();
+        }
+    }
+    write(&f.engine, "__name__=load,job=api,host=h1,le=0.5", &hour(-2)).await;
+    f.engine.flush().await.unwrap();
+    write(&f.engine, "__name__=load,job=api,host=h1,le=0.5", &[(-1800, 99.0), (-3600, 98.0), (60, 97.0)]).await;
+    write(&f.engine, "__name__=load,job=api,host=h5,x=no_number,le=1", &[(60, 1.0)]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn grouping_by_series_changes_no_answer() {
+    let f = Fixture::new().await;
+    spread(&f).await;
+    let late = "ts >= TIMESTAMP '2026-11-21 05:20:10'";
+    let queries = [
+        "SELECT host, count(*) FROM {t} GROUP BY host",
+        "SELECT host, job, count(*), min(le), max(job) FROM {t} GROUP BY host, job",
+        "SELECT count(DISTINCT host), job FROM {t} GROUP BY job",
+        "SELECT DISTINCT job, host FROM {t}",
+        "SELECT job, count(*), count(x), count(value) FROM {t} WHERE {late} GROUP BY job",
+        "SELECT job, count(*) FILTER (WHERE value > 5) FROM {t} GROUP BY job",
+        "SELECT job, sum(value), avg(value), min(value), max(value) FROM {t} GROUP BY job",
+        "SELECT host, sum(value) FROM {t} WHERE value > 4 GROUP BY host",
+        "SELECT host, le, last_value(value ORDER BY ts), first_value(value ORDER BY ts) FROM {t} GROUP BY host, le",
+        "SELECT host, percentile_cont(0.9) WITHIN GROUP (ORDER BY value) FROM {t} GROUP BY host",
+        "SELECT upper(host) AS h, count(*), count(DISTINCT le) FROM {t} GROUP BY upper(host)",
+        "SELECT time_bucket('10m', ts) AS b, job, count(*), sum(value) FROM {t} GROUP BY b, job",
+        "SELECT time_bucket('1h', ts) AS b, count(*) FROM {t} GROUP BY b",
+        "SELECT ts, job, max(value) FROM {t} WHERE {late} GROUP BY ts, job",
+        "SELECT value, job, count(*) FROM {t} GROUP BY value, job",
+        "SELECT job, max(twice) FROM (SELECT job, value * 2 AS twice FROM {t} WHERE value < 9) AS d GROUP BY job",
+        "SELECT a.host, count(*) FROM (SELECT host, count(*) AS n FROM {t} GROUP BY host) a \
+         JOIN (SELECT host, max(value) AS m FROM {t} GROUP BY host) b ON a.host = b.host GROUP BY a.host",
+        "SELECT host, sum(value) FROM {t} WHERE job = 'no such' GROUP BY host",
+    ];
+    let rows = "(SELECT * FROM (SELECT *, row_number() OVER (ORDER BY ts) AS n FROM prometheus.load) AS w WHERE n > 0)";
+    for query in queries {
+        let query = query.replace("{late}", late);
+        let (by_series, by_row) =
+            (query.replace("{t}", "prometheus.load"), query.replace("{t}", &format!("{rows} AS t")));
+        let lines = |text: String| {
+            let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+            lines.sort();
+            lines
+        };
+        let (plan, other) = (f.plan_of(&by_series).await, f.plan_of(&by_row).await);
+        assert!(plan.contains("SeriesAggregateExec") && !other.contains("SeriesAggregateExec"), "{plan}\n{other}");
+        let expected = f.run(&by_row).await.unwrap_or_else(|e| panic!("{by_row}: {e}"));
+        assert_eq!(lines(f.run(&by_series).await.unwrap()), lines(expected), "{by_series}");
+    }
+    let counted = f.plan_of("SELECT host, count(*), max(le) FROM prometheus.load GROUP BY host").await;
+    assert!(counted.contains("SeriesCountExec") && !counted.contains("TagScanExec"), "{counted}");
+    // What a tag without a row in the range is, nobody asks.
+    let numbers = format!(
+        "SELECT CAST(x AS DOUBLE) AS n, count(*) FROM prometheus.load WHERE {late} AND ts < TIMESTAMP '2026-11-21 06:30:00' GROUP BY n"
+    );
+    f.check(&numbers, &["-|328"]).await;
+    assert!(f.run("SELECT CAST(x AS DOUBLE) AS n, count(*) FROM prometheus.load GROUP BY n").await.is_err());
+}

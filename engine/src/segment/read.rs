@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, AsArray, Float64Array, Int64Array, RecordBatch, UInt32Array, new_null_array};
-use arrow::datatypes::{Float64Type, Int32Type, Int64Type, SchemaRef, TimestampMillisecondType};
+use arrow::datatypes::{Float64Type, Int32Type, Int64Type, SchemaRef, TimestampMillisecondType, UInt32Type};
 use bytes::Bytes;
 use catalog::files::DataFile;
 use catalog::tables::Layout;
@@ -588,27 +588,78 @@ impl Cursor {
 
     async fn advance(&mut self) -> Result<Option<RecordBatch>> {
         loop {
-            if let Some(reading) = &mut self.reading {
-                while let Some(batch) = reading.reader.next() {
-                    let rows = reading.rows(&self.request, &self.schema, batch.map_err(undecodable)?)?;
-                    if rows.num_rows() > 0 {
-                        return Ok(Some(rows));
-                    }
-                }
-                if !reading.pieces.is_empty() {
-                    return Err(Error::corrupt("row group ended before its wanted rows"));
-                }
-                self.reading = None;
+            if let Some(rows) = self.read()? {
+                return Ok(Some(rows));
             }
-            let footer = self.segments.footer(&self.request.table, &self.file).await?;
-            let Some(group) = footer.manifest.groups.get(self.group) else { return Ok(None) };
-            let at = self.group;
-            self.group += 1;
-            if self.may_hold(group) {
-                self.reading = self.open(footer.clone(), at).await?;
+            let Some((footer, at)) = self.next_group().await? else { return Ok(None) };
+            if let Some(at) = at {
+                let pieces = self.pieces(&footer, at).await?;
+                self.reading = self.open(footer, at, pieces).await?;
             }
             if let Some(reads) = self.reads.as_ref().filter(|_| self.reading.is_none()) {
                 reads.row_groups_pruned.add(1);
+            }
+        }
+    }
+
+    /// The next rows of the row group that is being read; `None` after its last.
+    fn read(&mut self) -> Result<Option<RecordBatch>> {
+        let Some(reading) = &mut self.reading else { return Ok(None) };
+        while let Some(batch) = reading.reader.next() {
+            let rows = reading.rows(&self.request, &self.schema, batch.map_err(undecodable)?)?;
+            if rows.num_rows() > 0 {
+                return Ok(Some(rows));
+            }
+        }
+        if !reading.pieces.is_empty() {
+            return Err(Error::corrupt("row group ended before its wanted rows"));
+        }
+        self.reading = None;
+        Ok(None)
+    }
+
+    /// The footer with the next row group, if that may hold wanted rows; `None` after the last.
+    async fn next_group(&mut self) -> Result<Option<(Arc<Footer>, Option<usize>)>> {
+        let footer = self.segments.footer(&self.request.table, &self.file).await?;
+        let Some(group) = footer.manifest.groups.get(self.group) else { return Ok(None) };
+        let at = self.may_hold(group).then_some(self.group);
+        self.group += 1;
+        Ok(Some((footer, at)))
+    }
+
+    /// Series with how many wanted rows they have in the file, in order; a series may go on in the next answer. `None` at
+    /// the end. Runs that are wanted as a whole are counted by the index, and no row of theirs is read.
+    pub async fn counts(&mut self) -> Result<Option<Vec<(u32, i64)>>> {
+        let file = self.file.clone();
+        self.advance_counts().await.map_err(|e| in_file(e, &file))
+    }
+
+    async fn advance_counts(&mut self) -> Result<Option<Vec<(u32, i64)>>> {
+        loop {
+            if let Some(rows) = self.read()? {
+                return Ok(Some(count_runs(&rows)));
+            }
+            let Some((footer, at)) = self.next_group().await? else { return Ok(None) };
+            let Some(at) = at else { continue };
+            let (index, pieces) = self.pieces(&footer, at).await?;
+            let r = &self.request;
+            let whole = |p: &Piece| {
+                let run = &index.runs[p.run as usize];
+                let cut = |c: &Arc<Cuts>| c.touch(p.key as usize, run.ts_first, run.ts_last);
+                run.ts_first >= r.start_ms && run.ts_last <= r.end_ms && !r.cuts.as_ref().is_some_and(cut)
+            };
+            let mut counts: Vec<(u32, i64)> = Vec::new();
+            for p in pieces.iter().filter(|p| whole(p)) {
+                let rows = i64::from(index.runs[p.run as usize].rows);
+                match counts.last_mut() {
+                    Some((key, n)) if *key == p.key => *n += rows,
+                    _ => counts.push((p.key, rows)),
+                }
+            }
+            let rest: Vec<Piece> = pieces.iter().filter(|p| !whole(p)).copied().collect();
+            self.reading = self.open(footer, at, (index.clone(), rest)).await?;
+            if !counts.is_empty() {
+                return Ok(Some(counts));
             }
         }
     }
@@ -621,15 +672,26 @@ impl Cursor {
             && group.ts_max >= self.request.start_ms
     }
 
-    async fn open(&mut self, footer: Arc<Footer>, group: usize) -> Result<Option<GroupReader>> {
+    /// The wanted parts of a row group, in row order.
+    async fn pieces(&mut self, footer: &Footer, group: usize) -> Result<(Arc<RunIndex>, Vec<Piece>)> {
         let r = &self.request;
-        let reads = self.reads.as_deref();
-        let index = self.segments.index(&r.table, &self.file, &footer, group, reads).await?;
+        let index = self.segments.index(&r.table, &self.file, footer, group, self.reads.as_deref()).await?;
         let mut pieces = index.plan(&r.keys, r.range.clone(), r.start_ms, r.end_ms);
         if let Some(cuts) = &r.cuts {
             let run = |p: &Piece| index.runs[p.run as usize];
             pieces.retain(|p| !cuts.cover(p.key as usize, run(p).ts_first, run(p).ts_last));
         }
+        Ok((index, pieces))
+    }
+
+    async fn open(
+        &mut self,
+        footer: Arc<Footer>,
+        group: usize,
+        (index, pieces): (Arc<RunIndex>, Vec<Piece>),
+    ) -> Result<Option<GroupReader>> {
+        let r = &self.request;
+        let reads = self.reads.as_deref();
         if pieces.is_empty() {
             return Ok(None);
         }
@@ -655,6 +717,12 @@ impl Cursor {
         }
         Ok(Some(GroupReader { reader, footer, index, physical, pieces: pieces.into(), done: 0 }))
     }
+}
+
+/// The series of rows in the form of a scan, each with how many of the rows are its.
+pub(crate) fn count_runs(rows: &RecordBatch) -> Vec<(u32, i64)> {
+    let series = rows.column(0).as_primitive::<UInt32Type>().values();
+    series.chunk_by(|a, b| a == b).map(|run| (run[0], run.len() as i64)).collect()
 }
 
 /// Rows of a batch that belong to one run and are wanted.

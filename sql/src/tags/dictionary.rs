@@ -1,6 +1,6 @@
 //! The values of all tag columns that one statement touches, numbered in sort order.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, LazyLock, OnceLock};
 
 use arrow::array::{
@@ -33,7 +33,7 @@ pub fn map_type() -> DataType {
 const ABSENT: u32 = u32::MAX;
 
 /// One tag of all series of a scan: for each series the number of its value among the column's own values.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct TagColumn {
     local: Vec<u32>,
     values: Vec<Arc<str>>,
@@ -77,8 +77,13 @@ impl TagColumn {
 #[derive(Debug, Default)]
 struct Building {
     values: std::collections::BTreeSet<Arc<str>>,
-    sets: HashMap<i64, Arc<Series>, foldhash::fast::FixedState>,
-    keys: std::collections::BTreeSet<String>,
+    sets: Vec<Arc<Series>>,
+    /// Of each set by its code.
+    numbers: HashMap<i64, u32, foldhash::fast::FixedState>,
+    /// The keys that are looked up in sets, with their values in these: a column for each time sets were added.
+    keys: BTreeMap<String, Vec<TagColumn>>,
+    /// Whether the order of sets is that of their numbers.
+    ordered: bool,
 }
 
 /// The closed dictionary.
@@ -88,6 +93,8 @@ pub struct Values {
     text: StringViewArray,
     sets: Vec<Arc<Series>>,
     numbers: HashMap<i64, u32, foldhash::fast::FixedState>,
+    /// For each key that is looked up the value ordinals of all sets.
+    of_sets: BTreeMap<String, UInt32Array>,
 }
 
 /// The values of one statement.
@@ -105,12 +112,13 @@ impl Dictionary {
 
     /// Notes that the statement looks up `key` in whole tag sets, so that its values get ordinals.
     pub fn want_key(&self, key: &str) {
-        self.building.lock().keys.insert(key.to_owned());
+        self.building.lock().keys.entry(key.to_owned()).or_default();
     }
 
-    /// The keys noted with [`Dictionary::want_key`].
-    pub fn wanted_keys(&self) -> Vec<String> {
-        self.building.lock().keys.iter().cloned().collect()
+    /// Notes that the statement sorts or compares whole tag sets. Otherwise their ordinals tell nothing but which are
+    /// equal: sorting them takes longer than all else that is done once per set.
+    pub fn want_order_of_sets(&self) {
+        self.building.lock().ordered = true;
     }
 
     /// Adds the values of a column.
@@ -129,14 +137,21 @@ impl Dictionary {
     /// As [`Dictionary::add`].
     pub fn add_sets(&self, series: &[Arc<Series>]) -> Result<()> {
         self.open()?;
-        let keys = self.wanted_keys();
-        {
-            let mut building = self.building.lock();
-            for s in series {
-                building.sets.entry(s.id.code.0).or_insert_with(|| s.clone());
-            }
+        let mut building = self.building.lock();
+        let Building { values, sets, numbers, keys, .. } = &mut *building;
+        let known = sets.len();
+        for s in series {
+            numbers.entry(s.id.code.0).or_insert_with(|| {
+                sets.push(s.clone());
+                sets.len() as u32 - 1
+            });
         }
-        keys.iter().try_for_each(|key| self.add(&TagColumn::new(series, key)))
+        for (key, columns) in keys {
+            let column = TagColumn::new(&sets[known..], key);
+            values.extend(column.values.iter().cloned());
+            columns.push(column);
+        }
+        Ok(())
     }
 
     fn open(&self) -> Result<()> {
@@ -153,10 +168,21 @@ impl Dictionary {
             let values: Vec<Arc<str>> = building.values.into_iter().collect();
             let mut text = StringViewBuilder::with_capacity(values.len()).with_fixed_block_size(1 << 20);
             values.iter().for_each(|v| text.append_value(v));
-            let mut sets: Vec<Arc<Series>> = building.sets.into_values().collect();
-            sets.sort_unstable_by(|a, b| a.tags.iter().cmp(b.tags.iter()));
-            let numbers = sets.iter().enumerate().map(|(n, s)| (s.id.code.0, n as u32)).collect();
-            Values { values, text: text.finish(), sets, numbers }
+            let Building { mut sets, mut numbers, keys, ordered, .. } = building;
+            let mut order: Vec<u32> = (0..sets.len() as u32).collect();
+            if ordered {
+                order.sort_unstable_by(|a, b| sets[*a as usize].tags.iter().cmp(sets[*b as usize].tags.iter()));
+                sets = order.iter().map(|n| sets[*n as usize].clone()).collect();
+                numbers = sets.iter().enumerate().map(|(n, s)| (s.id.code.0, n as u32)).collect();
+            }
+            let mut closed = Values { values, text: text.finish(), sets, numbers, of_sets: BTreeMap::new() };
+            for (key, columns) in keys {
+                let ordinals: Vec<UInt32Array> = columns.iter().map(|c| closed.ordinals(c)).collect();
+                let ordinals: Vec<Option<u32>> = ordinals.iter().flatten().collect();
+                let ordinals = order.iter().map(|n| ordinals[*n as usize]).collect();
+                closed.of_sets.insert(key, ordinals);
+            }
+            closed
         })
     }
 }
@@ -193,9 +219,9 @@ impl Values {
         series.iter().map(|s| self.numbers.get(&s.id.code.0).copied()).collect()
     }
 
-    /// For each set ordinal the value ordinal of `key`.
-    pub fn ordinals_of_sets(&self, key: &str) -> UInt32Array {
-        self.sets.iter().map(|s| s.tags.get(key).and_then(|v| self.ordinal(v))).collect()
+    /// For each set ordinal the value ordinal of `key`, which was wanted.
+    pub fn ordinals_of_sets(&self, key: &str) -> Option<&UInt32Array> {
+        self.of_sets.get(key)
     }
 
     /// The maps of the sets with these ordinals.
@@ -260,16 +286,39 @@ mod tests {
     }
 
     #[test]
+    fn sets_are_sorted_where_that_is_wanted() {
+        let s = series(&[&[("a", "y")], &[("a", "x"), ("b", "m")], &[("a", "x")]]);
+        let ordinals = |ordered: bool| {
+            let dictionary = Dictionary::new();
+            dictionary.want_key("a");
+            if ordered {
+                dictionary.want_order_of_sets();
+            }
+            dictionary.add_sets(&s[..1]).unwrap();
+            dictionary.add_sets(&s[1..]).unwrap();
+            let values = dictionary.values();
+            let (sets, a) = (values.set_ordinals(&s), values.ordinals_of_sets("a").unwrap());
+            let text: Vec<&str> =
+                sets.values().iter().map(|n| values.text().value(a.value(*n as usize) as usize)).collect();
+            assert_eq!(text, ["y", "x", "x"]);
+            sets.values().to_vec()
+        };
+        assert_eq!(ordinals(true), [2, 1, 0]);
+        assert_eq!(ordinals(false), [0, 1, 2]);
+    }
+
+    #[test]
     fn whole_sets_have_ordinals_and_lookups() {
         let s = series(&[&[("__name__", "m"), ("a", "x")], &[("a", "c"), ("b", "y")], &[("a", "c"), ("b", "y")]]);
         let dictionary = Dictionary::new();
         dictionary.want_key("b");
+        dictionary.add_sets(&s[1..]).unwrap();
         dictionary.add_sets(&s).unwrap();
         let values = dictionary.values();
         let sets = values.set_ordinals(&s);
         assert_eq!(sets.value(1), sets.value(2));
         assert_ne!(sets.value(0), sets.value(1));
-        let b = values.ordinals_of_sets("b");
+        let b = values.ordinals_of_sets("b").unwrap();
         assert!(b.is_null(sets.value(0) as usize));
         assert_eq!(values.text().value(b.value(sets.value(1) as usize) as usize), "y");
         let maps = values.maps(&sets).unwrap();

@@ -27,7 +27,7 @@ enum Kind {
     /// Set ordinal to map.
     Map,
     /// Set ordinal to the value ordinal of a key.
-    Value { key: String, table: OnceLock<UInt32Array> },
+    Value { key: String },
     /// Value ordinal to the result of an expression over the text, in which the text is the column [`ARGUMENT`].
     Apply { expr: Expr, result: DataType, physical: OnceLock<Arc<dyn PhysicalExpr>> },
 }
@@ -49,7 +49,7 @@ impl TagFunction {
         let name = match &kind {
             Kind::Text => "tag_text".to_owned(),
             Kind::Map => "tag_map".to_owned(),
-            Kind::Value { key, .. } => format!("tag_value[{key}]"),
+            Kind::Value { key } => format!("tag_value[{key}]"),
             Kind::Apply { expr, .. } => format!("tag_apply[{expr}]"),
         };
         let function = Self { dictionary: dictionary.clone(), kind, name, signature };
@@ -69,7 +69,7 @@ pub fn map(dictionary: &Arc<Dictionary>, ordinal: Expr) -> Expr {
 
 /// The value ordinal of `key` in the set with a set ordinal.
 pub fn value(dictionary: &Arc<Dictionary>, key: &str, ordinal: Expr) -> Expr {
-    TagFunction::call(dictionary, Kind::Value { key: key.to_owned(), table: OnceLock::new() }, ordinal)
+    TagFunction::call(dictionary, Kind::Value { key: key.to_owned() }, ordinal)
 }
 
 /// `expr`, an expression over the text column [`ARGUMENT`], of a value ordinal; computed once per value and batch.
@@ -91,7 +91,7 @@ impl PartialEq for TagFunction {
         Arc::ptr_eq(&self.dictionary, &other.dictionary)
             && match (&self.kind, &other.kind) {
                 (Kind::Text, Kind::Text) | (Kind::Map, Kind::Map) => true,
-                (Kind::Value { key: a, .. }, Kind::Value { key: b, .. }) => a == b,
+                (Kind::Value { key: a }, Kind::Value { key: b }) => a == b,
                 (Kind::Apply { expr: a, .. }, Kind::Apply { expr: b, .. }) => a == b,
                 _ => false,
             }
@@ -106,7 +106,7 @@ impl Hash for TagFunction {
         match &self.kind {
             Kind::Text => 0.hash(state),
             Kind::Map => 1.hash(state),
-            Kind::Value { key, .. } => key.hash(state),
+            Kind::Value { key } => key.hash(state),
             Kind::Apply { expr, .. } => expr.hash(state),
         }
     }
@@ -144,7 +144,10 @@ impl ScalarUDFImpl for TagFunction {
         let result: ArrayRef = match &self.kind {
             Kind::Text => take(values.text(), ordinals, None)?,
             Kind::Map => values.maps(ordinals)?,
-            Kind::Value { key, table } => take(table.get_or_init(|| values.ordinals_of_sets(key)), ordinals, None)?,
+            Kind::Value { key } => {
+                let unwanted = || DataFusionError::Internal(format!("the key {key:?} is looked up but was not wanted"));
+                take(values.ordinals_of_sets(key).ok_or_else(unwanted)?, ordinals, None)?
+            }
             Kind::Apply { expr, physical, .. } => {
                 let physical = match physical.get() {
                     Some(p) => p.clone(),

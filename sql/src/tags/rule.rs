@@ -265,6 +265,7 @@ impl Statement {
                     // Ordinals sort as their text does, and these give one of their arguments.
                     ("min" | "max" | "first_value" | "last_value", Some(args)) if args.len() == 1 => {
                         kind = args.first().map(|(_, k)| *k);
+                        kind.into_iter().for_each(|k| self.ordered(k));
                         args.into_iter().map(|(e, _)| e).collect()
                     }
                     _ => {
@@ -377,7 +378,8 @@ impl Statement {
     fn sort_keys(&self, keys: Vec<SortExpr>, scope: &Scope<'_>) -> Result<Vec<SortExpr>> {
         keys.into_iter()
             .map(|key| {
-                let (expr, _) = self.either(key.expr, scope)?;
+                let (expr, kind) = self.either(key.expr, scope)?;
+                kind.into_iter().for_each(|k| self.ordered(k));
                 Ok(SortExpr { expr, ..key })
             })
             .collect()
@@ -445,6 +447,13 @@ impl Statement {
         }
     }
 
+    /// Notes that ordinals of this kind are compared for more than being equal.
+    fn ordered(&self, kind: Kind) {
+        if kind == Kind::Set {
+            self.dictionary.want_order_of_sets();
+        }
+    }
+
     fn touches_ordinals(&self, expr: &Expr, scope: &Scope<'_>) -> bool {
         expr.column_refs().into_iter().any(|c| scope.kind(c).is_some())
     }
@@ -461,6 +470,7 @@ impl Statement {
                 if let (Some((l, a)), Some((r, b))) = (self.ordinal(left, scope), self.ordinal(right, scope))
                     && a == b
                 {
+                    self.ordered(a);
                     return Ok(done(Expr::BinaryExpr(BinaryExpr::new(Box::new(l), *op, Box::new(r)))));
                 }
             }
