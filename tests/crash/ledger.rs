@@ -284,6 +284,11 @@ impl Ledger {
         self.writers.iter().flat_map(|w| &w.requests).filter(|s| **s == State::Unknown).count()
     }
 
+    /// Whether everything can be read now: it may be refused when memory is short.
+    pub fn is_readable(&self, server: &Server) -> bool {
+        read(&mut server.client()).is_ok()
+    }
+
     /// Reads everything back and compares; the same totals must come from PromQL.
     pub fn check(&self, server: &Server) -> Findings {
         let rows = read(&mut server.client()).unwrap_or_else(|answer| panic!("cannot read: {answer}"));

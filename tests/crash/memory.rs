@@ -11,7 +11,7 @@ use super::hostile;
 use super::ledger::Ledger;
 use super::{extent, figures};
 use crate::harness::remote_write::HEADERS;
-use crate::harness::{Client, Down, Random, Series, Server, Setup, now_ms, series};
+use crate::harness::{Client, Down, Random, Series, Server, Setup, now_ms, series, wait_for};
 
 const WRITERS: u64 = 2;
 /// Series of one request of the churn.
@@ -112,10 +112,14 @@ fn run(seed: u64, mib: u64, seconds: u64) {
     });
     assert_eq!(group.memory_kills(), 0, "the kernel killed for want of memory: {}", server.log());
     assert_eq!(server.ended(), None, "the server ended: {}", server.log());
+    println!("{good} of {asked} good queries were answered");
+    // What the load has left in memory goes to files first.
+    wait_for("memory to read everything", || ledger.is_readable(&server).then_some(()));
     let findings = ledger.check(&server);
     findings.assert_none(&format!("{mib} MiB, seed {seed}"));
     let peak = hostile::memory(server.pid(), "VmHWM:");
     let mut server = server.kill().start();
+    wait_for("memory to read everything again", || ledger.is_readable(&server).then_some(()));
     ledger.check(&server).assert_none(&format!("{mib} MiB, seed {seed}, killed"));
     assert_eq!(server.ended(), None);
     drop(server);
