@@ -116,18 +116,19 @@ impl Objects {
         self.store.clone()
     }
 
-    /// Puts a fence behind all that is there; returns the names of the objects before it, in order, the fence, and the
-    /// position before which everything is in files.
+    /// Puts a fence behind all that is there; returns names and sizes of the objects before it, in order, the fence, and the
+    /// position before which everything is in files. A list that is out of date by some puts is found out by the fence;
+    /// one that was asked for later would not be.
     ///
     /// # Errors
     /// `Corrupt` when the newest object is damaged; store errors.
-    pub(super) async fn open(&mut self, owner: u64) -> Result<(Vec<String>, Segment, u64)> {
+    pub(super) async fn open(&mut self, owner: u64) -> Result<(Vec<(String, u64)>, Segment, u64)> {
         let begun = Instant::now();
         loop {
-            let names: Vec<String> = self.list().await?.into_iter().map(|o| o.0).collect();
+            let objects = self.list().await?;
             let mut at = 0;
             let mut start = 0;
-            if let Some(last) = names.last() {
+            if let Some((last, _)) = objects.last() {
                 let bytes = match self.store.read_patiently(last, None).await {
                     // The newest object is never deleted, so there is a newer one, which the list did not name yet.
                     Err(e) if e.kind() == ErrorKind::NotFound => {
@@ -155,7 +156,7 @@ impl Objects {
                     segment.chunks.push(name(self.next));
                     segment.end += bytes.len() as u64;
                     self.next += 1;
-                    return Ok((names, segment, start));
+                    return Ok((objects, segment, start));
                 }
                 // The process before is still alive: what it just put is part of the log.
                 Put::Stale | Put::Foreign(_) => {}
@@ -179,8 +180,7 @@ impl Objects {
         if self.list().await?.is_empty() {
             return Ok(None);
         }
-        let (.., start) = self.open(owner).await?;
-        let mut objects = self.list().await?;
+        let (mut objects, _, start) = self.open(owner).await?;
         for (name, bytes) in objects.iter().rev().filter(|(_, bytes)| *bytes > Head::BYTES as u64) {
             let head = match self.store.read_patiently(name, Some(0..Head::BYTES as u64)).await {
                 Err(e) if e.kind() == ErrorKind::NotFound => continue,

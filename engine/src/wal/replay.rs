@@ -141,8 +141,9 @@ impl Replay {
                 local.chunks()?.map(|r| r.and_then(|(first, name, bytes)| Chunk::new(name, Some(first), bytes))).boxed()
             }
             Storage::Objects(objects) => {
-                let (names, put, begin) = objects.open(owner).await?;
+                let (found, put, begin) = objects.open(owner).await?;
                 (fence, start) = (Some(put), begin);
+                let names = found.into_iter().map(|(name, _)| name).collect();
                 objects.read(names).map(|r| r.and_then(|(name, bytes)| Chunk::new(name, None, bytes))).boxed()
             }
         };
