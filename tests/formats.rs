@@ -130,6 +130,14 @@ fn a_newer_version_is_refused_by_name() {
         std::fs::write(path, text.replace("\"format\":1", "\"format\":99")).expect("a writable description");
     };
     check(&description, &["default/database.json has format 99, which is newer"]);
+    let journal = |data: &Path| {
+        let entries = std::fs::read_dir(data.join("objects/default/journal")).expect("the journal's folder");
+        let path = entries.flatten().map(|e| e.path()).max().expect("an entry");
+        let mut bytes = std::fs::read(&path).expect("a readable entry");
+        bytes[4] = 99;
+        std::fs::write(path, bytes).expect("a writable entry");
+    };
+    check(&journal, &["default/journal/", "has format 99, which is newer"]);
     let log = |data: &Path| {
         let logs = std::fs::read_dir(data.join("wal")).expect("the log's folder");
         let logs = logs.flatten().map(|e| e.path()).filter(|f| f.extension().is_some_and(|e| e == "wal"));

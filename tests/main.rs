@@ -53,3 +53,5 @@ mod sql;
 mod stores;
 /// Rules of the source tree that no compiler checks.
 mod tidy;
+/// Views: who may make them, what they mean, what they outlive.
+mod views;

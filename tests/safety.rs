@@ -18,7 +18,7 @@ const ADMIN: &str = "canary-admin-0123456789abcdef0123456789abcdef";
 const PASSWORD: &str = "canary pass:word";
 
 /// What a subcommand prints for a line of standard input.
-fn hashed(arguments: &[&str], line: &str) -> String {
+pub fn hashed(arguments: &[&str], line: &str) -> String {
     let mut child = Command::new(env!("CARGO_BIN_EXE_thalweg"))
         .args(arguments)
         .stdin(Stdio::piped())

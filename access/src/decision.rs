@@ -39,6 +39,8 @@ pub type DeniedTotal = Family<Vec<(&'static str, &'static str)>, Counter>;
 pub struct Caller {
     name: String,
     scopes: Scopes,
+    /// Whether credentials were shown.
+    known: bool,
 }
 
 impl Caller {
@@ -52,8 +54,14 @@ impl Caller {
         self.scopes.allow(scope)
     }
 
+    /// Whether this is somebody whose credentials were checked: where none are asked for, everybody may do everything, but
+    /// nobody is known.
+    pub fn is_known(&self) -> bool {
+        self.known
+    }
+
     fn anonymous(scopes: Scopes) -> Self {
-        Self { name: "anonymous".to_owned(), scopes }
+        Self { name: "anonymous".to_owned(), scopes, known: false }
     }
 }
 
@@ -237,7 +245,7 @@ impl Access {
                 let token = Some(token).filter(|t| t.len() <= SECRET_BYTES_MAX);
                 let found = token.and_then(|t| loaded.credentials.token(t));
                 // A right token passes from an address that guesses, too: tokens can't be guessed.
-                found.map(|t| Caller { name: t.name.clone(), scopes: t.scopes })
+                found.map(|t| Caller { name: t.name.clone(), scopes: t.scopes, known: true })
             }
             Presented::Password { user, password } => self.password(loaded, user, password, peer).await?,
         };
@@ -262,7 +270,7 @@ impl Access {
             return Ok(None);
         }
         let user = loaded.credentials.user(name);
-        let caller = || user.map(|u| Caller { name: u.name.clone(), scopes: u.scopes });
+        let caller = || user.map(|u| Caller { name: u.name.clone(), scopes: u.scopes, known: true });
         let remembered = self.remembered(name, password);
         let is_verified = || loaded.verified.lock().contains(&remembered);
         if is_verified() {
@@ -298,7 +306,7 @@ impl Access {
         let loaded = self.0.loaded.load_full()?;
         let user = loaded.credentials.user(name).map(|u| (u.scram.clone(), u.name.clone(), u.scopes));
         let token = || loaded.credentials.named_token(name).map(|t| (None, t.name.clone(), t.scopes));
-        user.or_else(token).map(|(verifier, name, scopes)| (verifier, Caller { name, scopes }))
+        user.or_else(token).map(|(verifier, name, scopes)| (verifier, Caller { name, scopes, known: true }))
     }
 
     /// Bytes that only this process can make out of these.

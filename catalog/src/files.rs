@@ -131,6 +131,22 @@ pub struct Delete {
     pub created_ms: i64,
 }
 
+/// A query under a name, which SQL shows as a table.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct View {
+    /// Its name, unique among views.
+    pub name: String,
+    /// The text of the query.
+    pub definition: String,
+    /// What its columns are called, the first ones, where that was said apart from the query.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub columns: Vec<String>,
+    /// Who made it.
+    pub owner: String,
+    /// When, milliseconds.
+    pub created_ms: i64,
+}
+
 /// A change of the catalog: whole or not at all.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -159,6 +175,12 @@ pub struct Commit {
     /// Paths of files and parts that left and whose objects are deleted.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub forget: Vec<String>,
+    /// Views that are made, in the place of those of the same names.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub views: Vec<View>,
+    /// Names of views that are dropped.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub drop_views: Vec<String>,
 }
 
 /// What a catalog holds.
@@ -182,6 +204,9 @@ pub struct State {
     pub superseded: Vec<(String, i64)>,
     /// Metric metadata: metric name and JSON, by name.
     pub metadata: Vec<(String, String)>,
+    /// Views, by name.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub views: Vec<View>,
 }
 
 impl State {
@@ -251,6 +276,13 @@ impl State {
             match self.metadata.binary_search_by(|known| known.0.cmp(&row.0)) {
                 Ok(i) => self.metadata[i].1.clone_from(&row.1),
                 Err(i) => self.metadata.insert(i, row.clone()),
+            }
+        }
+        self.views.retain(|v| !commit.drop_views.contains(&v.name));
+        for view in &commit.views {
+            match self.views.binary_search_by(|known| known.name.cmp(&view.name)) {
+                Ok(i) => self.views[i] = view.clone(),
+                Err(i) => self.views.insert(i, view.clone()),
             }
         }
         let sequences = commit.add.iter().map(|f| f.seq_max).chain(commit.add_parts.iter().map(|p| p.seq));

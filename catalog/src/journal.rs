@@ -24,8 +24,12 @@ use tokio::sync::watch;
 use crate::files::{Commit, State};
 use crate::{Entropy, Error, ErrorKind, Result, tables};
 
-/// Version of entries and checkpoints.
-pub const FORMAT: u8 = 1;
+/// Newest version of entries and checkpoints. They have the oldest that says all that is in them, so that an older server
+/// can read a journal as long as it knows everything that is in it.
+pub const FORMAT: u8 = 2;
+
+/// The version of those that say something about views.
+const FORMAT_OF_VIEWS: u8 = 2;
 
 /// A checkpoint is made after this many entries.
 const CHECKPOINT_ENTRIES: u64 = 64;
@@ -140,6 +144,31 @@ impl Entry {
 fn first_id(epoch: u64) -> i64 {
     // An epoch is an opening: none will come near the 31 bits that are left for it.
     (epoch as i64) << ID_BITS
+}
+
+/// What is put as an object of the journal.
+trait Stored: Serialize {
+    const KIND: u8;
+
+    /// The oldest version that says all that is in it.
+    fn format(&self) -> u8;
+}
+
+impl Stored for Entry {
+    const KIND: u8 = ENTRY_KIND;
+
+    fn format(&self) -> u8 {
+        let plain = self.commit.views.is_empty() && self.commit.drop_views.is_empty();
+        if plain { 1 } else { FORMAT_OF_VIEWS }
+    }
+}
+
+impl Stored for Checkpoint {
+    const KIND: u8 = CHECKPOINT_KIND;
+
+    fn format(&self) -> u8 {
+        if self.state.views.is_empty() { 1 } else { FORMAT_OF_VIEWS }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -258,7 +287,7 @@ impl Journal {
         let folder = Folder { store, database: database.to_owned() };
         let epoch = (state.next_id.max(0) >> ID_BITS) as u64;
         let first = Checkpoint { number: 0, id: CommitId(0), epoch, tables: vec![], openings: vec![], state };
-        let (location, bytes) = (folder.checkpoint(0), encode(CHECKPOINT_KIND, &first)?);
+        let (location, bytes) = (folder.checkpoint(0), encode(&first)?);
         retried("begin the journal", || folder.create(&location, bytes.clone())).await.map(|_| ())
     }
 
@@ -281,7 +310,7 @@ impl Journal {
             let tables = tables::all().iter().map(|t| (t.id, u64::from(t.version))).collect();
             let mut entry = self.next(Commit::default(), now_ms)?;
             entry = Entry { epoch, tables, ..entry };
-            let bytes = encode(ENTRY_KIND, &entry)?;
+            let bytes = encode(&entry)?;
             let location = self.folder.entry(entry.number);
             let put =
                 retried("take the journal over", || self.folder.put_entry(&location, entry.id, bytes.clone())).await?;
@@ -305,7 +334,7 @@ impl Journal {
         self.settle().await?;
         self.state.check(&commit)?;
         let entry = self.next(commit, now_ms)?;
-        let bytes = encode(ENTRY_KIND, &entry)?;
+        let bytes = encode(&entry)?;
         self.pending = Some((entry, bytes));
         self.settle().await
     }
@@ -381,7 +410,7 @@ impl Journal {
             openings: self.openings.clone(),
             state: self.state.clone(),
         };
-        let (location, bytes) = (self.folder.checkpoint(checkpoint.number), encode(CHECKPOINT_KIND, &checkpoint)?);
+        let (location, bytes) = (self.folder.checkpoint(checkpoint.number), encode(&checkpoint)?);
         // Of one number there is one state: it does no harm to find it there.
         self.folder.create(&location, bytes).await?;
         // What is deleted next must not be what the only good copy builds on.
@@ -712,7 +741,7 @@ const TEXT_MAX: usize = 1 << 30;
 
 const LEVEL: i32 = 3;
 
-fn encode(kind: u8, value: &impl Serialize) -> Result<Bytes> {
+fn encode<T: Stored>(value: &T) -> Result<Bytes> {
     let failed = |e: serde_json::Error| Error::internal("journal object as JSON").with_source(e);
     let text = serde_json::to_vec(value).map_err(failed)?;
     let length = u32::try_from(text.len()).ok().filter(|l| *l as usize <= TEXT_MAX);
@@ -720,7 +749,7 @@ fn encode(kind: u8, value: &impl Serialize) -> Result<Bytes> {
     let body = zstd::bulk::compress(&text, LEVEL)?;
     let mut out = Vec::with_capacity(HEADER + body.len());
     out.extend_from_slice(&MAGIC);
-    out.extend_from_slice(&[FORMAT, kind, 0, 0]);
+    out.extend_from_slice(&[value.format(), T::KIND, 0, 0]);
     out.extend_from_slice(&[0; 4]);
     out.extend_from_slice(&length.to_le_bytes());
     out.extend_from_slice(&body);
@@ -741,7 +770,7 @@ fn decode<T: DeserializeOwned>(kind: u8, bytes: &[u8], location: &Path) -> Resul
             header[4]
         )));
     }
-    if header[4..8] != [FORMAT, kind, 0, 0] {
+    if header[4] == 0 || header[5..8] != [kind, 0, 0] {
         return Err(damaged("its header is none of its kind"));
     }
     let number = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);

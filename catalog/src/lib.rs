@@ -28,7 +28,7 @@ pub use clock::{Clock, ManualClock, SystemClock};
 pub use encoder::{Encoded, Encoder, TagRef};
 pub use entropy::{Entropy, SeededEntropy, SystemEntropy};
 pub use error::{Error, ErrorKind, Result};
-pub use files::{ColumnStats, Commit, DataFile, Delete, FileCatalog, TagPart};
+pub use files::{ColumnStats, Commit, DataFile, Delete, FileCatalog, TagPart, View};
 pub use fs::FileSystem;
 pub use matcher::{MatchOp, Matcher};
 pub use postings::Narrow;

@@ -22,7 +22,10 @@ use tokio::sync::watch;
 use crate::segment::Segments;
 
 /// Version of manifests.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
+
+/// The format of those whose catalog has views; all others have the first, which older versions read.
+const FORMAT_OF_VIEWS: u32 = 2;
 /// What a manifest begins with, before its version and the CRC-32 of what follows the first line.
 const MAGIC: &str = "thalweg-backup";
 /// Folder of manifests below the database's name.
@@ -402,7 +405,8 @@ fn name(now_ms: i64, journal: u64) -> Result<String> {
 
 fn encode(manifest: &Manifest) -> Result<Bytes> {
     let json = serde_json::to_vec(manifest).map_err(|e| Error::internal("manifest of a backup").with_source(e))?;
-    let mut out = format!("{MAGIC} {FORMAT} {:08x}\n", crc32fast::hash(&json)).into_bytes();
+    let format = if manifest.state.views.is_empty() { 1 } else { FORMAT_OF_VIEWS };
+    let mut out = format!("{MAGIC} {format} {:08x}\n", crc32fast::hash(&json)).into_bytes();
     out.extend_from_slice(&json);
     Ok(out.into())
 }

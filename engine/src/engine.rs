@@ -1,5 +1,6 @@
 //! The engine's handle: opening, writing, selecting, executing, stopping.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread::JoinHandle;
@@ -30,6 +31,7 @@ use crate::segment::Segments;
 use crate::snapshot::{Snapshot, Snapshots, View};
 use crate::telemetry::Metrics;
 use crate::version::Version;
+use crate::views::Views;
 use crate::wal::{Item, Record, Replay, Storage, Wal};
 use crate::{
     Activities, Extensions, LogStore, MetricMetadata, Query, QueryLimits, Selection, SeriesSet, Settings, SqlCatalog,
@@ -141,6 +143,7 @@ pub(crate) struct Inner {
     /// What is given up when the disk is full.
     pub reserve: Reserve,
     pub metadata: Mutex<Metadata>,
+    pub views: Views,
     /// Whether the last group could not be written: said once when it begins and once when it ends.
     pub log_failing: AtomicBool,
     /// Whether something of the log that is in files could not be given up, to be tried again.
@@ -223,6 +226,7 @@ impl Engine {
             log: tokio::sync::Mutex::new(Wal::new(local_log(&settings, &components), 0)),
             reserve,
             metadata: Mutex::new(Metadata::new(&state.metadata)),
+            views: Views::new(&state.views),
             log_failing: AtomicBool::new(false),
             trim_due: AtomicBool::new(false),
             applying: tokio::sync::Mutex::new(()),
@@ -278,7 +282,12 @@ impl Engine {
         View { inner: self.inner(), snapshot: self.snapshot.as_ref() }
     }
 
-    fn inner(&self) -> &Arc<Inner> {
+    /// The views that a snapshot has.
+    pub(crate) fn frozen_views(&self) -> Option<Arc<BTreeMap<String, Arc<catalog::View>>>> {
+        self.snapshot.as_ref().map(|s| s.views.clone())
+    }
+
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
         &self.running.inner
     }
 

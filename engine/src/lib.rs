@@ -38,12 +38,13 @@ mod simulation;
 mod snapshot;
 mod upkeep;
 mod version;
+mod views;
 mod wal;
 
 pub use activity::{Activities, Activity, Description};
 pub use arrivals::Arrival;
 pub use batch::{Batch, MetricMetadata, Write};
-pub use catalog::{Error, ErrorKind, Result};
+pub use catalog::{Error, ErrorKind, Result, View};
 pub use engine::{Components, Engine, InMemory, sql_catalog};
 pub use memory::{Memory, Reservation};
 pub use notices::{Notice, Notices};

@@ -5,7 +5,7 @@
 //! those take too much memory, or when the objects of files that it names are about to be deleted, it is ended:
 //! whoever reads from it then gets an error, never other rows.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::sync::{Arc, Weak};
 
@@ -55,6 +55,7 @@ pub struct Snapshot {
     state: Mutex<Result<Arc<Version>, TooOld>>,
     /// Active tag sets from here on came later.
     ordinals: Ordinal,
+    pub(crate) views: Arc<BTreeMap<String, Arc<catalog::View>>>,
 }
 
 impl Snapshot {
@@ -95,7 +96,8 @@ impl Snapshots {
             table.active = table.active.view();
         }
         let ordinals = Ordinal::try_from(inner.registry.ordinals()).unwrap_or(Ordinal::MAX);
-        let snapshot = Arc::new(Snapshot { state: Mutex::new(Ok(Arc::new(version))), ordinals });
+        let snapshot =
+            Arc::new(Snapshot { state: Mutex::new(Ok(Arc::new(version))), ordinals, views: inner.views.all() });
         all.push(Arc::downgrade(&snapshot));
         snapshot
     }

@@ -115,7 +115,6 @@ const CONSTANT: &[(&str, Answer)] = &[
     ("pg_get_function_identity_arguments", Answer::NoText),
     ("pg_get_functiondef", Answer::NoText),
     ("pg_get_indexdef", Answer::NoText),
-    ("pg_get_viewdef", Answer::NoText),
     ("pg_get_triggerdef", Answer::NoText),
     ("pg_get_ruledef", Answer::NoText),
     ("pg_get_serial_sequence", Answer::NoText),

@@ -139,7 +139,7 @@ async fn by_get(
 ) -> Response {
     let mut request = Request::default();
     match request.form(query.as_deref().unwrap_or_default()) {
-        Ok(()) => answer(&frontend, caller, request, &headers).await,
+        Ok(()) => answer(&frontend, caller, request, &headers, false).await,
         Err(e) => failed(&e),
     }
 }
@@ -152,7 +152,7 @@ async fn by_post(
     body: Bytes,
 ) -> Response {
     match read(query.as_deref().unwrap_or_default(), &headers, &body) {
-        Ok(request) => answer(&frontend, caller, request, &headers).await,
+        Ok(request) => answer(&frontend, caller, request, &headers, true).await,
         Err(e) => failed(&e),
     }
 }
@@ -183,14 +183,22 @@ async fn answer(
     caller: Option<Extension<Caller>>,
     request: Request,
     headers: &HeaderMap,
+    posted: bool,
 ) -> Response {
     let name = caller.as_ref().map_or("http", |c| c.name());
     // What a browser sends for a page may ask, as any caller may, but not do anything.
     let admin = caller.as_ref().is_some_and(|c| c.may(Scope::Admin)) && !headers.contains_key(header::ORIGIN);
-    match respond(&frontend.session(name, admin), request, headers).await {
+    // Browsers follow a link with the credentials that they remember, and do not say for which page.
+    let writes = posted && !headers.contains_key(header::ORIGIN) && caller.as_ref().is_some_and(|c| may_write(c));
+    match respond(&frontend.session(name, admin).writing(writes), request, headers).await {
         Ok(response) => response,
         Err(e) => failed(&e),
     }
+}
+
+/// Whether a caller may make views.
+pub(crate) fn may_write(caller: &Caller) -> bool {
+    caller.is_known() && caller.may(Scope::Write)
 }
 
 fn failed(e: &SqlError) -> Response {
@@ -308,6 +316,11 @@ async fn run(session: &Session, text: &str, parameters: Option<Value>) -> Result
             let rows = stream::iter([Ok(batch)]);
             let rows = RecordBatchStreamAdapter::new(schema, rows);
             Ok((Box::pin(rows), Names::default()))
+        }
+        (Some(command @ (Command::CreateView { .. } | Command::DropView { .. })), true) => {
+            session.change(&command).await?;
+            let none = RecordBatchStreamAdapter::new(Arc::new(Schema::empty()), stream::empty());
+            Ok((Box::pin(none), Names::default()))
         }
         (Some(_), true) => Err(SqlError::unsupported("a statement without rows over HTTP, which has no sessions,")),
         (Some(_), false) => Err(SqlError::unsupported("more than one statement in a request")),

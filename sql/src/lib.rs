@@ -26,6 +26,7 @@ pub mod statement;
 pub mod table;
 pub mod tags;
 pub mod variables;
+pub mod views;
 
 pub use error::SqlError;
 pub use session::{Frontend, Session, plan};

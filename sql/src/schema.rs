@@ -17,31 +17,37 @@ use crate::catalog_tables::Catalog;
 use crate::pg::system::Information;
 use crate::session::catalogs;
 use crate::table::{SeriesTable, external};
+use crate::views::Views;
 
 /// All schemas of a database. What is registered besides our own are `pg_catalog` and its like.
 #[derive(Debug)]
 pub struct Database {
     schemas: RwLock<BTreeMap<String, Arc<dyn SchemaProvider>>>,
+    views: Views,
 }
 
 impl Database {
-    /// The database of an engine with these metrics.
-    pub fn new(engine: &Engine, metrics: &Arc<Metrics>) -> Self {
+    /// The database of an engine with these metrics and views.
+    pub fn new(engine: &Engine, metrics: &Arc<Metrics>, views: Views) -> Self {
         let schemas: [(&str, Arc<dyn SchemaProvider>); 3] = [
-            ("public", Arc::new(Public { engine: engine.clone() })),
+            ("public", Arc::new(Public { engine: engine.clone(), views: views.clone() })),
             ("prometheus", metrics.clone()),
             ("catalog", Arc::new(Catalog::new(engine))),
         ];
-        Self { schemas: RwLock::new(schemas.into_iter().map(|(n, s)| (n.to_owned(), s)).collect()) }
+        Self { schemas: RwLock::new(schemas.into_iter().map(|(n, s)| (n.to_owned(), s)).collect()), views }
     }
 }
 
 impl Database {
-    /// The same with other metrics.
-    pub fn with_metrics(&self, metrics: &Arc<Metrics>) -> Self {
+    /// The same with the metrics and the views of a snapshot.
+    pub fn of(&self, snapshot: &Engine, metrics: &Arc<Metrics>) -> Self {
         let mut schemas = self.schemas.read().clone();
         schemas.insert("prometheus".to_owned(), metrics.clone());
-        Self { schemas: RwLock::new(schemas) }
+        let views = self.views.of(snapshot);
+        // What a plan keeps must not hold a snapshot.
+        let public = Public { engine: snapshot.present(), views: views.clone() };
+        schemas.insert("public".to_owned(), Arc::new(public));
+        Self { schemas: RwLock::new(schemas), views }
     }
 }
 
@@ -53,7 +59,7 @@ impl CatalogProvider for Database {
     fn schema(&self, name: &str) -> Option<Arc<dyn SchemaProvider>> {
         if name == "information_schema" {
             // It lists the others.
-            let others = Self { schemas: RwLock::new(self.schemas.read().clone()) };
+            let others = Self { schemas: RwLock::new(self.schemas.read().clone()), views: self.views.clone() };
             return Some(Arc::new(Information::new(catalogs(Arc::new(others)))));
         }
         self.schemas.read().get(name).cloned()
@@ -64,29 +70,37 @@ impl CatalogProvider for Database {
     }
 }
 
-/// The stored tables.
+/// The stored tables and the views.
 #[derive(Debug)]
 struct Public {
     engine: Engine,
+    views: Views,
 }
 
 #[async_trait]
 impl SchemaProvider for Public {
     fn table_names(&self) -> Vec<String> {
-        catalog::tables::all().iter().map(|t| t.name.to_owned()).collect()
+        let stored = catalog::tables::all();
+        let stored = stored.iter().map(|t| t.name.to_owned());
+        // A version with more tables may find a view that is called like one of them.
+        let views = self.views.names().into_iter().filter(|name| catalog::tables::by_name(name).is_none());
+        stored.chain(views).collect()
     }
 
     async fn table(&self, name: &str) -> Result<Option<Arc<dyn TableProvider>>> {
-        Ok(catalog::tables::by_name(name)
-            .map(|t| Arc::new(SeriesTable::all(self.engine.clone(), t.clone())) as Arc<dyn TableProvider>))
+        match catalog::tables::by_name(name) {
+            Some(table) => Ok(Some(Arc::new(SeriesTable::all(self.engine.clone(), table.clone())))),
+            None => self.views.table(name).await,
+        }
     }
 
     async fn table_type(&self, name: &str) -> Result<Option<TableType>> {
-        Ok(self.table_exist(name).then_some(TableType::Base))
+        let stored = catalog::tables::by_name(name).map(|_| TableType::Base);
+        Ok(stored.or_else(|| self.views.exists(name).then_some(TableType::View)))
     }
 
     fn table_exist(&self, name: &str) -> bool {
-        catalog::tables::by_name(name).is_some()
+        catalog::tables::by_name(name).is_some() || self.views.exists(name)
     }
 }
 

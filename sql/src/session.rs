@@ -1,7 +1,7 @@
 //! Sessions: what a connection sees and has set, and running its statements.
 
 use std::ops::ControlFlow;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use arrow::array::timezone::Tz;
@@ -15,11 +15,11 @@ use datafusion::execution::{SendableRecordBatchStream, SessionState, SessionStat
 use datafusion::logical_expr::{LogicalPlan, ScalarUDF};
 use datafusion::prelude::SessionContext;
 use datafusion::sql::parser::Statement as DfStatement;
-use datafusion::sql::sqlparser::ast::{Statement, visit_relations};
+use datafusion::sql::sqlparser::ast::{ObjectName, Statement, visit_relations};
 use datafusion_pg_catalog::pg_catalog::context::EmptyContextProvider;
 use datafusion_pg_catalog::pg_catalog::setup_pg_catalog;
 use datafusion_pg_catalog::sql::PostgresCompatibilityParser;
-use engine::{Activity, Description, Engine, ErrorKind, Notices, QueryLimits};
+use engine::{Activity, Description, Engine, ErrorKind, Notices, QueryLimits, View};
 use parking_lot::Mutex;
 
 use crate::bounded::{BoundedResults, Results};
@@ -35,6 +35,7 @@ use crate::rules::watched;
 use crate::schema::{Database, Metrics};
 use crate::statement::{self, Command};
 use crate::variables::Variables;
+use crate::views::{self, Views};
 
 /// What SQL calls the database of an engine.
 pub const DATABASE: &str = "thalweg";
@@ -70,7 +71,8 @@ impl Frontend {
         // projection that restores text, would lose the order of the answer.
         config.options_mut().optimizer.enable_round_robin_repartition = false;
         let metrics = Arc::new(Metrics::new(engine));
-        let database = Arc::new(Database::new(engine, &metrics));
+        let made: Arc<OnceLock<Weak<Self>>> = Arc::default();
+        let database = Arc::new(Database::new(engine, &metrics, Views::new(engine, &made)));
         let state = SessionStateBuilder::new_from_existing(state)
             .with_config(config)
             .with_catalog_list(catalogs(database.clone()))
@@ -84,12 +86,41 @@ impl Frontend {
         let template = SessionContext::new_with_state(state);
         setup_pg_catalog(&template, DATABASE, EmptyContextProvider).map_err(|e| SqlError::from(*e))?;
         if let Some(system) = database.schema("pg_catalog") {
-            database.register_schema("pg_catalog", Arc::new(System(system)))?;
+            database.register_schema("pg_catalog", Arc::new(System::new(system, engine)))?;
         }
         functions::register(&template);
         crate::pg::functions::register(&template);
         let parser = PostgresCompatibilityParser::new();
-        Ok(Arc::new(Self { engine: engine.clone(), template, database, metrics, parser }))
+        let frontend = Arc::new(Self { engine: engine.clone(), template, database, metrics, parser });
+        let _ = made.set(Arc::downgrade(&frontend));
+        Ok(frontend)
+    }
+
+    /// The engine.
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// What sessions begin as.
+    pub fn template(&self) -> &SessionContext {
+        &self.template
+    }
+
+    /// What reads statements.
+    pub fn parser(&self) -> &PostgresCompatibilityParser {
+        &self.parser
+    }
+
+    /// Looks up the names of all tables where a statement may read them from `pg_catalog` or `information_schema`: the
+    /// present ones, which the former lists, and those of a transaction.
+    pub(crate) async fn refresh(&self, statement: &Statement, moment: Option<&Moment>) -> Result<()> {
+        if lists_tables(statement) {
+            self.metrics.refresh().await?;
+            if let Some(moment) = moment {
+                moment.metrics.refresh().await?;
+            }
+        }
+        Ok(())
     }
 
     /// A session of its own state.
@@ -104,7 +135,7 @@ impl Frontend {
         let variables = Arc::new(Mutex::new(Variables::new(user)));
         functions::register_session(&context, &variables);
         let (asked, transaction) = (Mutex::new("".into()), Mutex::default());
-        Session { frontend: self.clone(), context, variables, caller, notices, asked, transaction }
+        Session { frontend: self.clone(), context, variables, caller, notices, writes: false, asked, transaction }
     }
 }
 
@@ -116,6 +147,8 @@ pub struct Session {
     caller: Arc<Caller>,
     /// What there is to say of the statement that runs.
     notices: Arc<Notices>,
+    /// Whether views may be made and dropped.
+    writes: bool,
     /// The text that runs next.
     asked: Mutex<Arc<str>>,
     transaction: Mutex<Transaction>,
@@ -133,7 +166,7 @@ enum Transaction {
 
 /// The database at one moment.
 #[derive(Clone)]
-struct Moment {
+pub(crate) struct Moment {
     engine: Arc<Engine>,
     metrics: Arc<Metrics>,
     catalogs: Arc<dyn CatalogProviderList>,
@@ -143,8 +176,14 @@ impl Moment {
     async fn now(frontend: &Frontend) -> Self {
         let engine = Arc::new(frontend.engine.snapshot().await);
         let metrics = Arc::new(Metrics::new(&engine));
-        let catalogs = catalogs(Arc::new(frontend.database.with_metrics(&metrics)));
+        let catalogs = catalogs(Arc::new(frontend.database.of(&engine, &metrics)));
         Self { engine, metrics, catalogs }
+    }
+
+    /// Makes planning and running see it.
+    pub(crate) fn enter(&self, state: &mut SessionState) {
+        state.register_catalog_list(self.catalogs.clone());
+        state.config_mut().set_extension(self.engine.clone());
     }
 }
 
@@ -208,29 +247,89 @@ impl Session {
     /// 42P01, 42703 and their like for names that mean nothing; 25006 for what would write.
     pub async fn plan(&self, statement: &Arc<Statement>) -> Result<LogicalPlan> {
         let moment = self.moment().await?;
-        if lists_tables(statement) {
-            // `pg_catalog` lists the present ones.
-            self.frontend.metrics.refresh().await?;
-            if let Some(moment) = &moment {
-                moment.metrics.refresh().await?;
-            }
-        }
+        self.frontend.refresh(statement, moment.as_ref()).await?;
         let (state, statement) = (self.state(moment.as_ref()), statement.clone());
         let plan = async move {
             let statement = DfStatement::Statement(Box::new(Statement::clone(&statement)));
             let plan = state.statement_to_plan(statement).await?;
             limits::check_columns(plan.schema().fields().len())?;
-            let options = SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
-            options.verify_plan(&plan).map_err(|e| SqlError::new("25006", e.message().into_owned()))?;
+            only_reads(&plan)?;
             Ok::<_, SqlError>(plan)
         };
-        match self.frontend.engine.run(plan).await {
+        match self.frontend.engine.run(views::limited(moment, plan)).await {
             Err(e) if e.code == "42P01" => {
                 self.frontend.metrics.refresh().await?;
                 Err(self.suggest(e))
             }
             planned => planned,
         }
+    }
+
+    /// Whether a statement is to be planned when it runs: what there is to list is looked up then, and what its views mean.
+    pub fn plans_late(&self, statement: &Statement) -> bool {
+        lists_tables(statement) || names_views(statement, &self.frontend.engine)
+    }
+
+    /// The session of who has shown credentials that may write.
+    #[must_use]
+    pub fn writing(self, writes: bool) -> Self {
+        Self { writes, ..self }
+    }
+
+    /// Makes or drops views; durable when it returns. Returns what the client is told, or `None` for another command.
+    ///
+    /// # Errors
+    /// 42501 without the right to; 42P07 and 42P01 for views that are there or are not; 2BP01 for one that others need;
+    /// those of [`views::check`].
+    pub async fn change(&self, command: &Command) -> Result<Option<&'static str>> {
+        let engine = &self.frontend.engine;
+        let tag = match command {
+            Command::CreateView { .. } => "CREATE VIEW",
+            Command::DropView { .. } => "DROP VIEW",
+            _ => return Ok(None),
+        };
+        if !self.writes {
+            let told = format!("permission denied for {tag}: it needs a login with the scope write or admin");
+            return Err(SqlError::new("42501", told).hint(
+                "Views are made by a user or a token of auth_file with such a scope; over HTTP by POST, and not from a web page.",
+            ));
+        }
+        match command {
+            Command::CreateView { name, columns, definition, replace } => {
+                let view = View {
+                    name: name.clone(),
+                    definition: definition.clone(),
+                    columns: columns.clone(),
+                    owner: self.caller.name.clone(),
+                    created_ms: engine.now_ms(),
+                };
+                let (frontend, checked) = (self.frontend.clone(), view.clone());
+                engine.run(views::limited(None, async move { views::check(&frontend, &checked).await })).await?;
+                if !engine.create_view(view, *replace).await? {
+                    return Err(SqlError::new("42P07", format!("relation \"{name}\" already exists")));
+                }
+            }
+            Command::DropView { names, if_exists } => {
+                let known = engine.views();
+                for name in names {
+                    if catalog::tables::by_name(name).is_some() && !known.contains_key(name) {
+                        return Err(SqlError::new("42809", format!("\"{name}\" is not a view")));
+                    }
+                    if !if_exists && !known.contains_key(name) {
+                        return Err(SqlError::new("42P01", format!("view \"{name}\" does not exist")));
+                    }
+                    let (frontend, dropped) = (self.frontend.clone(), name.clone());
+                    let others = engine.run(async move { views::dependants(&frontend, &dropped) }).await?;
+                    if let Some(other) = others.iter().find(|o| !names.contains(o)) {
+                        let told = format!("cannot drop view \"{name}\" because view \"{other}\" depends on it");
+                        return Err(SqlError::new("2BP01", told));
+                    }
+                }
+                engine.drop_views(names.clone()).await?;
+            }
+            _ => {}
+        }
+        Ok(Some(tag))
     }
 
     /// Names the relation that may have been meant.
@@ -285,8 +384,7 @@ impl Session {
     fn state(&self, moment: Option<&Moment>) -> SessionState {
         let mut state = self.context.state();
         if let Some(moment) = moment {
-            state.register_catalog_list(moment.catalogs.clone());
-            state.config_mut().set_extension(moment.engine.clone());
+            moment.enter(&mut state);
         }
         state
     }
@@ -427,8 +525,25 @@ impl Session {
     }
 }
 
+/// # Errors
+/// 25006 for a plan that would do anything but read.
+pub fn only_reads(plan: &LogicalPlan) -> Result<()> {
+    let options = SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
+    options.verify_plan(plan).map_err(|e| SqlError::new("25006", e.message().into_owned()))
+}
+
+/// Whether a statement names a view, or something that may be one.
+fn names_views(statement: &Statement, engine: &Engine) -> bool {
+    let views = engine.views();
+    let visit = |name: &ObjectName| match statement::in_public(name).is_some_and(|n| views.contains_key(&n)) {
+        true => ControlFlow::Break(()),
+        false => ControlFlow::Continue(()),
+    };
+    visit_relations(statement, visit).is_break()
+}
+
 /// Whether a statement may read the names of tables from `pg_catalog` or `information_schema`.
-pub fn lists_tables(statement: &Statement) -> bool {
+fn lists_tables(statement: &Statement) -> bool {
     if matches!(statement, Statement::ShowTables { .. } | Statement::ShowColumns { .. }) {
         return true;
     }

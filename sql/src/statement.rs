@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use datafusion::sql::sqlparser::ast::{
     BinaryOperator, CastKind, CloseCursor, ContextModifier, CopyLegacyCsvOption, CopyLegacyOption, CopyOption,
-    CopySource, CopyTarget, DataType, Declare, DiscardObject, Expr, FunctionArguments, Ident, ObjectName, OrderBy,
-    OrderByKind, Query, Reset, SelectItem, Set, SetExpr, Statement, TableAliasColumnDef, TableFactor, TransactionMode,
-    Value, ValueWithSpan, VisitMut, VisitorMut,
+    CopySource, CopyTarget, CreateTableOptions, CreateView, DataType, Declare, DiscardObject, Expr, FunctionArguments,
+    Ident, ObjectName, ObjectType, OrderBy, OrderByKind, Query, Reset, SelectItem, Set, SetExpr, Statement,
+    TableAliasColumnDef, TableFactor, TransactionMode, Value, ValueWithSpan, VisitMut, VisitorMut,
 };
 use datafusion::sql::sqlparser::dialect::PostgreSqlDialect;
 use datafusion::sql::sqlparser::parser::{Parser, ParserError};
@@ -105,6 +105,24 @@ pub enum Command {
     Discard,
     /// Forgets prepared statements, all or one.
     Deallocate(Option<String>),
+    /// Makes a view.
+    CreateView {
+        /// Its name.
+        name: String,
+        /// What its columns are called, as far as that is said.
+        columns: Vec<String>,
+        /// The text of its query.
+        definition: String,
+        /// Whether one of its name may be there.
+        replace: bool,
+    },
+    /// Drops views.
+    DropView {
+        /// Their names.
+        names: Vec<String>,
+        /// Whether they may not be there.
+        if_exists: bool,
+    },
     /// Nothing to do but to say so.
     Done(&'static str),
 }
@@ -487,13 +505,19 @@ fn command(mut statement: Statement) -> Result<Command> {
         Statement::Deallocate { name, .. } => {
             Command::Deallocate(Some(name.value.clone()).filter(|n| !n.eq_ignore_ascii_case("all")))
         }
+        Statement::CreateView(create) => create_view(create)?,
+        Statement::Drop { object_type: ObjectType::View, if_exists, names, cascade, .. } => {
+            if *cascade {
+                return Err(SqlError::unsupported("DROP VIEW ... CASCADE"));
+            }
+            Command::DropView { names: names.iter().map(view_name).collect::<Result<_>>()?, if_exists: *if_exists }
+        }
         Statement::Insert(_)
         | Statement::Update(_)
         | Statement::Delete(_)
         | Statement::Merge(_)
         | Statement::Truncate(_)
         | Statement::CreateTable(_)
-        | Statement::CreateView(_)
         | Statement::CreateIndex(_)
         | Statement::CreateSchema { .. }
         | Statement::CreateDatabase { .. }
@@ -501,6 +525,42 @@ fn command(mut statement: Statement) -> Result<Command> {
         | Statement::AlterTable { .. } => return Err(read_only(first_word(&statement))),
         other => return Err(SqlError::unsupported(format!("statement {}", first_word(other)))),
     })
+}
+
+fn create_view(create: &CreateView) -> Result<Command> {
+    let odd = [
+        ("a materialized view", create.materialized),
+        ("a temporary view", create.temporary),
+        ("CREATE VIEW IF NOT EXISTS", create.if_not_exists),
+        ("CREATE VIEW ... WITH", create.options != CreateTableOptions::None || create.with_no_schema_binding),
+        ("this form of CREATE VIEW", create.or_alter || create.to.is_some() || create.params.is_some()),
+    ];
+    if let Some((what, _)) = odd.iter().find(|(_, is)| *is) {
+        return Err(SqlError::unsupported(what));
+    }
+    if writes(&create.query) {
+        return Err(read_only("a view of this statement"));
+    }
+    Ok(Command::CreateView {
+        name: view_name(&create.name)?,
+        columns: create.columns.iter().map(|c| output_case(&c.name)).collect(),
+        definition: create.query.to_string(),
+        replace: create.or_replace,
+    })
+}
+
+/// The name of a relation that, without a schema or with it, is one of `public`.
+pub fn in_public(name: &ObjectName) -> Option<String> {
+    let parts: Option<Vec<String>> = name.0.iter().map(|p| p.as_ident().map(output_case)).collect();
+    match parts?.as_slice() {
+        [name] => Some(name.clone()),
+        [.., schema, name] if schema == "public" => Some(name.clone()),
+        _ => None,
+    }
+}
+
+fn view_name(name: &ObjectName) -> Result<String> {
+    in_public(name).ok_or_else(|| SqlError::new("0A000", format!("view {name}: views are in the schema public only")))
 }
 
 fn read_only(what: impl std::fmt::Display) -> SqlError {
@@ -1079,6 +1139,11 @@ mod tests {
         check("CREATE TABLE t (a int)", "25006");
         check("CREATE EXTERNAL TABLE t STORED AS PARQUET LOCATION '/etc'", "25006");
         check("DROP TABLE t", "25006");
+        check("CREATE VIEW v AS WITH d AS (DELETE FROM t) SELECT 1", "25006");
+        check("CREATE MATERIALIZED VIEW v AS SELECT 1", "0A000");
+        check("CREATE TEMP VIEW v AS SELECT 1", "0A000");
+        check("CREATE VIEW prometheus.v AS SELECT 1", "0A000");
+        check("DROP VIEW v CASCADE", "0A000");
         check("TRUNCATE t", "25006");
         check("EXPLAIN DELETE FROM t", "25006");
         check("SELECT 1 INTO t", "25006");

@@ -4,6 +4,7 @@ Usage: make.py THALWEG OUTPUT. The server is killed, so that its log, too, holds
 in, DATA below, is what the file catalog names as the place of data files.
 """
 
+import hashlib
 import json
 import pathlib
 import shutil
@@ -26,6 +27,18 @@ QUERIES = [
     "FROM histograms ORDER BY metric, ts",
     "SELECT ts, metric, value, labels, series, tags FROM exemplars ORDER BY metric, ts, series",
 ]
+VIEWS = [
+    "CREATE VIEW fixture_least AS SELECT instance, min(value) AS least FROM prometheus.fixture_counter GROUP BY instance",
+    "CREATE VIEW fixture_view (who, how_much) AS SELECT instance, least FROM fixture_least",
+    "CREATE VIEW fixture_gone AS SELECT 1 AS x",
+    "DROP VIEW fixture_gone",
+]
+OF_VIEWS = [
+    "SELECT who, how_much FROM fixture_view ORDER BY 1",
+    "SELECT viewname, viewowner, definition FROM pg_views ORDER BY 1",
+]
+# Views are made by somebody.
+TOKEN = "token-of-the-fixture-0123456789abcdef"
 PROMQL = [
     "sum by (instance) (increase(fixture_counter[2h]))",
     "fixture_special",
@@ -87,7 +100,8 @@ def snappy(message):
 
 
 def ask(path, body=None, headers=None):
-    request = urllib.request.Request(f"http://{HTTP}{path}", body, headers or {})
+    headers = {"Authorization": f"Bearer {TOKEN}"} | (headers or {})
+    request = urllib.request.Request(f"http://{HTTP}{path}", body, headers)
     with urllib.request.urlopen(request, timeout=60) as answer:
         return answer.read().decode()
 
@@ -120,7 +134,7 @@ def batch(begin, count):
 
 def answers():
     out = []
-    for query in QUERIES:
+    for query in QUERIES + OF_VIEWS:
         out.append(["sql", query, ask("/api/v1/sql?format=csv", query.encode(), {"Content-Type": "text/plain"})])
     for query in PROMQL:
         for at in (DAY // 1000 + 7200, DAY // 1000 + 150_000):
@@ -132,7 +146,11 @@ def answers():
 def main():
     thalweg, output = sys.argv[1], pathlib.Path(sys.argv[2])
     assert not DATA.exists(), f"{DATA} exists"
-    arguments = ["--data-dir", str(DATA), "--http", HTTP, "--grpc", "off", "--postgres", "off"]
+    config = output.with_suffix(".toml")
+    hashed = hashlib.sha256(TOKEN.encode()).hexdigest()
+    output.with_suffix(".auth").write_text(f'[[token]]\nname = "maker"\nsha256 = "{hashed}"\nscopes = ["admin"]\n')
+    config.write_text(f'auth_file = "{output.with_suffix(".auth")}"\n')
+    arguments = ["--data-dir", str(DATA), "--http", HTTP, "--grpc", "off", "--postgres", "off", "--config", str(config)]
     server = subprocess.Popen([thalweg, "serve", *arguments])
     try:
         while True:
@@ -147,6 +165,8 @@ def main():
                 ask("/api/v1/admin/flush", b"")
             if begin == 72:
                 ask("/api/v1/admin/compact", b"")
+                for statement in VIEWS:
+                    ask("/api/v1/sql", statement.encode(), {"Content-Type": "text/plain"})
         # Written again, and new rows that stay in the log.
         write(batch(10, 6))
         write(batch(120, 6))

@@ -115,6 +115,13 @@ impl Client {
         self.request("POST", "/api/v1/write", &HEADERS_V2, &snappy(&message_v2(series)))
     }
 
+    /// Writes series with a token.
+    pub fn write_as(&mut self, token: &str, series: &[Series]) -> Response {
+        let bearer = format!("Bearer {token}");
+        let headers: Vec<_> = HEADERS.into_iter().chain([("Authorization", bearer.as_str())]).collect();
+        self.request("POST", "/api/v1/write", &headers, &snappy(&message(series))).expect("the server is up")
+    }
+
     /// Writes series; the caller judges the answer.
     pub fn write(&mut self, series: &[Series]) -> io::Result<Response> {
         self.request("POST", "/api/v1/write", &HEADERS, &snappy(&message(series)))

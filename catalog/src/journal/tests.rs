@@ -13,7 +13,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::SeededEntropy;
-use crate::files::TagPart;
+use crate::files::{TagPart, View};
 
 fn part(id: i64) -> TagPart {
     let path = crate::tag_parts::path(20000, id);
@@ -174,7 +174,7 @@ async fn schemas_of_a_newer_version_are_refused() {
     journal.tables[0].1 += 1;
     let mut entry = journal.next(Commit::default(), 0).unwrap();
     entry.tables = journal.tables.clone();
-    let bytes = encode(ENTRY_KIND, &entry).unwrap();
+    let bytes = encode(&entry).unwrap();
     store.put(&journal.folder.entry(entry.number), bytes.into()).await.unwrap();
     let error = open(&store, 2).await.unwrap_err();
     assert!(error.kind() == ErrorKind::Invalid && error.message().contains("schema version"), "{error}");
@@ -375,7 +375,7 @@ fn entry() -> Entry {
 #[test]
 fn every_flipped_bit_is_found() {
     let location = Path::from("db/journal/3");
-    let bytes = encode(ENTRY_KIND, &entry()).unwrap();
+    let bytes = encode(&entry()).unwrap();
     assert_eq!(decode::<Entry>(ENTRY_KIND, &bytes, &location).unwrap(), entry());
     for at in 0..bytes.len() {
         for bit in 0..8 {
@@ -448,4 +448,50 @@ async fn a_process_that_was_away_for_long_is_fenced() {
     assert_eq!(refused.kind(), ErrorKind::Unavailable);
     assert!(old.is_fenced());
     assert_eq!(read(&store, 3).await.unwrap().state(), new.state());
+}
+
+fn view(name: &str, definition: &str) -> View {
+    let (name, definition) = (name.to_owned(), definition.to_owned());
+    View { name, definition, columns: vec![], owner: "me".to_owned(), created_ms: 7 }
+}
+
+/// The version of each object of the journal in the bucket, by its name.
+async fn formats(store: &Arc<dyn ObjectStore>) -> Vec<(String, u8)> {
+    let mut out = Vec::new();
+    for name in names(store).await {
+        let bytes = store.get(&Path::from(name.as_str())).await.unwrap().bytes().await.unwrap();
+        out.push((name.trim_start_matches("db/").to_owned(), bytes[4]));
+    }
+    out.sort();
+    out
+}
+
+#[tokio::test]
+async fn views_are_kept_and_told_by_the_format() {
+    let store = bucket();
+    let mut journal = open(&store, 1).await.unwrap();
+    journal.commit(add(1), 0).await.unwrap();
+    let entry = |n: u64| format!("journal/{n:020}");
+    let old = [(format!("checkpoints/{:020}", 0), 1), (entry(1), 1), (entry(2), 1)];
+    assert_eq!(formats(&store).await, old, "older servers read what says nothing of views");
+    let made = Commit { views: vec![view("b", "SELECT 1"), view("a", "SELECT 2")], ..Commit::default() };
+    journal.commit(made, 0).await.unwrap();
+    let changed = vec![view("a", "SELECT 3"), view("c", "SELECT 4")];
+    let changed = Commit { views: changed, drop_views: vec!["b".to_owned()], ..Commit::default() };
+    journal.commit(changed, 0).await.unwrap();
+    assert_eq!(formats(&store).await[3..], [(entry(3), 2), (entry(4), 2)]);
+    let kept = [view("a", "SELECT 3"), view("c", "SELECT 4")];
+    assert_eq!(read(&store, 2).await.unwrap().state().views, kept);
+    journal.checkpoint().await.unwrap();
+    assert_eq!(formats(&store).await[1], (format!("checkpoints/{:020}", 4), 2));
+    let again = read(&store, 3).await.unwrap();
+    assert_eq!((again.base().number, &again.state().views[..]), (4, &kept[..]));
+    let none = Commit { drop_views: vec!["a".to_owned(), "c".to_owned()], ..Commit::default() };
+    journal.commit(none, 0).await.unwrap();
+    journal.checkpoint().await.unwrap();
+    assert_eq!(
+        formats(&store).await.iter().find(|(n, _)| n.ends_with("checkpoints/00000000000000000005")).map(|f| f.1),
+        Some(1)
+    );
+    assert!(read(&store, 4).await.unwrap().state().views.is_empty());
 }

@@ -64,8 +64,26 @@ fn manifests_come_back_or_fail() {
         }
         assert!(decode(&sound[..at]).is_err(), "cut at {at}");
     }
-    let e = decode(b"thalweg-backup 2 00000000\n{}").unwrap_err();
-    assert!(e.kind() == ErrorKind::Invalid && e.to_string().starts_with("format 2 is newer"), "{e}");
+    let e = decode(b"thalweg-backup 3 00000000\n{}").unwrap_err();
+    assert!(e.kind() == ErrorKind::Invalid && e.to_string().starts_with("format 3 is newer"), "{e}");
+}
+
+#[test]
+fn only_manifests_with_views_have_the_format_that_older_versions_refuse() {
+    let view = catalog::View {
+        name: "v".to_owned(),
+        definition: "SELECT 1".to_owned(),
+        columns: vec!["x".to_owned()],
+        owner: "me".to_owned(),
+        created_ms: 1,
+    };
+    let mut with = manifest();
+    with.state.views.push(view);
+    for (manifest, head) in [(manifest(), "thalweg-backup 1 "), (with, "thalweg-backup 2 ")] {
+        let encoded = encode(&manifest).unwrap();
+        assert!(encoded.starts_with(head.as_bytes()));
+        assert_eq!(decode(&encoded).unwrap(), manifest);
+    }
 }
 
 proptest! {

@@ -2,6 +2,7 @@
 
 mod faults;
 mod snapshots;
+mod views;
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -38,7 +38,7 @@ use super::copy::Writer;
 use super::cursor::{Cursor, LIFETIME};
 use super::rows;
 use crate::error::SqlError;
-use crate::session::{Session, lists_tables};
+use crate::session::Session;
 use crate::statement::{self, Command, Names};
 
 /// An error as clients are told.
@@ -61,8 +61,9 @@ pub struct Prepared {
     /// As the client sent it.
     text: Arc<str>,
     command: Command,
-    /// Of a query: its plan with placeholders, whose columns are fixed from here on. One that lists tables is planned when it
-    /// runs: what there is to list is looked up then, and what a transaction saw is not held beyond its end.
+    /// Of a query: its plan with placeholders, whose columns are fixed from here on. One that lists tables or names views
+    /// is planned when it runs: what there is, and what it means, is looked up then, and what a transaction saw is not held
+    /// beyond its end.
     plan: Option<LogicalPlan>,
     /// Types of its parameters, as far as the plan tells them.
     parameters: Vec<Option<DataType>>,
@@ -504,6 +505,15 @@ impl Answers {
                 client.set_transaction_status(TransactionStatus::Transaction);
                 Answer::Done(Tag::new("ROLLBACK"))
             }
+            Command::CreateView { .. } | Command::DropView { .. } => {
+                if client.transaction_status() != TransactionStatus::Idle {
+                    let message = "views cannot be made or dropped inside a transaction block";
+                    let hint = "A transaction here only reads, and could not take it back: use autocommit.";
+                    return Err(pg_error(SqlError::new("25001", message).hint(hint)));
+                }
+                let tag = self.session.change(&prepared.command).await.map_err(pg_error)?;
+                Answer::Done(Tag::new(tag.unwrap_or_default()))
+            }
             Command::Done(tag) => Answer::Done(Tag::new(tag)),
         })
     }
@@ -698,7 +708,7 @@ impl QueryParser for Answers {
                 let prepared = self.prepare(command, &sent(sql)).await.map_err(|e| pg_error(e.within(sql, 0)))?;
                 let mut prepared = self.typed(prepared, types).await.map_err(|e| pg_error(e.within(sql, 0)))?;
                 if let Command::Query { statement, .. } = &prepared.command
-                    && lists_tables(statement)
+                    && self.session.plans_late(statement)
                 {
                     prepared.plan = None;
                 }
@@ -792,7 +802,17 @@ impl Answers {
         if matches!(*state, PortalExecutionState::Initial) {
             let prepared = &portal.statement.statement;
             let plan = match (&prepared.plan, &prepared.command) {
-                (None, Command::Query { statement, .. }) => Some(self.session.plan(statement).await.map_err(pg_error)?),
+                (None, Command::Query { statement, .. }) => {
+                    let plan = self.session.plan(statement).await.map_err(pg_error)?;
+                    let types = |schema: &SchemaRef| -> Vec<DataType> {
+                        schema.fields().iter().map(|f| f.data_type().clone()).collect()
+                    };
+                    if prepared.result.as_ref().is_some_and(|told| types(told) != types(plan.schema().inner())) {
+                        // A view has become another one, and the client was told of its columns.
+                        return Err(pg_error(SqlError::new("0A000", "cached plan must not change result type")));
+                    }
+                    Some(plan)
+                }
                 (plan, _) => plan.clone(),
             };
             let plan = plan.map(|plan| bind(plan, portal, &prepared.parameters)).transpose()?;

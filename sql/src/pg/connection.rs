@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use access::{Denied, Login, MECHANISM, Peer, Scope};
+use access::{Caller, Denied, Login, MECHANISM, Peer, Scope};
 use bytes::BytesMut;
 use futures::{SinkExt, StreamExt};
 use pgwire::api::auth::{protocol_negotiation, save_startup_parameters_to_metadata};
@@ -27,6 +27,7 @@ use super::answer::{Answers, Prepared, pg_error};
 use super::frames::Checked;
 use super::{Running, Server};
 use crate::error::SqlError;
+use crate::http::may_write;
 
 /// A client must have said who it is by then.
 const STARTUP_TIMEOUT: Duration = Duration::from_secs(30);
@@ -233,9 +234,10 @@ async fn start(server: &Server, connection: &mut Connection, startup: &Startup) 
     protocol_negotiation(connection, startup).await?;
     save_startup_parameters_to_metadata(connection, startup);
     let user = connection.metadata().get(METADATA_USER).cloned().ok_or(PgWireError::UserNameRequired)?;
-    let admin = log_in(server, connection, &user).await?;
+    let caller = log_in(server, connection, &user).await?;
     connection.get_mut().trust();
-    let session = server.frontend.session(&user, admin);
+    let admin = caller.as_ref().is_some_and(|c| c.may(Scope::Admin));
+    let session = server.frontend.session(&user, admin).writing(caller.as_ref().is_some_and(may_write));
     for (name, value) in
         startup.parameters.get("options").map(|o| options(o)).transpose().map_err(pg_error)?.unwrap_or_default()
     {
@@ -290,11 +292,11 @@ fn options(text: &str) -> Result<Vec<(String, String)>, SqlError> {
     Ok(settings)
 }
 
-/// Asks for credentials where they are needed; whether the client has the scope admin. Nearly all that SQL does is read,
-/// and that is all that a client may who did not say who it is.
-async fn log_in(server: &Server, connection: &mut Connection, user: &str) -> PgWireResult<bool> {
+/// Asks for credentials where they are needed; whose they are. Nearly all that SQL does is read, and that is all that a
+/// client may who did not say who it is.
+async fn log_in(server: &Server, connection: &mut Connection, user: &str) -> PgWireResult<Option<Caller>> {
     if !server.access.asks() {
-        return Ok(false);
+        return Ok(None);
     }
     connection.set_state(PgWireConnectionState::AuthenticationInProgress);
     let address = connection.socket_addr().ip();
@@ -318,7 +320,7 @@ async fn log_in(server: &Server, connection: &mut Connection, user: &str) -> PgW
             let last = std::str::from_utf8(&last).map_err(|_| pg_error(malformed()))?;
             let (caller, end) = challenged.finish(Scope::Read, last).map_err(denied)?;
             connection.feed(PgWireBackendMessage::Authentication(Authentication::SASLFinal(end.into()))).await?;
-            Ok(caller.may(Scope::Admin))
+            Ok(Some(caller))
         }
         Login::Password if !connection.is_secure() && !address.to_canonical().is_loopback() => {
             let message = format!(
@@ -330,12 +332,7 @@ async fn log_in(server: &Server, connection: &mut Connection, user: &str) -> PgW
             let password = ask(connection, Authentication::CleartextPassword).await?;
             let password = password.strip_suffix(b"\0").and_then(|p| std::str::from_utf8(p).ok());
             let password = password.ok_or_else(|| pg_error(SqlError::new("08P01", "malformed password")))?;
-            server
-                .access
-                .log_in(Scope::Read, user, password, address)
-                .await
-                .map(|c| c.may(Scope::Admin))
-                .map_err(denied)
+            server.access.log_in(Scope::Read, user, password, address).await.map(Some).map_err(denied)
         }
     }
 }

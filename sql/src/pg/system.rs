@@ -4,22 +4,24 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use arrow::array::StringArray;
+use arrow::array::{ArrayRef, StringArray};
 use arrow::compute::cast;
 use arrow::datatypes::{DataType, Field, Schema};
+use arrow::record_batch::RecordBatch;
 use async_trait::async_trait;
 use datafusion::catalog::information_schema::InformationSchemaProvider;
 use datafusion::catalog::{CatalogProviderList, SchemaProvider, TableProvider};
 use datafusion::common::cast::as_string_array;
 use datafusion::common::{Column, ScalarValue};
 use datafusion::datasource::empty::EmptyTable;
-use datafusion::datasource::{TableType, ViewTable, provider_as_source};
+use datafusion::datasource::{MemTable, TableType, ViewTable, provider_as_source};
 use datafusion::error::Result;
 use datafusion::logical_expr::{
     ColumnarValue, Expr, LogicalPlanBuilder, ScalarFunctionArgs, ScalarUDF, ScalarUDFImpl, Signature, Volatility, lit,
 };
 use datafusion::sql::sqlparser::ast;
 use datafusion::sql::sqlparser::ast::{SetExpr, Value, ValueWithSpan, visit_expressions, visit_relations};
+use engine::{Engine, View};
 
 /// What kinds of values columns have that are added or changed; they hold nothing but NULL.
 #[derive(Debug, Clone, Copy)]
@@ -102,13 +104,40 @@ fn array(table: &str, column: &str) -> Option<Kind> {
 
 /// `pg_catalog`.
 #[derive(Debug)]
-pub struct System(pub Arc<dyn SchemaProvider>);
+pub struct System {
+    /// What the library gives.
+    given: Arc<dyn SchemaProvider>,
+    engine: Engine,
+}
+
+impl System {
+    /// That of an engine, over what the library gives.
+    pub fn new(given: Arc<dyn SchemaProvider>, engine: &Engine) -> Self {
+        Self { given, engine: engine.clone() }
+    }
+
+    /// `pg_views`: the library has no definitions, nor who made a view.
+    fn views(&self) -> Result<MemTable> {
+        let views = self.engine.views();
+        let text = |of: &dyn Fn(&View) -> &str| {
+            Arc::new(views.values().map(|v| Some(of(v).to_owned())).collect::<StringArray>()) as ArrayRef
+        };
+        let columns = [
+            ("schemaname", text(&|_| "public")),
+            ("viewname", text(&|v| &v.name)),
+            ("viewowner", text(&|v| &v.owner)),
+            ("definition", text(&|v| &v.definition)),
+        ];
+        let batch = RecordBatch::try_from_iter_with_nullable(columns.map(|(name, array)| (name, array, true)))?;
+        MemTable::try_new(batch.schema(), vec![vec![batch]])
+    }
+}
 
 #[async_trait]
 impl SchemaProvider for System {
     fn table_names(&self) -> Vec<String> {
         let missing = TABLES.iter().map(|(name, _)| (*name).to_owned());
-        self.0.table_names().into_iter().chain(missing).collect()
+        self.given.table_names().into_iter().chain(missing).collect()
     }
 
     async fn table(&self, name: &str) -> Result<Option<Arc<dyn TableProvider>>> {
@@ -117,7 +146,10 @@ impl SchemaProvider for System {
             let fields: Vec<Field> = columns.iter().map(|(n, kind)| Field::new(*n, kind.data_type(), true)).collect();
             return Ok(Some(Arc::new(EmptyTable::new(Arc::new(Schema::new(fields))))));
         }
-        let Some(table) = self.0.table(&name).await? else { return Ok(None) };
+        if name == "pg_views" {
+            return Ok(Some(Arc::new(self.views()?)));
+        }
+        let Some(table) = self.given.table(&name).await? else { return Ok(None) };
         let (schema, mut changed) = (table.schema(), false);
         let null = |kind: Kind, name: &str| {
             Ok::<_, datafusion::error::DataFusionError>(lit(ScalarValue::try_from(&kind.data_type())?).alias(name))
@@ -149,12 +181,12 @@ impl SchemaProvider for System {
     async fn table_type(&self, name: &str) -> Result<Option<TableType>> {
         match TABLES.iter().any(|(n, _)| *n == name) {
             true => Ok(Some(TableType::View)),
-            false => self.0.table_type(name).await,
+            false => self.given.table_type(name).await,
         }
     }
 
     fn table_exist(&self, name: &str) -> bool {
-        self.0.table_exist(name) || TABLES.iter().any(|(n, _)| n.eq_ignore_ascii_case(name))
+        self.given.table_exist(name) || TABLES.iter().any(|(n, _)| n.eq_ignore_ascii_case(name))
     }
 }
 
@@ -261,7 +293,7 @@ pub fn known(expr: &ast::Expr) -> Option<ast::Expr> {
     match expr {
         ast::Expr::Subquery(query) => one_row(query),
         ast::Expr::CompoundFieldAccess { root, access_chain } => field(root, access_chain),
-        ast::Expr::Function(function) => subscripts(function),
+        ast::Expr::Function(function) => subscripts(function).or_else(|| view_definition(function)),
         ast::Expr::BinaryOp { left, op, right } => Some(ast::Expr::BinaryOp {
             right: Box::new(function_name(left, right)?),
             left: left.clone(),
@@ -289,6 +321,33 @@ fn subscripts(function: &ast::Function) -> Option<ast::Expr> {
     let array =
         arguments.args.first().filter(|_| crate::statement::last_part(&function.name) == "generate_subscripts")?;
     crate::statement::expression(&format!("unnest(range(1, CAST(cardinality({array}) AS BIGINT) + 1))"))
+}
+
+/// `pg_get_viewdef(view)`: the definition of the view with a number or a name.
+fn view_definition(function: &ast::Function) -> Option<ast::Expr> {
+    let ast::FunctionArguments::List(arguments) = &function.args else { return None };
+    let view = arguments.args.first().filter(|_| crate::statement::last_part(&function.name) == "pg_get_viewdef")?;
+    let name = match view {
+        ast::FunctionArg::Unnamed(ast::FunctionArgExpr::Expr(ast::Expr::Value(value))) => match &value.value {
+            Value::SingleQuotedString(text) if text.parse::<u32>().is_err() => Some(text),
+            _ => None,
+        },
+        _ => None,
+    };
+    let is_it = match name {
+        Some(name) => {
+            let name = name.strip_prefix("public.").unwrap_or(name).trim_matches('"').replace('\'', "''");
+            format!("_view_name = '{name}'")
+        }
+        None => format!("_view_oid = {view}"),
+    };
+    // The names inside are such that the argument can't mean them.
+    crate::statement::expression(&format!(
+        "(SELECT first_value(_view_definition) FROM (SELECT _c.oid AS _view_oid, _v.viewname AS _view_name, \
+         _v.definition AS _view_definition FROM pg_catalog.pg_class AS _c JOIN pg_catalog.pg_views AS _v ON \
+         _c.relname = _v.viewname JOIN pg_catalog.pg_namespace AS _n ON _n.oid = _c.relnamespace AND \
+         _n.nspname = _v.schemaname) AS _views WHERE {is_it})"
+    ))
 }
 
 /// A subquery for one value may depend on the query around it only when it is seen to give one row. Whoever looks
