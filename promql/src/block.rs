@@ -18,6 +18,10 @@ use arrow::buffer::{BooleanBuffer, Buffer, NullBuffer, OffsetBuffer, ScalarBuffe
 use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
 use datafusion::error::Result as DfResult;
 
+mod batches;
+
+pub use batches::BatchesBuilder;
+
 use crate::histogram::{self, FloatHistogram};
 use crate::labels;
 use crate::result::Block;
@@ -140,9 +144,21 @@ impl BlockBuilder {
         self.offsets.push(self.labels.len() as i32);
         self.drop_name.push(drop_name);
         let at = self.values.len();
+        if self.values.capacity() < at + self.steps {
+            self.make_room();
+        }
         self.values.resize(at + self.steps, 0.0);
         self.valid.resize(at + self.steps, false);
         (&mut self.values[at..], &mut self.valid[at..])
+    }
+
+    /// Makes room for twice as many rows, but for no more than a batch usually holds.
+    #[cold]
+    fn make_room(&mut self) {
+        let (held, full) = (self.values.len(), rows_per_batch(self.steps) * self.steps);
+        let more = if held < full { held.min(full - held) } else { held };
+        self.values.reserve_exact(more.max(self.steps));
+        self.valid.reserve_exact(self.values.capacity() - held);
     }
 
     /// Appends a row with the samples of another and labels that `write` appends.
@@ -225,9 +241,27 @@ impl BlockBuilder {
     /// # Errors
     /// None that valid rows can cause.
     pub fn finish(&mut self) -> DfResult<RecordBatch> {
+        // The next batch has as many rows, if this one was full.
+        let next = if self.is_full() { Vec::with_capacity(self.values.len()) } else { Vec::new() };
+        let values = std::mem::replace(&mut self.values, next);
+        self.batch_of(values)
+    }
+
+    /// As [`BlockBuilder::finish`], and no more rows follow.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn into_batch(mut self) -> DfResult<RecordBatch> {
+        let values = std::mem::take(&mut self.values);
+        self.batch_of(values)
+    }
+
+    fn batch_of(&mut self, mut values: Vec<f64>) -> DfResult<RecordBatch> {
         let rows = self.len();
-        let capacity = self.values.len();
-        let values = std::mem::replace(&mut self.values, Vec::with_capacity(capacity));
+        // What was made room for and not used would be held as long as the batch.
+        if values.len() < values.capacity() / 4 * 3 {
+            values.shrink_to_fit();
+        }
         let nulls = if self.valid.contains(&false) {
             Some(NullBuffer::new(BooleanBuffer::from(self.valid.as_slice())))
         } else {

@@ -1,6 +1,8 @@
 //! Aggregations that need one pass: values go straight into [group x step] arrays, one set of arrays per input partition,
 //! which are then added up in the order of partitions.
 
+use std::ops::Range;
+
 use arrow::array::RecordBatch;
 use datafusion::error::Result as DfResult;
 use engine::kernels::kahan_add;
@@ -28,7 +30,7 @@ pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
     let mut partials = work
         .fold(0, move |partial: &mut Option<Partial>, block| {
             let partial = partial.get_or_insert_with(|| Partial::new(op, by.clone(), steps));
-            let (before, native_before) = (partial.n.len(), partial.native.len());
+            let (before, native_before) = (partial.groups.labels.len(), partial.native.len());
             for row in 0..block.len() {
                 let row = Row::of(&block, row);
                 let group = partial.add(&row);
@@ -36,10 +38,9 @@ pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
                     partial.add_histograms(group, &row, NotesAt { notes: &notes, at });
                 }
             }
-            notes.hold(partial.n.len() - before)?;
-            // Counts, sums and compensations, and labels.
-            let groups = (partial.n.len() - before) / steps.max(1);
-            memory.try_grow((partial.n.len() - before) * 3 * size_of::<f64>() + groups * GROUP_BYTES)?;
+            let groups = partial.groups.labels.len() - before;
+            notes.hold(groups * steps)?;
+            memory.try_grow(groups * group_bytes(steps))?;
             memory.try_grow((partial.native.len() - native_before) * NATIVE_BYTES)?;
             Ok(())
         })
@@ -49,13 +50,19 @@ pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
     let Some(mut all) = partials.next() else { return Ok(vec![]) };
     let mut pace = work.stop.pace();
     for partial in partials {
+        // At worst all its groups are new, and it is there until it has been added.
+        let twice = partial.groups.labels.len() * group_bytes(steps);
+        work.hold(twice)?;
         all.merge(partial, work.notes_of_input(), &mut pace)?;
+        work.memory.shrink(twice);
     }
     all.finish(work)
 }
 
-/// What the labels of a group take, about.
-const GROUP_BYTES: usize = 256;
+/// What a group takes, about: counts, sums and compensations, and labels.
+fn group_bytes(steps: usize) -> usize {
+    steps * 3 * size_of::<f64>() + 256
+}
 
 /// What the sum of histograms takes, about.
 const NATIVE_BYTES: usize = 4 << 10;
@@ -110,16 +117,24 @@ struct Partial {
     op: AggregateOp,
     groups: Groups,
     steps: usize,
+    groups_per_page: usize,
+    /// The cells of all groups, in order. A page never moves: growing arrays would take three times their size for a moment.
+    pages: Vec<Page>,
+    /// By cell, which is group times steps plus step: means, with compensation, of cells whose sum overflows.
+    means: HashMap<usize, (f64, f64)>,
+    /// Sums and means of histograms.
+    native: HashMap<usize, Native>,
+}
+
+/// The cells of some groups: one per step, group by group.
+#[derive(Debug, Default)]
+struct Page {
     /// Values seen.
     n: Vec<f64>,
     /// Sum, least or greatest value, or mean.
     a: Vec<f64>,
     /// Compensation of the sum, or sum of squared differences from the mean.
     b: Vec<f64>,
-    /// Means, with compensation, of cells whose sum overflows.
-    means: HashMap<usize, (f64, f64)>,
-    /// Sums and means of histograms.
-    native: HashMap<usize, Native>,
 }
 
 /// The histograms of a cell.
@@ -203,14 +218,25 @@ impl Native {
 
 impl Partial {
     fn new(op: AggregateOp, by: Grouping, steps: usize) -> Self {
-        let (n, a, b) = (Vec::new(), Vec::new(), Vec::new());
-        Self { op, groups: Groups::new(by), steps, n, a, b, means: HashMap::new(), native: HashMap::new() }
+        let groups_per_page = rows_per_batch(steps);
+        let (groups, means, native) = (Groups::new(by), HashMap::new(), HashMap::new());
+        Self { op, groups, steps, groups_per_page, pages: Vec::new(), means, native }
+    }
+
+    /// Where the cells of a group are: in which page, and there.
+    fn place(&self, group: usize) -> (usize, Range<usize>) {
+        let start = group % self.groups_per_page * self.steps;
+        (group / self.groups_per_page, start..start + self.steps)
     }
 
     /// Makes room for a group; says where its cells are.
-    fn cells(&mut self, group: u32) -> std::ops::Range<usize> {
-        let range = group as usize * self.steps..(group as usize + 1) * self.steps;
-        if self.n.len() < range.end {
+    fn make_room(&mut self, group: u32) -> (usize, Range<usize>) {
+        let (page, range) = self.place(group as usize);
+        if page == self.pages.len() {
+            self.pages.push(Page::default());
+        }
+        let cells = &mut self.pages[page];
+        if cells.n.len() < range.end {
             let (a, b) = match self.op {
                 // Adding to a negative zero changes nothing, not even the sign of zero.
                 AggregateOp::Sum | AggregateOp::Avg => (Some(-0.0), Some(0.0)),
@@ -218,11 +244,11 @@ impl Partial {
                 AggregateOp::Stddev | AggregateOp::Stdvar => (Some(0.0), Some(0.0)),
                 _ => (None, None),
             };
-            self.n.resize(range.end, 0.0);
-            a.iter().for_each(|v| self.a.resize(range.end, *v));
-            b.iter().for_each(|v| self.b.resize(range.end, *v));
+            cells.n.resize(range.end, 0.0);
+            a.iter().for_each(|v| cells.a.resize(range.end, *v));
+            b.iter().for_each(|v| cells.b.resize(range.end, *v));
         }
-        range
+        (page, range)
     }
 
     /// Adds the histograms of a row whose floats were added to a group.
@@ -230,7 +256,9 @@ impl Partial {
         let start = group as usize * self.steps;
         let name = match self.op {
             AggregateOp::Count | AggregateOp::Group => {
-                return row.for_each_encoded(|step, _| self.n[start + step] += 1.0);
+                let (page, cells) = self.place(group as usize);
+                let n = &mut self.pages[page].n[cells];
+                return row.for_each_encoded(|step, _| n[step] += 1.0);
             }
             AggregateOp::Sum | AggregateOp::Avg => {
                 let metric = labels::get(row.labels, "__name__");
@@ -252,11 +280,12 @@ impl Partial {
     /// Adds the floats of a row; says which group it belongs to.
     fn add(&mut self, row: &Row<'_>) -> u32 {
         let group = self.groups.of(row.labels, row.drop_name);
-        let cells = self.cells(group);
-        let n = &mut self.n[cells.clone()];
+        let (start, (page, cells)) = (group as usize * self.steps, self.make_room(group));
+        let page = &mut self.pages[page];
+        let n = &mut page.n[cells.clone()];
         match self.op {
             AggregateOp::Sum => {
-                let (a, b) = (&mut self.a[cells.clone()], &mut self.b[cells]);
+                let (a, b) = (&mut page.a[cells.clone()], &mut page.b[cells]);
                 if row.is_dense() {
                     for (((v, a), b), n) in row.values.iter().zip(a).zip(b).zip(n) {
                         (*a, *b) = kahan_add(*v, *a, *b);
@@ -270,8 +299,7 @@ impl Partial {
                 }
             }
             AggregateOp::Avg => {
-                let start = cells.start;
-                let (a, b) = (&mut self.a[cells.clone()], &mut self.b[cells]);
+                let (a, b) = (&mut page.a[cells.clone()], &mut page.b[cells]);
                 let means = &mut self.means;
                 row.for_each(|step, v| {
                     n[step] += 1.0;
@@ -286,7 +314,7 @@ impl Partial {
                 });
             }
             AggregateOp::Min => {
-                let a = &mut self.a[cells];
+                let a = &mut page.a[cells];
                 row.for_each(|step, v| {
                     n[step] += 1.0;
                     if a[step] > v || a[step].is_nan() {
@@ -295,7 +323,7 @@ impl Partial {
                 });
             }
             AggregateOp::Max => {
-                let a = &mut self.a[cells];
+                let a = &mut page.a[cells];
                 row.for_each(|step, v| {
                     n[step] += 1.0;
                     if a[step] < v || a[step].is_nan() {
@@ -304,7 +332,7 @@ impl Partial {
                 });
             }
             AggregateOp::Stddev | AggregateOp::Stdvar => {
-                let (a, b) = (&mut self.a[cells.clone()], &mut self.b[cells]);
+                let (a, b) = (&mut page.a[cells.clone()], &mut page.b[cells]);
                 row.for_each(|step, v| {
                     n[step] += 1.0;
                     if n[step] == 1.0 {
@@ -337,88 +365,95 @@ impl Partial {
             self.groups.key.clear();
             self.groups.key.extend_from_slice(labels);
             let group = self.groups.of_key(*drop_name);
-            let cells = self.cells(group);
-            let from = i * self.steps;
+            self.make_room(group);
+            self.merge_group(group as usize, other, i);
+            if native.is_empty() {
+                continue;
+            }
             for step in 0..self.steps {
-                let (to, from) = (cells.start + step, from + step);
-                if other.n[from] > 0.0 {
-                    self.merge_cell(to, other, from);
-                }
-                if !native.is_empty()
-                    && let Some(more) = native.remove(&from)
-                {
-                    match self.native.entry(to) {
-                        Entry::Vacant(e) => {
-                            e.insert(more);
-                        }
-                        Entry::Occupied(mut e) => e.get_mut().merge(more, notes),
+                let Some(more) = native.remove(&(i * self.steps + step)) else { continue };
+                match self.native.entry(group as usize * self.steps + step) {
+                    Entry::Vacant(e) => {
+                        e.insert(more);
                     }
+                    Entry::Occupied(mut e) => e.get_mut().merge(more, notes),
                 }
             }
         }
         Ok(())
     }
 
-    fn merge_cell(&mut self, to: usize, other: &Self, from: usize) {
-        let (n, m) = (self.n[to], other.n[from]);
-        self.n[to] = n + m;
-        match self.op {
-            AggregateOp::Avg if self.means.contains_key(&to) || other.means.contains_key(&from) => {
-                let mean = |p: &Self, at: usize, n: f64| match p.means.get(&at) {
-                    Some((mean, c)) => mean + c,
-                    None if n == 0.0 => 0.0,
-                    None => p.a[at] / n + p.b[at] / n,
-                };
-                let weighted = mean(self, to, n) * (n / (n + m)) + mean(other, from, m) * (m / (n + m));
-                self.means.insert(to, (weighted, 0.0));
+    /// Adds a group of another partial to one of this.
+    fn merge_group(&mut self, to: usize, other: &Self, from: usize) {
+        let ((page, cells), (from_page, from_cells)) = (self.place(to), other.place(from));
+        let (page, more) = (&mut self.pages[page], &other.pages[from_page]);
+        for (step, (i, j)) in cells.zip(from_cells).enumerate() {
+            let (n, m) = (page.n[i], more.n[j]);
+            if m == 0.0 {
+                continue;
             }
-            AggregateOp::Sum | AggregateOp::Avg => {
-                let (sum, c) = kahan_add(other.a[from], self.a[to], self.b[to]);
-                if self.op == AggregateOp::Avg && sum.is_infinite() && n > 0.0 {
-                    let mean = |a: f64, b: f64, n: f64| a / n + b / n;
-                    let (left, right) = (mean(self.a[to], self.b[to], n), mean(other.a[from], other.b[from], m));
+            page.n[i] = n + m;
+            let (to, from) = (to * self.steps + step, from * self.steps + step);
+            match self.op {
+                AggregateOp::Avg if self.means.contains_key(&to) || other.means.contains_key(&from) => {
+                    let mean = |mean: Option<&(f64, f64)>, a: f64, b: f64, n: f64| match mean {
+                        Some((mean, c)) => mean + c,
+                        None if n == 0.0 => 0.0,
+                        None => a / n + b / n,
+                    };
+                    let left = mean(self.means.get(&to), page.a[i], page.b[i], n);
+                    let right = mean(other.means.get(&from), more.a[j], more.b[j], m);
                     self.means.insert(to, (left * (n / (n + m)) + right * (m / (n + m)), 0.0));
-                    return;
                 }
-                self.a[to] = sum;
-                self.b[to] = if sum.is_infinite() { 0.0 } else { c + other.b[from] };
-            }
-            AggregateOp::Min => {
-                let v = other.a[from];
-                if self.a[to] > v || self.a[to].is_nan() {
-                    self.a[to] = v;
+                AggregateOp::Sum | AggregateOp::Avg => {
+                    let (sum, c) = kahan_add(more.a[j], page.a[i], page.b[i]);
+                    if self.op == AggregateOp::Avg && sum.is_infinite() && n > 0.0 {
+                        let mean = |a: f64, b: f64, n: f64| a / n + b / n;
+                        let (left, right) = (mean(page.a[i], page.b[i], n), mean(more.a[j], more.b[j], m));
+                        self.means.insert(to, (left * (n / (n + m)) + right * (m / (n + m)), 0.0));
+                        continue;
+                    }
+                    page.a[i] = sum;
+                    page.b[i] = if sum.is_infinite() { 0.0 } else { c + more.b[j] };
                 }
-            }
-            AggregateOp::Max => {
-                let v = other.a[from];
-                if self.a[to] < v || self.a[to].is_nan() {
-                    self.a[to] = v;
+                AggregateOp::Min => {
+                    let v = more.a[j];
+                    if page.a[i] > v || page.a[i].is_nan() {
+                        page.a[i] = v;
+                    }
                 }
-            }
-            AggregateOp::Stddev | AggregateOp::Stdvar => {
-                if n == 0.0 {
-                    (self.a[to], self.b[to]) = (other.a[from], other.b[from]);
-                } else {
-                    let delta = other.a[from] - self.a[to];
-                    self.a[to] += delta * (m / (n + m));
-                    self.b[to] += other.b[from] + delta * delta * (n * m / (n + m));
+                AggregateOp::Max => {
+                    let v = more.a[j];
+                    if page.a[i] < v || page.a[i].is_nan() {
+                        page.a[i] = v;
+                    }
                 }
+                AggregateOp::Stddev | AggregateOp::Stdvar => {
+                    if n == 0.0 {
+                        (page.a[i], page.b[i]) = (more.a[j], more.b[j]);
+                    } else {
+                        let delta = more.a[j] - page.a[i];
+                        page.a[i] += delta * (m / (n + m));
+                        page.b[i] += more.b[j] + delta * delta * (n * m / (n + m));
+                    }
+                }
+                _ => {}
             }
-            _ => {}
         }
     }
 
-    fn value(&self, cell: usize) -> f64 {
-        let n = self.n[cell];
+    /// The value of a place in a page, which is that of a cell.
+    fn value(&self, page: &Page, at: usize, cell: usize) -> f64 {
+        let n = page.n[at];
         match self.op {
-            AggregateOp::Sum => self.a[cell] + self.b[cell],
+            AggregateOp::Sum => page.a[at] + page.b[at],
             AggregateOp::Avg => match self.means.get(&cell) {
                 Some((mean, c)) => mean + c,
-                None => self.a[cell] / n + self.b[cell] / n,
+                None => page.a[at] / n + page.b[at] / n,
             },
-            AggregateOp::Min | AggregateOp::Max => self.a[cell],
-            AggregateOp::Stdvar => self.b[cell] / n,
-            AggregateOp::Stddev => (self.b[cell] / n).sqrt(),
+            AggregateOp::Min | AggregateOp::Max => page.a[at],
+            AggregateOp::Stdvar => page.b[at] / n,
+            AggregateOp::Stddev => (page.b[at] / n).sqrt(),
             AggregateOp::Group => 1.0,
             _ => n,
         }
@@ -434,10 +469,11 @@ impl Partial {
                 out.extend_from_slice(labels);
                 *drop_name
             });
-            let start = group * self.steps;
-            for step in 0..self.steps {
-                values[step] = self.value(start + step);
-                valid[step] = self.n[start + step] > 0.0;
+            let (start, (page, cells)) = (group * self.steps, self.place(group));
+            let page = &self.pages[page];
+            for (step, at) in cells.enumerate() {
+                values[step] = self.value(page, at, start + step);
+                valid[step] = page.n[at] > 0.0;
             }
             if !native.is_empty() {
                 for step in 0..self.steps {

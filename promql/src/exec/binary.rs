@@ -238,6 +238,9 @@ struct Group<'a> {
     one: Vec<Row<'a>>,
 }
 
+/// What a group and its labels take at most times, about.
+const GROUP_BYTES: usize = 192;
+
 /// An operator between vectors.
 pub(super) async fn vectors(work: &Work) -> DfResult<Vec<RecordBatch>> {
     let Op::VectorBinary { op, bool, matching, name } = &work.op else {
@@ -259,6 +262,8 @@ pub(super) async fn vectors(work: &Work) -> DfResult<Vec<RecordBatch>> {
         })
     };
     let mut pace = work.stop.pace();
+    let rows = |blocks: &[Block]| blocks.iter().map(Block::len).sum::<usize>();
+    work.hold((rows(many) + rows(one)) * (size_of::<Row<'_>>() + GROUP_BYTES))?;
     for row in Row::all(many) {
         pace.walk(cost(0))?;
         let group = group_of(row.labels, &mut groups);

@@ -5,7 +5,7 @@ use datafusion::error::Result as DfResult;
 use engine::kernels::order_key;
 
 use super::{Work, cost, internal};
-use crate::block::{BlockBuilder, Name, Row};
+use crate::block::{BatchesBuilder, BlockBuilder, Name, Row};
 use crate::labels;
 use crate::plan::ops::Op;
 
@@ -95,7 +95,7 @@ pub(super) async fn sort(work: &Work) -> DfResult<Vec<RecordBatch>> {
             other => return Err(internal(&format!("{} does not sort", other.name()))),
         }
     }
-    let (mut builder, mut pace) = (BlockBuilder::new(work.schema.clone()), work.stop.pace());
+    let (mut builder, mut pace) = (BatchesBuilder::new(work.schema.clone()), work.stop.pace());
     for row in rows {
         pace.walk(cost(work.steps()))?;
         work.hold(work.row_bytes() + row.labels.len())?;
@@ -110,7 +110,7 @@ pub(super) async fn sort(work: &Work) -> DfResult<Vec<RecordBatch>> {
             builder.copy(&row, labels);
         }
     }
-    Ok(vec![builder.finish()?])
+    builder.finish()
 }
 
 /// Compares texts with their runs of digits as numbers.

@@ -12,7 +12,7 @@ use regex::Regex;
 
 use super::{Batches, VALUE_BYTES, Work, cost, internal, same_labels};
 use crate::QueryError;
-use crate::block::{BlockBuilder, Name, Row, rows_per_batch};
+use crate::block::{BatchesBuilder, BlockBuilder, Name, Row};
 use crate::histogram::FloatHistogram;
 use crate::labels;
 use crate::plan::ops::Op;
@@ -119,13 +119,13 @@ fn expand(template: &str, captures: &regex::Captures<'_>, out: &mut String) {
 pub(super) struct Merger {
     memory: Arc<MemoryReservation>,
     rows: HashMap<Vec<u8>, usize>,
-    builder: BlockBuilder,
+    builder: BatchesBuilder,
     buffer: Vec<u8>,
 }
 
 impl Merger {
     pub(super) fn new(work: &Work) -> Self {
-        let builder = BlockBuilder::new(work.schema.clone());
+        let builder = BatchesBuilder::new(work.schema.clone());
         Self { memory: work.memory.clone(), rows: HashMap::new(), builder, buffer: Vec::new() }
     }
 
@@ -141,7 +141,7 @@ impl Merger {
             EntryRef::Vacant(e) => {
                 // The labels are kept twice, once to find the row.
                 self.memory.try_grow(self.builder.steps() * VALUE_BYTES + 2 * self.buffer.len() + 64)?;
-                let row = self.builder.len();
+                let row = self.builder.rows();
                 let labels = &self.buffer;
                 self.builder.push(|out| {
                     out.extend_from_slice(labels);
@@ -221,10 +221,8 @@ impl Merger {
         Ok(())
     }
 
-    pub(super) fn finish(mut self) -> DfResult<Vec<RecordBatch>> {
-        let batch = self.builder.finish()?;
-        let (rows, step) = (batch.num_rows(), rows_per_batch(self.builder.steps()));
-        Ok((0..rows).step_by(step).map(|at| batch.slice(at, step.min(rows - at))).collect())
+    pub(super) fn finish(self) -> DfResult<Vec<RecordBatch>> {
+        self.builder.finish()
     }
 }
 

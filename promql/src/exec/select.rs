@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use arrow::array::{Array, AsArray, BinaryBuilder, Float64Builder, Int64Builder, ListBuilder, RecordBatch};
+use arrow::buffer::ScalarBuffer;
 use arrow::datatypes::{DataType, Field, Float64Type, SchemaRef, TimestampMillisecondType, UInt32Type};
 use datafusion::error::{DataFusionError, Result as DfResult};
 use datafusion::execution::SendableRecordBatchStream;
@@ -36,6 +37,9 @@ pub(super) fn execute(work: Work, partition: usize, labels: SeriesLabels) -> DfR
             async move {
                 let Some(mut reader) = reader else { return Ok::<_, DataFusionError>(None) };
                 loop {
+                    if let Some(ready) = reader.next()? {
+                        return Ok(Some((vec![ready], (input, Some(reader)))));
+                    }
                     match input.try_next().await? {
                         Some(batch) => {
                             if matches!(reader.sink, Sink::Runs(_)) {
@@ -43,10 +47,7 @@ pub(super) fn execute(work: Work, partition: usize, labels: SeriesLabels) -> DfR
                                 memory.try_grow(batch.num_rows() * 2 * size_of::<f64>())?;
                             }
                             notes.samples.fetch_add(batch.num_rows() as u64, Ordering::Relaxed);
-                            let ready = reader.add(&batch)?;
-                            if !ready.is_empty() {
-                                return Ok(Some((ready, (input, Some(reader)))));
-                            }
+                            reader.rows = Some(Rows::try_new(&batch)?);
                         }
                         None => return Ok(Some((reader.finish()?, (input, None)))),
                     }
@@ -77,8 +78,7 @@ fn with_histograms(work: Work, partition: usize, labels: SeriesLabels) -> DfResu
                 let (notes, memory) = (notes.clone(), memory.clone());
                 async move {
                     let Some(mut reader) = reader else { return Ok::<_, DataFusionError>(None) };
-                    let mut ready = Vec::new();
-                    while ready.is_empty() {
+                    loop {
                         let next = [floats.peek().await?, histograms.peek().await?, starts.peek().await?];
                         let Some(index) = next.into_iter().flatten().min() else {
                             return Ok(Some((reader.finish()?, ((floats, histograms, starts), None))));
@@ -94,11 +94,12 @@ fn with_histograms(work: Work, partition: usize, labels: SeriesLabels) -> DfResu
                             memory.try_grow((ts.len() + weight) * 2 * size_of::<f64>())?;
                         }
                         notes.samples.fetch_add((ts.len() + histogram_ts.len()) as u64, Ordering::Relaxed);
-                        let starts = native::starts_of(&ts, starts.take(index));
-                        let floats = Floats { ts: &ts, values: &values, starts: &starts };
-                        reader.series_of_all(index, floats, (&histogram_ts, &all), &mut ready)?;
+                        let began = native::starts_of(&ts, starts.take(index));
+                        let of_floats = Floats { ts: &ts, values: &values, starts: &began };
+                        if let Some(ready) = reader.series_of_all(index, of_floats, (&histogram_ts, &all))? {
+                            return Ok(Some((vec![ready], ((floats, histograms, starts), Some(reader)))));
+                        }
                     }
-                    Ok(Some((ready, ((floats, histograms, starts), Some(reader)))))
                 }
             });
         let batches = output.map_ok(|ready| stream::iter(ready.into_iter().map(Ok))).try_flatten();
@@ -359,10 +360,34 @@ impl Kernel {
     }
 }
 
+/// Rows of a scan.
+struct Rows {
+    series: ScalarBuffer<u32>,
+    ts: ScalarBuffer<i64>,
+    values: ScalarBuffer<f64>,
+    /// The first that was not read.
+    at: usize,
+}
+
+impl Rows {
+    fn try_new(batch: &RecordBatch) -> DfResult<Self> {
+        let wrong = || internal("a scan's batch is not (series, ts, value)");
+        let column = |i: usize| batch.columns().get(i).ok_or_else(wrong);
+        Ok(Self {
+            series: column(0)?.as_primitive_opt::<UInt32Type>().ok_or_else(wrong)?.values().clone(),
+            ts: column(1)?.as_primitive_opt::<TimestampMillisecondType>().ok_or_else(wrong)?.values().clone(),
+            values: column(2)?.as_primitive_opt::<Float64Type>().ok_or_else(wrong)?.values().clone(),
+            at: 0,
+        })
+    }
+}
+
 /// Cuts the rows of a scan into series. A series may go on in the next batch; only such are copied.
 struct Reader {
     labels: SeriesLabels,
     sink: Sink,
+    /// What of the last batch was not read: as many series as rows, whose values at all steps would be large.
+    rows: Option<Rows>,
     /// Histograms go without buckets.
     without_buckets: Option<Glimpse>,
     /// The series whose samples wait in `ts` and `values`.
@@ -455,51 +480,55 @@ impl Reader {
             }
             _ => None,
         };
-        Ok(Self { labels, sink, without_buckets, pending: None, ts: Vec::new(), values: Vec::new(), pace })
+        let (ts, values) = (Vec::new(), Vec::new());
+        Ok(Self { labels, sink, rows: None, without_buckets, pending: None, ts, values, pace })
     }
 
-    fn add(&mut self, batch: &RecordBatch) -> DfResult<Vec<RecordBatch>> {
-        let mut ready = Vec::new();
-        let wrong = || internal("a scan's batch is not (series, ts, value)");
-        let column = |i: usize| batch.columns().get(i).ok_or_else(wrong);
-        let series = column(0)?.as_primitive_opt::<UInt32Type>().ok_or_else(wrong)?.values();
-        let ts = column(1)?.as_primitive_opt::<TimestampMillisecondType>().ok_or_else(wrong)?.values();
-        let values = column(2)?.as_primitive_opt::<Float64Type>().ok_or_else(wrong)?.values();
-        let mut at = 0;
-        while at < series.len() {
-            let index = series[at];
-            let end = at + run_length(&series[at..], index);
-            if self.pending.is_some_and(|p| p != index) {
-                self.flush(&mut ready)?;
+    /// Reads rows until a block of series is full; nothing when all rows are read.
+    fn next(&mut self) -> DfResult<Option<RecordBatch>> {
+        let Some(mut rows) = self.rows.take() else { return Ok(None) };
+        while rows.at < rows.series.len() {
+            let ready = self.next_series(&mut rows)?;
+            if ready.is_some() {
+                self.rows = Some(rows);
+                return Ok(ready);
             }
-            if self.pending.is_some() || end == series.len() {
-                self.pending = Some(index);
-                self.ts.extend_from_slice(&ts[at..end]);
-                self.values.extend_from_slice(&values[at..end]);
-                if end < series.len() {
-                    self.flush(&mut ready)?;
-                }
-            } else {
-                self.series(index, &ts[at..end], &values[at..end], &mut ready)?;
-            }
-            at = end;
         }
+        Ok(None)
+    }
+
+    /// Reads the rows of one series, or finishes the one before it.
+    fn next_series(&mut self, rows: &mut Rows) -> DfResult<Option<RecordBatch>> {
+        let (at, index) = (rows.at, rows.series[rows.at]);
+        if self.pending.is_some_and(|p| p != index) {
+            return self.flush();
+        }
+        let end = at + run_length(&rows.series[at..], index);
+        rows.at = end;
+        let is_last = end == rows.series.len();
+        let (ts, values) = (&rows.ts[at..end], &rows.values[at..end]);
+        if self.pending.is_none() && !is_last {
+            return self.series(index, ts, values);
+        }
+        self.pending = Some(index);
+        self.ts.extend_from_slice(ts);
+        self.values.extend_from_slice(values);
+        if is_last { Ok(None) } else { self.flush() }
+    }
+
+    fn flush(&mut self) -> DfResult<Option<RecordBatch>> {
+        let Some(index) = self.pending.take() else { return Ok(None) };
+        let (ts, values) = (std::mem::take(&mut self.ts), std::mem::take(&mut self.values));
+        let ready = self.series(index, &ts, &values)?;
+        // Back for their capacity.
+        (self.ts, self.values) = (ts, values);
+        self.ts.clear();
+        self.values.clear();
         Ok(ready)
     }
 
-    fn flush(&mut self, ready: &mut Vec<RecordBatch>) -> DfResult<()> {
-        if let Some(index) = self.pending.take() {
-            let (ts, values) = (std::mem::take(&mut self.ts), std::mem::take(&mut self.values));
-            self.series(index, &ts, &values, ready)?;
-            // Back for their capacity.
-            (self.ts, self.values) = (ts, values);
-            self.ts.clear();
-            self.values.clear();
-        }
-        Ok(())
-    }
-
-    fn series(&mut self, index: u32, ts: &[i64], values: &[f64], ready: &mut Vec<RecordBatch>) -> DfResult<()> {
+    /// Reads a series; a block when it is full with it.
+    fn series(&mut self, index: u32, ts: &[i64], values: &[f64]) -> DfResult<Option<RecordBatch>> {
         let labels = self.labels.get(index).ok_or_else(|| internal("a scan's series is not in its set"))?;
         match &mut self.sink {
             Sink::Blocks { kernel, builder, name, counters } => {
@@ -514,22 +543,21 @@ impl Reader {
                     counters.check(labels);
                 }
                 if builder.is_full() {
-                    ready.push(builder.finish()?);
+                    return builder.finish().map(Some);
                 }
             }
             Sink::Runs(runs) => runs.add(labels, (ts, values), (&[], &[]))?,
         }
-        Ok(())
+        Ok(None)
     }
 
-    /// A series with samples of both kinds, and when its counter began.
+    /// As [`Reader::series`] with samples of both kinds, and when its counter began.
     fn series_of_all(
         &mut self,
         index: u32,
         floats: Floats<'_>,
         histograms: (&[i64], &[FloatHistogram]),
-        ready: &mut Vec<RecordBatch>,
-    ) -> DfResult<()> {
+    ) -> DfResult<Option<RecordBatch>> {
         let labels = self.labels.get(index).ok_or_else(|| internal("a scan's series is not in its set"))?;
         match &mut self.sink {
             Sink::Blocks { kernel, builder, name, counters } => {
@@ -544,21 +572,20 @@ impl Reader {
                 put_all(builder, native);
                 builder.pop_if_empty();
                 if builder.is_full() {
-                    ready.push(builder.finish()?);
+                    return builder.finish().map(Some);
                 }
             }
             Sink::Runs(runs) => runs.add(labels, (floats.ts, floats.values), histograms)?,
         }
-        Ok(())
+        Ok(None)
     }
 
     fn finish(mut self) -> DfResult<Vec<RecordBatch>> {
-        let mut ready = Vec::new();
-        self.flush(&mut ready)?;
+        let mut ready: Vec<RecordBatch> = self.flush()?.into_iter().collect();
         match self.sink {
-            Sink::Blocks { mut builder, .. } => {
+            Sink::Blocks { builder, .. } => {
                 if !builder.is_empty() {
-                    ready.push(builder.finish()?);
+                    ready.push(builder.into_batch()?);
                 }
             }
             Sink::Runs(runs) => ready.push(runs.finish()?),

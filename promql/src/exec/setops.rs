@@ -3,6 +3,7 @@
 use arrow::array::RecordBatch;
 use datafusion::error::Result as DfResult;
 use hashbrown::HashMap;
+use hashbrown::hash_map::EntryRef;
 
 use super::relabel::Merger;
 use super::{Pace, Work, cost, internal};
@@ -11,15 +12,25 @@ use crate::labels::Grouping;
 use crate::plan::ops::{Op, SetOp};
 use crate::result::Block;
 
+/// What a signature takes beside its bytes, about.
+const KEY_BYTES: usize = 96;
+
 /// For each signature, where any of its series has a value.
-fn presence(blocks: &[Block], by: &Grouping, steps: usize, pace: &mut Pace) -> DfResult<HashMap<Vec<u8>, Vec<bool>>> {
+fn presence(work: &Work, blocks: &[Block], by: &Grouping, pace: &mut Pace) -> DfResult<HashMap<Vec<u8>, Vec<bool>>> {
+    let steps = work.steps();
     let mut all: HashMap<Vec<u8>, Vec<bool>> = HashMap::new();
     let mut key = Vec::new();
     for row in Row::all(blocks) {
         pace.walk(cost(steps))?;
         key.clear();
         by.key(row.labels, &mut key);
-        let present = all.entry_ref(key.as_slice()).or_insert_with(|| vec![false; steps]);
+        let present = match all.entry_ref(key.as_slice()) {
+            EntryRef::Occupied(e) => e.into_mut(),
+            EntryRef::Vacant(e) => {
+                work.hold(steps + key.len() + KEY_BYTES)?;
+                e.insert(vec![false; steps])
+            }
+        };
         row.for_each_sample(|step| present[step] = true);
     }
     Ok(all)
@@ -57,11 +68,11 @@ pub(super) async fn execute(work: &Work) -> DfResult<Vec<RecordBatch>> {
         Ok(())
     };
     match op {
-        SetOp::And => keep(&left, &presence(&right, labels, steps, &mut looking)?, true)?,
-        SetOp::Unless => keep(&left, &presence(&right, labels, steps, &mut looking)?, false)?,
+        SetOp::And => keep(&left, &presence(work, &right, labels, &mut looking)?, true)?,
+        SetOp::Unless => keep(&left, &presence(work, &right, labels, &mut looking)?, false)?,
         SetOp::Or => {
             keep(&left, &HashMap::new(), false)?;
-            keep(&right, &presence(&left, labels, steps, &mut looking)?, false)?;
+            keep(&right, &presence(work, &left, labels, &mut looking)?, false)?;
         }
     }
     merger.finish()

@@ -11,7 +11,7 @@ use super::annotations::Annotation;
 use super::relabel::Merger;
 use super::{Pace, Work, cost, internal};
 use crate::QueryError;
-use crate::block::{BlockBuilder, Name, Row};
+use crate::block::{BatchesBuilder, Name, Row};
 use crate::histogram;
 use crate::labels::{self, Grouping};
 use crate::parse::go;
@@ -24,7 +24,13 @@ const SORT_COST: usize = 32;
 const KEPT_IN_ORDER_MAX: usize = 64;
 
 /// The rows of each group, in order of appearance.
-fn grouped<'a>(blocks: &'a [Block], by: &Grouping, pace: &mut Pace) -> DfResult<(Groups, Vec<Vec<Row<'a>>>)> {
+fn grouped<'a>(
+    work: &Work,
+    blocks: &'a [Block],
+    by: &Grouping,
+    pace: &mut Pace,
+) -> DfResult<(Groups, Vec<Vec<Row<'a>>>)> {
+    work.hold(blocks.iter().map(Block::len).sum::<usize>() * size_of::<Row<'_>>())?;
     let mut groups = Groups::new(by.clone());
     let mut members: Vec<Vec<Row<'a>>> = Vec::new();
     for row in Row::all(blocks) {
@@ -43,8 +49,8 @@ pub(super) async fn quantiles(work: &Work, by: &Grouping) -> DfResult<Vec<Record
     work.notes.check_quantile(work.place.param, &q);
     let blocks = work.blocks(0).await?;
     let mut pace = work.stop.pace();
-    let (groups, members) = grouped(&blocks, by, &mut pace)?;
-    let mut builder = BlockBuilder::new(work.schema.clone());
+    let (groups, members) = grouped(work, &blocks, by, &mut pace)?;
+    let mut builder = BatchesBuilder::new(work.schema.clone());
     let mut keys = Vec::new();
     for ((labels, drop_name), rows) in groups.labels.iter().zip(&members) {
         work.hold(work.row_bytes() + labels.len())?;
@@ -62,7 +68,7 @@ pub(super) async fn quantiles(work: &Work, by: &Grouping) -> DfResult<Vec<Record
         }
         builder.pop_if_empty();
     }
-    Ok(vec![builder.finish()?])
+    builder.finish()
 }
 
 /// `topk`, `bottomk`, `limitk` and `limit_ratio`: the series themselves, where they are chosen.
@@ -71,8 +77,8 @@ pub(super) async fn select(work: &Work, op: AggregateOp, by: &Grouping) -> DfRes
     check_params(work, op, &params)?;
     let blocks = work.blocks(0).await?;
     let mut pace = work.stop.pace();
-    let (_, members) = grouped(&blocks, by, &mut pace)?;
-    let mut builder = BlockBuilder::new(work.schema.clone());
+    let (_, members) = grouped(work, &blocks, by, &mut pace)?;
+    let mut builder = BatchesBuilder::new(work.schema.clone());
     let mut chosen: Vec<(f64, usize)> = Vec::new();
     let any_kind = matches!(op, AggregateOp::Limitk | AggregateOp::LimitRatio);
     for rows in &members {
@@ -107,7 +113,7 @@ pub(super) async fn select(work: &Work, op: AggregateOp, by: &Grouping) -> DfRes
                         let row = &rows[*row];
                         work.hold(work.row_bytes() + row.labels.len())?;
                         builder.push(|out| Name::Keep.apply(row.labels, row.drop_name, out));
-                        *e.insert(builder.len() - 1)
+                        *e.insert(builder.rows() - 1)
                     }
                 };
                 if let Some(bytes) = rows[*row].encoded(step) {
@@ -121,7 +127,7 @@ pub(super) async fn select(work: &Work, op: AggregateOp, by: &Grouping) -> DfRes
             }
         }
     }
-    Ok(vec![builder.finish()?])
+    builder.finish()
 }
 
 fn check_params(work: &Work, op: AggregateOp, params: &[f64]) -> Result<(), QueryError> {
@@ -210,7 +216,7 @@ pub(super) async fn count_values(work: &Work) -> DfResult<Vec<RecordBatch>> {
     let Op::CountValues { label, by } = &work.op else { return Err(internal("not count_values")) };
     let blocks = work.blocks(0).await?;
     let mut pace = work.stop.pace();
-    let (groups, members) = grouped(&blocks, by, &mut pace)?;
+    let (groups, members) = grouped(work, &blocks, by, &mut pace)?;
     let mut merger = Merger::new(work);
     for ((labels, drop_name), rows) in groups.labels.iter().zip(&members) {
         // NaNs of all bits are one value, as they print the same.
