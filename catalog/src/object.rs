@@ -6,6 +6,7 @@
 //! found out by [`probe`] before anything relies on it.
 
 mod cloud;
+pub mod export;
 mod local;
 
 use std::path::{Path as FsPath, PathBuf};
@@ -154,6 +155,8 @@ impl<'a> Location<'a> {
             "file" => Ok(Self::Folder(FsPath::new(rest).to_owned())),
             _ => Place::parse(scheme, rest).map_or_else(
                 || {
+                    // Options may hold what must not be shown.
+                    let text = text.split('?').next().unwrap_or_default();
                     Err(Error::invalid(format!(
                         "object store {text:?} has scheme {scheme:?}; known are file, s3, gs, az, abfs, abfss, memory, and \
                          a folder without scheme"
