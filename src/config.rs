@@ -12,10 +12,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use catalog::Secret;
-use toml::de::{DeTable, DeValue};
+use catalog::object::export::Exports;
+use toml::de::{DeArray, DeTable, DeValue};
 
 pub use reference::page;
-pub use values::{Bytes, Level, Listen, LogFormat, LogPlace, RetentionRules, Seconds, Setting, Switch};
+pub use values::{Bytes, Level, Listen, LogFormat, LogPlace, RetentionRules, Seconds, Setting, Switch, Texts};
 
 /// Declares [`Config`] and what is derived from its fields.
 macro_rules! settings {
@@ -170,6 +171,10 @@ settings! {
     retention_rules: RetentionRules = RetentionRules::default();
     /// Bytes of data files beyond which the oldest days are dropped. Zero means no limit. The newest day stays.
     retention_bytes: Bytes = Bytes(0);
+    /// Where `COPY ... TO` may write, for administrators who have logged in: absolute folders, and URLs as `object_store` takes
+    /// them, with all that is below. Credentials are those of `object_store`. `export.locations` in the file is the same. Empty
+    /// means nowhere. The data of the server must not be there.
+    export_locations: Texts = Texts::default();
     /// Threads for queries, flush and compaction. Zero means one per processor.
     cpu_threads: u64 = 0;
     /// Which log lines are written to standard error: a level (`error`, `warn`, `info`, `debug`, `trace`), or filters
@@ -216,21 +221,36 @@ impl Config {
             let line = e.span().map_or(1, |s| line_of(text, s.start));
             anyhow::anyhow!("line {line}: {}", e.message().trim_end())
         })?;
-        for (key, value) in table.get_ref() {
-            let name = key.get_ref().as_ref();
+        self.read_table(text, "", table.get_ref())
+    }
+
+    /// Reads a table of the file; the keys of one within another begin with its name.
+    fn read_table(&mut self, text: &str, prefix: &str, table: &DeTable<'_>) -> Result<()> {
+        for (key, value) in table {
+            let name = format!("{prefix}{}", key.get_ref());
             let line = line_of(text, key.span().start);
+            if let DeValue::Table(inner) = value.get_ref() {
+                self.read_table(text, &format!("{name}_"), inner)?;
+                continue;
+            }
             if !Self::fields().iter().any(|f| f.name == name) {
-                let hint = nearest(name).map(|n| format!("; did you mean {n:?}?"));
+                let hint = nearest(&name).map(|n| format!("; did you mean {n:?}?"));
                 bail!("line {line}: unknown key {name:?}{}", hint.unwrap_or_default());
             }
             let text = match value.get_ref() {
+                DeValue::Array(list) if let Some(texts) = texts(list) => {
+                    ensure!(!texts.contains(&""), "line {line}: {name} has an empty text in its list");
+                    let split = texts.iter().any(|t| t.contains(';'));
+                    ensure!(!split, "line {line}: {name} has a semicolon in a text of its list");
+                    texts.join(";")
+                }
                 DeValue::String(s) => s.to_string(),
                 DeValue::Integer(i) => i.to_string(),
                 DeValue::Float(f) => f.to_string(),
                 DeValue::Boolean(b) => b.to_string(),
                 other => bail!("line {line}: {name} is a {}, but no setting takes one", other.type_str()),
             };
-            self.set(name, &text).map_err(|e| anyhow::anyhow!("line {line}: {name}: {e}"))?;
+            self.set(&name, &text).map_err(|e| anyhow::anyhow!("line {line}: {name}: {e}"))?;
         }
         Ok(())
     }
@@ -240,11 +260,12 @@ impl Config {
         let variables: BTreeMap<String, String> = environment.into_iter().collect();
         for (variable, text) in &variables {
             let Some(name) = variable.strip_prefix(PREFIX) else { continue };
-            if OTHER_VARIABLES.contains(&variable.as_str()) || is_service_link(name, text) {
+            let name = name.to_ascii_lowercase();
+            let known = Self::fields().iter().any(|f| f.name == name);
+            if OTHER_VARIABLES.contains(&variable.as_str()) || !known && is_service_link(&name, text) {
                 continue;
             }
-            let name = name.to_ascii_lowercase();
-            if !Self::fields().iter().any(|f| f.name == name) {
+            if !known {
                 let hint = nearest(&name).map(|n| format!("; did you mean {PREFIX}{}?", n.to_ascii_uppercase()));
                 bail!("unknown environment variable {variable}{}", hint.unwrap_or_default());
             }
@@ -257,20 +278,12 @@ impl Config {
     fn check(&self) -> Result<()> {
         self.check_limits()?;
         ensure!(self.http.address().is_some(), "http must be an address: nothing works without it");
-        // Shown in many places, so that no secret may stand in it; nor is it quoted here.
-        let (scheme, rest) = self.object_store.split_once("://").unwrap_or_default();
-        let (place, options) = rest.split_once('?').unwrap_or((rest, ""));
-        let host = place.split('/').next().unwrap_or_default();
-        // Azure's form is container@account.
-        let user = host.contains('@') && (host.contains(':') || !scheme.starts_with("abfs"));
-        ensure!(
-            !user && !options.contains('@'),
-            "object_store holds a user or a password; credentials belong into the environment"
-        );
+        check_url("object_store", &self.object_store)?;
         if !self.object_store.is_empty() {
             // Options that are unknown are refused there, without their values.
             catalog::object::location(&self.object_store).context("object_store")?;
         }
+        self.check_exports()?;
         ensure!(
             !self.postgres_tls_required.0 || !self.tls_cert.is_empty(),
             "postgres_tls_required needs tls_cert and tls_key"
@@ -298,6 +311,24 @@ impl Config {
                 "postgres = {address:?} can be reached by other machines and this endpoint encrypts nothing without \
                  tls_cert; set it, listen on a loopback address such as 127.0.0.1, or accept that with --insecure"
             );
+        }
+        Ok(())
+    }
+
+    /// Nothing may be written over the server's own data.
+    fn check_exports(&self) -> Result<()> {
+        for location in &self.export_locations.0 {
+            check_url("export_locations", location)?;
+        }
+        let exports = Exports::open(&self.export_locations.0).context("export_locations")?;
+        for (name, own) in
+            [("data_dir", self.data_dir.display().to_string()), ("object_store", self.object_store_url())]
+        {
+            if let Some(location) = exports.overlapping(&own)? {
+                bail!(
+                    "export_locations: {location:?} and {name} lie within one another; give exports a place of their own"
+                );
+            }
         }
         Ok(())
     }
@@ -336,13 +367,32 @@ impl Config {
     }
 }
 
+/// Settings that are URLs are shown in many places, so that no secret may stand in one; nor is it quoted here.
+fn check_url(name: &str, url: &str) -> Result<()> {
+    let (scheme, rest) = url.split_once("://").unwrap_or_default();
+    let (place, options) = rest.split_once('?').unwrap_or((rest, ""));
+    let host = place.split('/').next().unwrap_or_default();
+    // Azure's form is container@account.
+    let user = host.contains('@') && (host.contains(':') || !scheme.starts_with("abfs"));
+    ensure!(
+        !user && !options.contains('@'),
+        "{name} holds a user or a password; credentials belong into the environment"
+    );
+    Ok(())
+}
+
+/// The texts of a list, if it has nothing else.
+fn texts<'t>(list: &'t DeArray<'_>) -> Option<Vec<&'t str>> {
+    list.iter().map(|item| item.get_ref().as_str()).collect()
+}
+
 /// Kubernetes sets `THALWEG_SERVICE_HOST`, `THALWEG_PORT=tcp://...` and the like for a service called thalweg; those
 /// aren't mistyped settings.
 fn is_service_link(name: &str, text: &str) -> bool {
-    name.contains("SERVICE_HOST")
-        || name.contains("SERVICE_PORT")
-        || name.contains("PORT_")
-        || (name.ends_with("PORT") && text.contains("://"))
+    name.contains("service_host")
+        || name.contains("service_port")
+        || name.contains("port_")
+        || (name.ends_with("port") && text.contains("://"))
 }
 
 /// The setting whose name is closest to `name`, if any is close.

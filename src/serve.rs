@@ -257,6 +257,7 @@ pub fn settings(config: &Config) -> Result<Settings> {
         query_wait_max: config.query_wait_max.duration(),
         query_memory_max: config.query_memory_max.0 as usize,
         query_series_max: config.query_series_max as usize,
+        export_locations: config.export_locations.0.clone(),
         cpu_threads: threads,
         listed: listed(config),
         ..Settings::default()

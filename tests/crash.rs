@@ -8,7 +8,7 @@
 
 mod clock;
 mod damage;
-mod disk;
+pub mod disk;
 mod disk_full;
 mod group;
 mod hostile;

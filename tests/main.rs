@@ -19,6 +19,8 @@ mod deletes;
 mod differential;
 /// DuckDB attaches the file catalog while the server runs and sees what our SQL sees.
 mod duckdb;
+/// `COPY ... TO` files and URLs, by whom and where, whole or not at all.
+mod exports;
 /// Arrow record batches to Python, through an ADBC driver and over HTTP.
 mod flight;
 /// Folders of earlier versions open and answer as they did; newer ones are refused by name.

@@ -293,10 +293,11 @@ fn what_jdbc_and_grafana_send_is_answered() {
     check(columns, "public|samples|ts|1184|timestamptz|1");
 }
 
-const PASSWORD: &str = "correct horse battery";
+/// The password of [`entry`].
+pub const PASSWORD: &str = "correct horse battery";
 
 /// The entry of a user who may read.
-fn entry() -> String {
+pub fn entry() -> String {
     let mut child = Command::new(env!("CARGO_BIN_EXE_thalweg"))
         .args(["user", "new", "--name", "alice", "--scope", "read"])
         .stdin(Stdio::piped())

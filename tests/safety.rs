@@ -80,7 +80,8 @@ fn bearer(token: &str) -> String {
     format!("Bearer {token}")
 }
 
-fn basic(user: &str, password: &str) -> String {
+/// The header of a user with a password.
+pub fn basic(user: &str, password: &str) -> String {
     use std::fmt::Write as _;
     // Base64 by hand: the tests depend on no crate for it.
     const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";

@@ -9,6 +9,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use catalog::database;
 use catalog::files::{DataFile, FileCatalog, Index, Opening, SqlIndex};
+use catalog::object::export::{Export, Exports, Target};
 use catalog::{
     Clock, Entropy, Error, FileSystem, Registry, Result, Series, TableSchema, TagHasher, TagParts, TagSet, TagValues,
 };
@@ -155,6 +156,8 @@ pub(crate) struct Inner {
     /// Held while memtables are written to files.
     pub flushing: tokio::sync::Mutex<()>,
     pub session: SessionState,
+    /// Where results may be exported to.
+    pub exports: Exports,
     /// Which queries may run.
     pub turns: Turns,
     /// The runtime for everything that takes CPU time.
@@ -187,6 +190,7 @@ impl Engine {
             .create_dir_all(&settings.data_dir)
             .map_err(|e| Error::from(e).context(format_args!("create data folder {}", settings.data_dir.display())))?;
         let reserve = Reserve::open(components.fs.clone(), &settings.data_dir, settings.reserve_bytes);
+        let exports = Exports::open(&settings.export_locations)?;
         let store = &components.store;
         catalog::object::probe(store, &settings.database).await?;
         let described = database::open(store, &settings.database, random_seed(components.entropy.as_ref())?).await?;
@@ -233,6 +237,7 @@ impl Engine {
             snapshots: Snapshots::default(),
             flushing: tokio::sync::Mutex::new(()),
             session,
+            exports,
             cpu: cpu.as_ref().map_or_else(Handle::current, |cpu| cpu.handle().clone()),
             ingest: ingest.as_ref().map_or_else(Handle::current, |ingest| ingest.handle().clone()),
             stopping: CancellationToken::new(),
@@ -465,6 +470,36 @@ impl Engine {
     /// Runs a future on the CPU runtime; it is aborted when the caller goes away.
     pub async fn run<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> T {
         on(&self.inner().cpu, work).await
+    }
+
+    /// Runs a future on the CPU runtime that tidies up behind itself: when the caller goes away the token tells it so, and
+    /// [`Engine::shutdown`] waits for it.
+    pub async fn run_to_end<T, F>(&self, work: impl FnOnce(CancellationToken) -> F) -> T
+    where
+        T: Send + 'static,
+        F: Future<Output = T> + Send + 'static,
+    {
+        let left = CancellationToken::new();
+        let _guard = left.clone().drop_guard();
+        match self.running.tasks.spawn_on(work(left), &self.inner().cpu).await {
+            Ok(value) => value,
+            Err(e) if e.is_panic() => std::panic::resume_unwind(e.into_panic()),
+            // The engine is gone, and whoever waits for it goes too.
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// Where results may be exported to.
+    pub fn exports(&self) -> &Exports {
+        &self.inner().exports
+    }
+
+    /// Begins to write an export.
+    ///
+    /// # Errors
+    /// Those of [`Target::begin`].
+    pub async fn begin_export(&self, target: &Target) -> Result<Export> {
+        target.begin(self.inner().components.entropy.as_ref()).await
     }
 
     /// Decodes a request off the network runtime; dropped when the caller goes away.

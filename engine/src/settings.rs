@@ -71,6 +71,8 @@ pub struct Settings {
     pub query_memory_max: usize,
     /// Most series that one selection may mean.
     pub query_series_max: usize,
+    /// Where results may be exported to; see [`catalog::object::export::Exports::open`].
+    pub export_locations: Vec<String>,
     /// Threads for queries, flush and compaction.
     pub cpu_threads: usize,
     /// Whether work has threads of its own. Without, all of it runs on the runtime that opens the engine, as
@@ -115,6 +117,7 @@ impl Default for Settings {
             query_wait_max: Duration::from_secs(10),
             query_memory_max: 0,
             query_series_max: 1_000_000,
+            export_locations: Vec::new(),
             cpu_threads: 2,
             own_threads: true,
             listed: Vec::new(),

@@ -92,6 +92,11 @@ impl FlightSql {
                     let schema = named(plan.schema().as_arrow(), &names);
                     Ok((plan, schema))
                 }
+                // A client may ask for the rows of a statement as often as it likes.
+                (Some(Command::CopyOut { .. }), true) => {
+                    let told = "COPY is not supported over Arrow Flight; send it over the PostgreSQL protocol or HTTP";
+                    Err(SqlError::new("0A000", told))
+                }
                 (Some(_), true) => Err(SqlError::unsupported("a statement that is no query")),
                 (Some(_), false) => Err(SqlError::unsupported("more than one statement")),
                 (None, _) => Err(SqlError::new("42601", "no statement was given")),

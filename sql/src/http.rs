@@ -3,7 +3,7 @@
 //!
 //! The answer is JSON, `{"columns":[{"name":..,"type":..}],"rows":[[..]]}`; or, when `Accept` or `format` says so, CSV, a
 //! JSON object per line, or a stream of Arrow record batches. It is streamed. An error before the first row has a status
-//! and `{"error":..,"code":SQLSTATE}` as its body; an error after it breaks the transfer off, so that a part is never taken
+//! and `{"error":..,"code":SQLSTATE}` as its body, with a `hint` where there is one; an error after it breaks the transfer off, so that a part is never taken
 //! for the whole. With `limit` there are at most so many rows, and the header `thalweg-truncated` says whether there
 //! would be more; to know that, the rows are held until they are all there. What there is to say besides, such as PromQL's
 //! annotations of `promql()`, is told in JSON alone, as `"warnings":[..]` and `"infos":[..]` behind the rows.
@@ -12,7 +12,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use access::{Caller, Routes, Scope};
-use arrow::array::{RecordBatch, RecordBatchOptions};
+use arrow::array::{ArrayRef, Int64Array, RecordBatch, RecordBatchOptions};
 use arrow::datatypes::{Schema, SchemaRef};
 use arrow::ipc::writer::StreamWriter;
 use axum::Extension;
@@ -32,6 +32,7 @@ use futures::{Stream, StreamExt, stream};
 use serde_json::{Value, json};
 
 use crate::error::{Result, SqlError};
+use crate::export;
 use crate::format::{Column, csv_field, quoted};
 use crate::pg::wire_type;
 use crate::session::{Frontend, Session};
@@ -189,8 +190,10 @@ async fn answer(
     // What a browser sends for a page may ask, as any caller may, but not do anything.
     let admin = caller.as_ref().is_some_and(|c| c.may(Scope::Admin)) && !headers.contains_key(header::ORIGIN);
     // Browsers follow a link with the credentials that they remember, and do not say for which page.
-    let writes = posted && !headers.contains_key(header::ORIGIN) && caller.as_ref().is_some_and(|c| may_write(c));
-    match respond(&frontend.session(name, admin).writing(writes), request, headers).await {
+    let posted = posted && !headers.contains_key(header::ORIGIN);
+    let may = |what: fn(&Caller) -> bool| posted && caller.as_ref().is_some_and(|c| what(c));
+    let session = frontend.session(name, admin).writing(may(may_write)).exporting(may(export::may));
+    match respond(&session, request, headers).await {
         Ok(response) => response,
         Err(e) => failed(&e),
     }
@@ -203,7 +206,11 @@ pub(crate) fn may_write(caller: &Caller) -> bool {
 
 fn failed(e: &SqlError) -> Response {
     let status = StatusCode::from_u16(e.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-    let mut response = (status, axum::Json(json!({ "error": e.message, "code": e.code }))).into_response();
+    let mut body = json!({ "error": e.message, "code": e.code });
+    if let Some(hint) = &e.hint {
+        body["hint"] = hint.as_str().into();
+    }
+    let mut response = (status, axum::Json(body)).into_response();
     if status == StatusCode::SERVICE_UNAVAILABLE {
         response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
     }
@@ -310,12 +317,17 @@ async fn run(session: &Session, text: &str, parameters: Option<Value>) -> Result
             }
             Ok((session.run(plan).await?, names))
         }
-        (Some(Command::Show(name)), true) => {
-            let batch = session.show(&name)?;
-            let schema = batch.schema();
-            let rows = stream::iter([Ok(batch)]);
-            let rows = RecordBatchStreamAdapter::new(schema, rows);
-            Ok((Box::pin(rows), Names::default()))
+        (Some(Command::Show(name)), true) => Ok(given(session.show(&name)?)),
+        (Some(Command::CopyOut { statement, names, format, to: Some(to) }), true) => {
+            session.check_export()?;
+            let mut plan = session.plan(&statement).await?;
+            if let Some(parameters) = parameters {
+                plan = with_parameters(plan, &parameters)?;
+            }
+            let rows = export::copy_to(session, plan, &names, &format, &to).await?;
+            let rows = Arc::new(Int64Array::from(vec![rows as i64])) as ArrayRef;
+            let batch = RecordBatch::try_from_iter([("rows", rows)]);
+            Ok(given(batch.map_err(datafusion::error::DataFusionError::from)?))
         }
         (Some(command @ (Command::CreateView { .. } | Command::DropView { .. })), true) => {
             session.change(&command).await?;
@@ -326,6 +338,12 @@ async fn run(session: &Session, text: &str, parameters: Option<Value>) -> Result
         (Some(_), false) => Err(SqlError::unsupported("more than one statement in a request")),
         (None, _) => Err(SqlError::new("42601", "no statement was given")),
     }
+}
+
+/// Rows that are there already.
+fn given(batch: RecordBatch) -> (SendableRecordBatchStream, Names) {
+    let schema = batch.schema();
+    (Box::pin(RecordBatchStreamAdapter::new(schema, stream::iter([Ok(batch)]))), Names::default())
 }
 
 /// A plan with the values of its parameters, which take the types that the statement gives them.

@@ -5,12 +5,14 @@
 //! [`http::routes`] answers `POST /api/v1/sql`. [`tags`] is why a predicate or a grouping on a tag costs what it does
 //! on an integer.
 //!
-//! Nothing here writes: no statement may change data, or open a file or a URL.
+//! Nothing here writes: no statement may change data, or open a file or a URL, but for `COPY ... TO` of an administrator
+//! ([`export`]).
 
 pub mod bounded;
 pub mod by_series;
 pub mod catalog_tables;
 pub mod error;
+pub mod export;
 pub mod flight;
 pub mod format;
 pub mod functions;

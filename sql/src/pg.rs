@@ -10,7 +10,7 @@
 
 mod answer;
 mod connection;
-mod copy;
+pub mod copy;
 mod cursor;
 mod frames;
 pub mod functions;

@@ -135,7 +135,8 @@ impl Frontend {
         let variables = Arc::new(Mutex::new(Variables::new(user)));
         functions::register_session(&context, &variables);
         let (asked, transaction) = (Mutex::new("".into()), Mutex::default());
-        Session { frontend: self.clone(), context, variables, caller, notices, writes: false, asked, transaction }
+        let (writes, exports) = (false, false);
+        Session { frontend: self.clone(), context, variables, caller, notices, writes, exports, asked, transaction }
     }
 }
 
@@ -149,6 +150,8 @@ pub struct Session {
     notices: Arc<Notices>,
     /// Whether views may be made and dropped.
     writes: bool,
+    /// Whether rows may be exported to files and URLs.
+    exports: bool,
     /// The text that runs next.
     asked: Mutex<Arc<str>>,
     transaction: Mutex<Transaction>,
@@ -330,6 +333,30 @@ impl Session {
             _ => {}
         }
         Ok(Some(tag))
+    }
+
+    /// The session of an administrator who has shown credentials, if `exports`.
+    #[must_use]
+    pub fn exporting(self, exports: bool) -> Self {
+        Self { exports, ..self }
+    }
+
+    /// Whether rows may be exported to files and URLs.
+    ///
+    /// # Errors
+    /// 42501.
+    pub fn check_export(&self) -> Result<()> {
+        if self.exports {
+            return Ok(());
+        }
+        let hint = "Only an administrator who has logged in may, over HTTP by POST. COPY TO STDOUT is for everybody, and so is \
+                    psql's \\copy.";
+        Err(SqlError::new("42501", "permission denied to COPY to a file or a URL").hint(hint))
+    }
+
+    /// Whose session it is.
+    pub fn caller(&self) -> &Caller {
+        &self.caller
     }
 
     /// Names the relation that may have been meant.

@@ -29,7 +29,7 @@ pub enum Command {
         /// What its columns are called.
         names: Names,
     },
-    /// `COPY ... TO STDOUT` of the rows.
+    /// `COPY ... TO` the client, a file or an URL.
     CopyOut {
         /// The query whose rows are copied.
         statement: Arc<Statement>,
@@ -37,6 +37,8 @@ pub enum Command {
         names: Names,
         /// How rows are written.
         format: CopyFormat,
+        /// The file or the URL; `None` for the client.
+        to: Option<String>,
     },
     /// `DECLARE ... CURSOR FOR` a query.
     Declare {
@@ -147,7 +149,7 @@ pub enum Rows {
 /// How `COPY` writes rows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CopyFormat {
-    /// Text, CSV or binary.
+    /// Text, CSV, binary or Parquet.
     pub kind: CopyKind,
     /// Whether the first line names the columns.
     pub header: bool,
@@ -172,6 +174,20 @@ pub enum CopyKind {
     Csv,
     /// PostgreSQL's binary format.
     Binary,
+    /// Apache Parquet, for files only.
+    Parquet,
+}
+
+impl CopyKind {
+    /// What a file or a URL is written as when nothing is said.
+    fn of(name: &str) -> Self {
+        let ending = name.rsplit_once('.').map(|(_, ending)| ending.to_ascii_lowercase());
+        match ending.as_deref() {
+            Some("csv") => Self::Csv,
+            Some("parquet") => Self::Parquet,
+            _ => Self::Text,
+        }
+    }
 }
 
 /// Columns whose values are always quoted.
@@ -594,8 +610,15 @@ fn copy(
     if !to {
         return Err(read_only("COPY FROM"));
     }
-    if !matches!(target, CopyTarget::Stdout) {
-        return Err(SqlError::new("42501", "COPY to a file or a program is not allowed; COPY TO STDOUT is"));
+    let to = match target {
+        CopyTarget::Stdout => None,
+        CopyTarget::File { filename } => Some(filename.clone()),
+        CopyTarget::Program { .. } => return Err(SqlError::new("42501", "COPY to a program is not allowed")),
+        CopyTarget::Stdin => return Err(SqlError::new("42601", "COPY TO STDIN means nothing; COPY TO STDOUT does")),
+    };
+    let format = copy_format(options, legacy, to.as_deref().map_or(CopyKind::Text, CopyKind::of))?;
+    if to.is_none() && format.kind == CopyKind::Parquet {
+        return Err(SqlError::unsupported("COPY TO STDOUT as Parquet, which is for files,"));
     }
     let (statement, names) = match source {
         CopySource::Query(query) => named(query)?,
@@ -611,11 +634,11 @@ fn copy(
             }
         }
     };
-    Ok(Command::CopyOut { statement, names, format: copy_format(options, legacy)? })
+    Ok(Command::CopyOut { statement, names, format, to })
 }
 
 /// What the options of `COPY` say, in their present form or in the older one without brackets.
-fn copy_format(options: &[CopyOption], legacy: &[CopyLegacyOption]) -> Result<CopyFormat> {
+fn copy_format(options: &[CopyOption], legacy: &[CopyLegacyOption], unsaid: CopyKind) -> Result<CopyFormat> {
     let mut options = options.to_vec();
     for option in legacy {
         match option {
@@ -641,11 +664,13 @@ fn copy_format(options: &[CopyOption], legacy: &[CopyLegacyOption]) -> Result<Co
         _ => None,
     });
     let kind = match kind.as_deref() {
-        None | Some("text") => CopyKind::Text,
+        None => unsaid,
+        Some("text") => CopyKind::Text,
         Some("csv") => CopyKind::Csv,
         Some("binary") => CopyKind::Binary,
+        Some("parquet") => CopyKind::Parquet,
         Some(other) => {
-            let message = format!("COPY format {other:?} not recognized; text, csv and binary are known");
+            let message = format!("COPY format {other:?} not recognized; text, csv, binary and parquet are known");
             return Err(SqlError::new("22023", message));
         }
     };
@@ -654,7 +679,7 @@ fn copy_format(options: &[CopyOption], legacy: &[CopyLegacyOption]) -> Result<Co
     for option in &options {
         let of_csv = matches!(option, CopyOption::Quote(_) | CopyOption::Escape(_) | CopyOption::ForceQuote(_));
         let of_text = matches!(option, CopyOption::Delimiter(_) | CopyOption::Null(_) | CopyOption::Header(_));
-        if of_csv && kind != CopyKind::Csv || of_text && kind == CopyKind::Binary {
+        if of_csv && kind != CopyKind::Csv || of_text && !matches!(kind, CopyKind::Text | CopyKind::Csv) {
             return Err(SqlError::unsupported(format!("COPY option {option} in this format")));
         }
         match option {
@@ -1090,10 +1115,19 @@ mod tests {
         assert_eq!(format("CSV HEADER"), Ok(CopyFormat { delimiter: ',', ..csv }));
         assert_eq!(format(""), Ok(CopyFormat::new(CopyKind::Text)));
         assert_eq!(format("(FORMAT binary)"), Ok(CopyFormat::new(CopyKind::Binary)));
+        let to = |name: &str| match one(&format!("COPY t TO '{name}'")) {
+            Ok(Command::CopyOut { format, to, .. }) => (format.kind, to),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(to("/a.b/c"), (CopyKind::Text, Some("/a.b/c".to_owned())));
+        assert_eq!(to("s3://b/c.CSV").0, CopyKind::Csv);
+        assert_eq!(to("/c.parquet").0, CopyKind::Parquet);
+        assert_eq!(format("(FORMAT csv)").map(|f| f.kind), Ok(CopyKind::Csv));
         let quoted = CopyFormat { quote: '~', escape: '~', null: "-".to_owned(), ..CopyFormat::new(CopyKind::Csv) };
         assert_eq!(format("(FORMAT csv, QUOTE '~', NULL '-')"), Ok(quoted));
         let check = |options: &str, expected: &str| assert_eq!(format(options).unwrap_err(), expected);
-        check("(FORMAT json)", "COPY format \"json\" not recognized; text, csv and binary are known");
+        check("(FORMAT json)", "COPY format \"json\" not recognized; text, csv, binary and parquet are known");
+        check("(FORMAT parquet)", "COPY TO STDOUT as Parquet, which is for files, is not supported");
         check("(QUOTE '-')", "COPY option QUOTE '-' in this format is not supported");
         check("(FORMAT binary, HEADER)", "COPY option HEADER in this format is not supported");
         check("(DELIMITER 'a')", "COPY delimiter cannot be 'a'");
@@ -1148,7 +1182,6 @@ mod tests {
         check("EXPLAIN DELETE FROM t", "25006");
         check("SELECT 1 INTO t", "25006");
         check("COPY t FROM STDIN", "25006");
-        check("COPY t TO '/tmp/x'", "42501");
         check("COPY (SELECT 1) TO PROGRAM 'rm'", "42501");
         check("LISTEN x", "0A000");
         check("SELEC 1", "42601");

@@ -51,6 +51,16 @@ fn values_are_read_in_their_text_form() {
         c.auth_file = "/x".to_owned();
     });
     check("log_format = \"json\"", |c| c.log_format = LogFormat::Json);
+    let exports = |c: &mut Config| {
+        c.export_locations = Texts(["/a/b", "s3://x/y?region=r"].map(str::to_owned).to_vec());
+    };
+    check("export_locations = [\"/a/b\", \"s3://x/y?region=r\"]", exports);
+    check("export_locations = \"/a/b; s3://x/y?region=r\"", exports);
+    check("export.locations = [\"/a/b\", \"s3://x/y?region=r\"]", exports);
+    check("[export]\nlocations = [\"/a/b\", \"s3://x/y?region=r\"]\n", exports);
+    check("export_locations = []", |_| {});
+    let variable = load("", &[("THALWEG_EXPORT_LOCATIONS", "/a/b")], &[]).expect("a location");
+    assert_eq!(variable.export_locations.0, ["/a/b"]);
 }
 
 #[test]
@@ -92,6 +102,23 @@ fn mistakes_are_named() {
     check("qqq = 5", &[], "line 1: unknown key \"qqq\"");
     check("http = 5", &[], "line 1: http: \"5\" is not an address");
     check("http = [1]", &[], "line 1: http is a array");
+    check("http = [\"a\", \"b\"]", &[], "line 1: http: \"a;b\" is not an address");
+    check(
+        "[export]\nlocation = []",
+        &[],
+        "line 2: unknown key \"export_location\"; did you mean \"export_locations\"?",
+    );
+    check("export_locations = [\"/a;b\"]", &[], "line 1: export_locations has a semicolon");
+    check("export_locations = [\"\"]", &[], "line 1: export_locations has an empty text");
+    check("export_locations = [1]", &[], "line 1: export_locations is a array");
+    check(
+        "export_locations = [\"x\"]",
+        &[],
+        "export_locations: export location \"x\": a folder is given as an absolute path",
+    );
+    check("data_dir = \"/a/b\"\nexport_locations = [\"/a\"]", &[], "\"/a/\" and data_dir lie within one another");
+    let bucket = "object_store = \"s3://b/x?region=r\"\nexport_locations = [\"s3://b/x/y?region=r\"]";
+    check(bucket, &[], "\"s3://b/x/y/\" and object_store lie within one another");
     check("http = \"off\"", &[], "http must be an address");
     check("http = \"0.0.0.0:7300\"", &[], "can be reached by other machines");
     check("http = \"example.org:7300\"", &[], "can be reached by other machines");
@@ -111,9 +138,16 @@ fn mistakes_are_named() {
 
 #[test]
 fn broken_files_are_not_quoted() {
-    for file in ["object_store = 's3://a:canary-5d1@b'", "object_store = 's3://b/c?sig=canary-5d1'"] {
+    for file in [
+        "object_store = 's3://a:canary-5d1@b'",
+        "object_store = 's3://b/c?sig=canary-5d1'",
+        "object_store = 'x://b/c?sig=canary-5d1'",
+        "export_locations = ['s3://a:canary-5d1@b']",
+        "export_locations = ['s3://b/c?sig=canary-5d1']",
+        "export_locations = ['x://b/c?sig=canary-5d1']",
+    ] {
         let message = format!("{:#}", load(file, &[], &[]).expect_err(file));
-        assert!(message.contains("object_store") && !message.contains("canary"), "{file:?}: {message}");
+        assert!(message.contains(&file[..12]) && !message.contains("canary"), "{file:?}: {message}");
     }
     for file in ["x = \"canary-5d1", "\ncanary-5d1 = = 1", "x = 'a'\nx = 'canary-5d1'"] {
         let message = format!("{:#}", load(file, &[], &[]).expect_err(file));

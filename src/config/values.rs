@@ -72,6 +72,22 @@ impl Setting for Secret {
     }
 }
 
+/// Several texts, of which none has a semicolon.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Texts(pub Vec<String>);
+
+impl Setting for Texts {
+    const KIND: &'static str = "list of texts; outside of the file one text, with semicolons between them";
+
+    fn parse(text: &str) -> Result<Self, String> {
+        Ok(Self(text.split(';').map(str::trim).filter(|t| !t.is_empty()).map(str::to_owned).collect()))
+    }
+
+    fn show(&self) -> String {
+        self.0.join("; ")
+    }
+}
+
 /// `true` or `false`; `on` and `off` mean the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Switch(pub bool);

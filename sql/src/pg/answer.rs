@@ -38,6 +38,7 @@ use super::copy::Writer;
 use super::cursor::{Cursor, LIFETIME};
 use super::rows;
 use crate::error::SqlError;
+use crate::export;
 use crate::session::Session;
 use crate::statement::{self, Command, Names};
 
@@ -324,6 +325,8 @@ impl Answers {
                 let schema = plan.schema().inner().clone();
                 (Some(plan), Some(schema))
             }
+            // Before anything is looked at.
+            Command::CopyOut { to: Some(_), .. } if let Err(e) = self.session.check_export() => return Err(e),
             Command::CopyOut { statement, .. }
             | Command::Declare { statement, .. }
             | Command::Prepare { statement, .. } => (Some(self.session.plan(statement).await?), None),
@@ -381,7 +384,11 @@ impl Answers {
                 }
                 Answer::Rows(response)
             }
-            Command::CopyOut { names, format, .. } => {
+            Command::CopyOut { names, format, to: Some(to), .. } => {
+                let rows = export::copy_to(&self.session, plan()?, names, format, to).await.map_err(pg_error)?;
+                Answer::Done(Tag::new("COPY").with_rows(rows))
+            }
+            Command::CopyOut { names, format, to: None, .. } => {
                 let batches = self.session.run(plan()?).await.map_err(pg_error)?;
                 let writer = Writer::new(format.clone(), &batches.schema(), names).map_err(pg_error)?;
                 Answer::Copy { batches, writer, zone }

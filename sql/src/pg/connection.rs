@@ -27,6 +27,7 @@ use super::answer::{Answers, Prepared, pg_error};
 use super::frames::Checked;
 use super::{Running, Server};
 use crate::error::SqlError;
+use crate::export;
 use crate::http::may_write;
 
 /// A client must have said who it is by then.
@@ -237,7 +238,8 @@ async fn start(server: &Server, connection: &mut Connection, startup: &Startup) 
     let caller = log_in(server, connection, &user).await?;
     connection.get_mut().trust();
     let admin = caller.as_ref().is_some_and(|c| c.may(Scope::Admin));
-    let session = server.frontend.session(&user, admin).writing(caller.as_ref().is_some_and(may_write));
+    let may = |what: fn(&Caller) -> bool| caller.as_ref().is_some_and(what);
+    let session = server.frontend.session(&user, admin).writing(may(may_write)).exporting(may(export::may));
     for (name, value) in
         startup.parameters.get("options").map(|o| options(o)).transpose().map_err(pg_error)?.unwrap_or_default()
     {
