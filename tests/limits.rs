@@ -205,7 +205,10 @@ fn a_client_that_goes_away_frees_the_processor() {
         ("/api/v1/query", vec![("query", "deriv(deriv(m[1d:1s])[1d:1s])")]),
         of_range("count_values(\"v\", m * 1.5)"),
     ];
-    for (path, pairs) in cases {
+    // After so many hundredths of a second: it reads, and then it sorts thousands of runs.
+    let sort = "SELECT n FROM generate_series(1, 20000000) AS t(n) ORDER BY md5(n::text) OFFSET 19999999";
+    let sorts = [10, 300, 600].map(|begun| ("/api/v1/sql", vec![("query", sort)], begun));
+    for (path, pairs, begun) in cases.map(|(path, pairs)| (path, pairs, 10)).into_iter().chain(sorts) {
         let idle = || {
             let before = processor_time(&server);
             std::thread::sleep(std::time::Duration::from_millis(300));
@@ -215,7 +218,7 @@ fn a_client_that_goes_away_frees_the_processor() {
         let before = processor_time(&server);
         let connection = abandoned(&server, path, &pairs);
         // It has begun to work.
-        wait_for("work", || (processor_time(&server) > before + 10).then_some(()));
+        wait_for("work", || (processor_time(&server) > before + begun).then_some(()));
         drop(connection);
         let gone = processor_time(&server);
         wait_for("the end of the work", idle);

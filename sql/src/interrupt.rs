@@ -3,7 +3,9 @@
 //! Work is dropped where it waits, but a sort, an aggregate, a window or a join may compute for minutes without waiting. The
 //! rule [`Interruptible`] therefore puts every node of a plan into a [`Watched`], which looks at the statement's [`Stop`]
 //! before each batch and takes part in the runtime's cooperative scheduling: whoever asks for input after that gets an
-//! error and ends. A nested loop looks at more rows between two batches than can be counted, so its predicate looks, too.
+//! error and ends. Where much is done between two batches the expressions that are evaluated there look, too (see
+//! [`guarded`]): the predicate of a nested loop, which looks at more rows than can be counted, and the keys of a sort, which
+//! has a task of the runtime for each run, thousands of which may stand before the one that was dropped.
 
 use std::any::Any;
 use std::fmt;
@@ -19,12 +21,13 @@ use datafusion::common::tree_node::{Transformed, TreeNode, TreeNodeRecursion};
 use datafusion::error::{DataFusionError, Result};
 use datafusion::execution::{RecordBatchStream, SendableRecordBatchStream, TaskContext};
 use datafusion::logical_expr::ColumnarValue;
-use datafusion::physical_expr::PhysicalExpr;
+use datafusion::physical_expr::{LexOrdering, PhysicalExpr, PhysicalSortExpr};
 use datafusion::physical_optimizer::PhysicalOptimizerRule;
 use datafusion::physical_plan::coop::cooperative;
 use datafusion::physical_plan::joins::utils::JoinFilter;
 use datafusion::physical_plan::joins::{NestedLoopJoinExec, NestedLoopJoinExecBuilder};
 use datafusion::physical_plan::metrics::MetricsSet;
+use datafusion::physical_plan::sorts::sort::SortExec;
 use datafusion::physical_plan::{
     ChildrenPropertiesMode, DisplayAs, DisplayFormatType, ExecutionPlan, PlanProperties, ReplaceChildrenOptions,
 };
@@ -40,18 +43,7 @@ pub struct Interruptible;
 impl PhysicalOptimizerRule for Interruptible {
     fn optimize(&self, plan: Arc<dyn ExecutionPlan>, config: &ConfigOptions) -> Result<Arc<dyn ExecutionPlan>> {
         let stop = Stop::of(config);
-        plan.transform_up(|node| {
-            let mut node = node;
-            if let Some(join) = node.downcast_ref::<NestedLoopJoinExec>()
-                && let Some(filter) = join.filter()
-            {
-                let expr = Arc::new(Interrupted { expr: filter.expression().clone(), stop: stop.clone() });
-                let filter = JoinFilter::new(expr, filter.column_indices().to_vec(), filter.schema().clone());
-                node = Arc::new(NestedLoopJoinExecBuilder::from(join).with_filter(Some(filter)).build()?);
-            }
-            Ok(Transformed::yes(Arc::new(Watched(node)) as _))
-        })
-        .map(|t| t.data)
+        plan.transform_up(|node| Ok(Transformed::yes(Arc::new(Watched::new(node, stop.clone())?) as _))).map(|t| t.data)
     }
 
     fn name(&self) -> &str {
@@ -63,38 +55,76 @@ impl PhysicalOptimizerRule for Interruptible {
     }
 }
 
-/// A node that is in all the one within, but for how its rows are given.
+/// The node that runs for another one, with expressions that fail once the statement is to stop. `None` where none are
+/// needed.
+fn guarded(node: &Arc<dyn ExecutionPlan>, stop: &Stop) -> Result<Option<Arc<dyn ExecutionPlan>>> {
+    let guard = |expr: &Arc<dyn PhysicalExpr>| -> Arc<dyn PhysicalExpr> {
+        Arc::new(Interrupted { expr: expr.clone(), stop: stop.clone() })
+    };
+    if let Some(join) = node.downcast_ref::<NestedLoopJoinExec>()
+        && let Some(filter) = join.filter()
+    {
+        let expr = guard(filter.expression());
+        let filter = JoinFilter::new(expr, filter.column_indices().to_vec(), filter.schema().clone());
+        return Ok(Some(Arc::new(NestedLoopJoinExecBuilder::from(join).with_filter(Some(filter)).build()?)));
+    }
+    // One with a limit keeps few rows and sorts them as they come.
+    if let Some(sort) = node.downcast_ref::<SortExec>()
+        && sort.fetch().is_none()
+    {
+        let keys = sort.expr().iter().map(|key| PhysicalSortExpr { expr: guard(&key.expr), options: key.options });
+        let Some(keys) = LexOrdering::new(keys) else { return Ok(None) };
+        let runs = SortExec::new(keys, sort.input().clone());
+        return Ok(Some(Arc::new(runs.with_preserve_partitioning(sort.preserve_partitioning()))));
+    }
+    Ok(None)
+}
+
+/// A node that is in all the one within, but for how its rows are made and given.
 #[derive(Debug)]
-struct Watched(Arc<dyn ExecutionPlan>);
+struct Watched {
+    /// As others see it: what holds for its rows is said with its own expressions.
+    node: Arc<dyn ExecutionPlan>,
+    /// What runs.
+    runs: Arc<dyn ExecutionPlan>,
+    stop: Stop,
+}
+
+impl Watched {
+    fn new(node: Arc<dyn ExecutionPlan>, stop: Stop) -> Result<Self> {
+        let runs = guarded(&node, &stop)?.unwrap_or_else(|| node.clone());
+        Ok(Self { node, runs, stop })
+    }
+}
 
 impl DisplayAs for Watched {
     fn fmt_as(&self, t: DisplayFormatType, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt_as(t, f)
+        self.node.fmt_as(t, f)
     }
 }
 
 impl ExecutionPlan for Watched {
     fn name(&self) -> &str {
-        self.0.name()
+        self.node.name()
     }
 
     fn downcast_delegate(&self) -> Option<&dyn ExecutionPlan> {
-        Some(self.0.as_ref())
+        Some(self.node.as_ref())
     }
 
     fn properties(&self) -> &Arc<PlanProperties> {
-        self.0.properties()
+        self.node.properties()
     }
 
     fn children(&self) -> Vec<&Arc<dyn ExecutionPlan>> {
-        self.0.children()
+        self.node.children()
     }
 
     fn apply_expressions(
         &self,
         f: &mut dyn FnMut(&Arc<dyn PhysicalExpr>) -> Result<TreeNodeRecursion>,
     ) -> Result<TreeNodeRecursion> {
-        self.0.apply_expressions(f)
+        self.node.apply_expressions(f)
     }
 
     fn replace_children(
@@ -102,7 +132,7 @@ impl ExecutionPlan for Watched {
         children: Vec<Arc<dyn ExecutionPlan>>,
         options: ReplaceChildrenOptions,
     ) -> Result<Arc<dyn ExecutionPlan>> {
-        Ok(Arc::new(Self(self.0.clone().replace_children(children, options)?)))
+        Ok(Arc::new(Self::new(self.node.clone().replace_children(children, options)?, self.stop.clone())?))
     }
 
     fn with_new_children(self: Arc<Self>, children: Vec<Arc<dyn ExecutionPlan>>) -> Result<Arc<dyn ExecutionPlan>> {
@@ -110,20 +140,20 @@ impl ExecutionPlan for Watched {
     }
 
     fn reset_state(self: Arc<Self>) -> Result<Arc<dyn ExecutionPlan>> {
-        Ok(Arc::new(Self(self.0.clone().reset_state()?)))
+        Ok(Arc::new(Self::new(self.node.clone().reset_state()?, self.stop.clone())?))
     }
 
     fn with_new_state(&self, state: Arc<dyn Any + Send + Sync>) -> Option<Arc<dyn ExecutionPlan>> {
-        Some(Arc::new(Self(self.0.with_new_state(state)?)))
+        Some(Arc::new(Self::new(self.node.with_new_state(state)?, self.stop.clone()).ok()?))
     }
 
     fn metrics(&self) -> Option<MetricsSet> {
-        self.0.metrics()
+        self.runs.metrics()
     }
 
     fn execute(&self, partition: usize, context: Arc<TaskContext>) -> Result<SendableRecordBatchStream> {
         let stop = Stop::of(context.session_config().options());
-        let rows = self.0.execute(partition, context)?;
+        let rows = self.runs.execute(partition, context)?;
         Ok(Box::pin(cooperative(WatchedRows { rows, stop, ended: false })))
     }
 }
@@ -244,5 +274,26 @@ mod tests {
         let e = rows.next().await.unwrap().unwrap_err();
         assert_eq!(engine::error_of(e).kind(), engine::ErrorKind::Canceled);
         assert!(rows.next().await.is_none());
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_sort_looks_before_each_run() {
+        let f = Fixture::new().await;
+        let sql = "SELECT n FROM generate_series(1, 1000) AS t(n) ORDER BY n % 7";
+        let plan = crate::plan(sql, &f.session).await.unwrap();
+        let query = f.engine.begin(QueryLimits { timeout: Duration::from_secs(60) }).await.unwrap();
+        let state = f.engine.session().state();
+        let plain = state.create_physical_plan(&plan).await.unwrap();
+        let mut sort = plain;
+        while sort.downcast_ref::<SortExec>().is_none() {
+            sort = sort.children()[0].clone();
+        }
+        let sorted = guarded(&sort, query.stop()).unwrap().unwrap();
+        let rows = |node: &Arc<dyn ExecutionPlan>| node.execute(0, state.task_ctx()).unwrap();
+        assert_eq!(rows(&sorted).next().await.unwrap().unwrap().num_rows(), 1000);
+        drop(query.guard());
+        assert!(rows(&sort).next().await.unwrap().is_ok(), "the sort itself does not look");
+        let e = rows(&sorted).next().await.unwrap().unwrap_err();
+        assert_eq!(engine::error_of(e).kind(), engine::ErrorKind::Canceled);
     }
 }
