@@ -2,7 +2,8 @@
 //! with a model.
 //!
 //! One thread, paused time and components of its own: [`fs`] is the disk, [`store`] the bucket, [`world`] clock, machines
-//! and processes, [`dice`] every choice. [`workload`] is what clients do, [`model`] what must come of it. [`trace`] sums up
+//! and processes, [`dice`] every choice. [`workload`] is a history, [`clients`] what is
+//! done in it, [`model`] what must come of it. [`trace`] sums up
 //! every call at a seam, so that it is seen when a seed does not repeat its history.
 //!
 //! `SIM_SEED=n` runs one history and prints its calls; `SIM_HISTORIES=n` and `SIM_FIRST=seed` run more than the gate does.
@@ -11,6 +12,7 @@
 //! parts, retention by size. Lists that are out of date by some seconds come in one history of ten: stores of today do
 //! not give such, and the engine is to bear them where it says so.
 
+mod clients;
 mod dice;
 mod fs;
 mod model;

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::Selection;
 
-/// Table (0: metric metadata), series as text, time.
+/// Table (0: metric metadata, the last number: views), series or name as text, time.
 pub(super) type Key = (u16, String, i64);
 
 /// What is seen: the bits of values, by key.
@@ -73,7 +73,7 @@ pub(super) struct Model {
     now: u64,
     ops: Vec<Op>,
     cells: BTreeMap<Key, Cell>,
-    deletes: Vec<(OpId, Vec<Selection>)>,
+    deletes: Vec<(OpId, Doomed)>,
     series: BTreeSet<String>,
 }
 
@@ -89,6 +89,22 @@ pub(super) fn selects(selection: &Selection, key: &Key) -> bool {
     selection.table.id == *table
         && (selection.start_ms..=selection.end_ms).contains(ts)
         && selection.matchers.iter().all(|m| m.matches(value(m.name())))
+}
+
+/// What a delete takes away.
+#[derive(Debug)]
+enum Doomed {
+    Selected(Vec<Selection>),
+    Key(Key),
+}
+
+impl Doomed {
+    fn means(&self, key: &Key) -> bool {
+        match self {
+            Self::Selected(selections) => selections.iter().any(|s| selects(s, key)),
+            Self::Key(doomed) => doomed == key,
+        }
+    }
 }
 
 impl Model {
@@ -123,7 +139,14 @@ impl Model {
     /// A delete is asked for.
     pub fn delete(&mut self, by: u32, selections: Vec<Selection>) -> OpId {
         let op = self.begin(by, "delete");
-        self.deletes.push((op, selections));
+        self.deletes.push((op, Doomed::Selected(selections)));
+        op
+    }
+
+    /// That one thing is dropped is asked for.
+    pub fn drop_key(&mut self, by: u32, key: Key) -> OpId {
+        let op = self.begin(by, "drop");
+        self.deletes.push((op, Doomed::Key(key)));
         op
     }
 
@@ -177,9 +200,7 @@ impl Model {
             sure: true,
         });
         let writes = cell.writes.iter().filter_map(|(op, bits)| self.word(*op, Some(*bits)));
-        let meant =
-            |(op, selections): &(OpId, Vec<Selection>)| selections.iter().any(|s| selects(s, key)).then_some(*op);
-        let deletes = self.deletes.iter().filter_map(meant).filter_map(|op| self.word(op, None));
+        let deletes = self.deletes.iter().filter(|d| d.1.means(key)).filter_map(|d| self.word(d.0, None));
         let all: Vec<Word> = base.chain(writes).chain(deletes).filter(|w| w.begun < end).collect();
         let over = |a: &Word, b: &Word| {
             b.sure && b.ended.is_some_and(|ended| ended < start) && a.ended.is_some_and(|ended| b.begun > ended)

@@ -9,7 +9,7 @@ use arrow::array::{
 use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::{DataType, Float64Type, Int64Type, TimestampMillisecondType, UInt32Type};
 use catalog::tables::{self, EXEMPLARS, HISTOGRAMS, time_type};
-use catalog::{Error, Result, TableSchema, TagSet};
+use catalog::{Error, Result, TableSchema, TagSet, View};
 use datafusion::execution::TaskContext;
 use datafusion::physical_plan::{ExecutionPlan, execute_stream};
 use futures::TryStreamExt;
@@ -114,6 +114,28 @@ fn columns(table: &TableSchema) -> (usize, Option<usize>) {
     } else {
         (2, None)
     }
+}
+
+/// The key of a view, in the place of a table's number that no table has.
+pub(super) fn view_key(name: &str) -> Key {
+    (u16::MAX, name.to_owned(), 0)
+}
+
+/// A view with a value as its definition.
+pub(super) fn view(name: &str, bits: u64) -> View {
+    View {
+        name: name.to_owned(),
+        definition: format!("{bits:x}"),
+        columns: vec![],
+        owner: String::new(),
+        created_ms: 0,
+    }
+}
+
+/// All views.
+pub(super) fn views(engine: &Engine) -> Rows {
+    let bits = |view: &View| u64::from_str_radix(&view.definition, 16).unwrap_or(u64::MAX);
+    engine.views().values().map(|v| (view_key(&v.name), bits(v))).collect()
 }
 
 /// The metadata of all metrics, as rows of table 0.
