@@ -465,6 +465,37 @@ impl Session {
         self.apply();
     }
 
+    /// How many savepoints the transaction has.
+    pub fn savepoints(&self) -> usize {
+        self.variables.lock().savepoints()
+    }
+
+    /// Makes a savepoint.
+    ///
+    /// # Errors
+    /// 54000 when there are too many.
+    pub fn savepoint(&self, name: &str) -> Result<()> {
+        self.variables.lock().savepoint(name)
+    }
+
+    /// Forgets a savepoint and those after it.
+    ///
+    /// # Errors
+    /// 3B001 when there is none of this name.
+    pub fn release(&self, name: &str) -> Result<()> {
+        self.variables.lock().release(name)
+    }
+
+    /// Takes back what was set since a savepoint.
+    ///
+    /// # Errors
+    /// 3B001 when there is none of this name.
+    pub fn roll_back_to(&self, name: &str) -> Result<()> {
+        self.variables.lock().roll_back_to(name)?;
+        self.apply();
+        Ok(())
+    }
+
     /// Sets a variable until the end of the transaction; see [`Session::set`].
     ///
     /// # Errors

@@ -19,6 +19,9 @@ use crate::error::{Result, SqlError, character};
 use crate::limits;
 use crate::pg::{functions, system};
 
+/// Longest name, as PostgreSQL has it.
+pub const NAME_BYTES_MAX: usize = 63;
+
 /// What a statement asks for.
 #[derive(Debug, Clone)]
 pub enum Command {
@@ -101,8 +104,12 @@ pub enum Command {
     Begin(&'static str, Option<String>),
     /// Ends a transaction.
     End(&'static str),
+    /// Makes a savepoint.
+    Savepoint(String),
+    /// Forgets a savepoint and those after it.
+    Release(String),
     /// Goes back to a savepoint: a failed transaction may go on.
-    RollbackTo,
+    RollbackTo(String),
     /// Forgets all that the session holds and has set.
     Discard,
     /// Forgets prepared statements, all or one.
@@ -511,9 +518,9 @@ fn command(mut statement: Statement) -> Result<Command> {
         }
         Statement::Commit { .. } => Command::End("COMMIT"),
         Statement::Rollback { savepoint: None, .. } => Command::End("ROLLBACK"),
-        Statement::Rollback { .. } => Command::RollbackTo,
-        Statement::Savepoint { .. } => Command::Done("SAVEPOINT"),
-        Statement::ReleaseSavepoint { .. } => Command::Done("RELEASE"),
+        Statement::Rollback { savepoint: Some(name), .. } => Command::RollbackTo(savepoint(name)?),
+        Statement::Savepoint { name } => Command::Savepoint(savepoint(name)?),
+        Statement::ReleaseSavepoint { name } => Command::Release(savepoint(name)?),
         Statement::Discard { object_type: DiscardObject::ALL } => Command::Discard,
         Statement::Discard { .. } => Command::Done("DISCARD"),
         // Nothing notifies anybody, so there is nothing to end.
@@ -541,6 +548,14 @@ fn command(mut statement: Statement) -> Result<Command> {
         | Statement::AlterTable { .. } => return Err(read_only(first_word(&statement))),
         other => return Err(SqlError::unsupported(format!("statement {}", first_word(other)))),
     })
+}
+
+fn savepoint(name: &Ident) -> Result<String> {
+    let name = output_case(name);
+    match name.len() {
+        ..=NAME_BYTES_MAX => Ok(name),
+        bytes => Err(SqlError::new("42622", format!("name of {bytes} bytes; {NAME_BYTES_MAX} are allowed"))),
+    }
 }
 
 fn create_view(create: &CreateView) -> Result<Command> {
@@ -1219,7 +1234,11 @@ mod tests {
         check("ABORT", "End(\"ROLLBACK\")");
         check("DISCARD ALL", "Discard");
         check("SET LOCAL lock_timeout = 1", "Set { name: \"lock_timeout\", value: Some(\"1\"), local: true }");
-        check("ROLLBACK TO SAVEPOINT a", "RollbackTo");
+        check("ROLLBACK TO SAVEPOINT A", "RollbackTo(\"a\")");
+        check("ROLLBACK TO \"A\"", "RollbackTo(\"A\")");
+        check("SAVEPOINT a", "Savepoint(\"a\")");
+        check("RELEASE SAVEPOINT a", "Release(\"a\")");
+        check("RELEASE a", "Release(\"a\")");
         check("FETCH 3 FROM c", "Fetch { cursor: \"c\", rows: Next(3), skip: false }");
         check("move forward all in C;", "Fetch { cursor: \"c\", rows: All, skip: true }");
         check("FETCH ABSOLUTE 5 FROM \"C\"", "Fetch { cursor: \"C\", rows: At(5), skip: false }");

@@ -13,6 +13,9 @@ const POSTGRES_VERSION: &str = "15.0";
 const MADE_UP_MAX: usize = 100;
 /// Most bytes of a value, and of a name that a client makes up with its value.
 const VALUE_BYTES_MAX: usize = 8192;
+/// Most savepoints of a transaction, and the bytes of the variables that differ between them.
+const SAVEPOINTS_MAX: usize = 10_000;
+const SAVED_BYTES_MAX: usize = 1 << 20;
 
 /// A known variable: its name, its default, and what may be done with it.
 struct Known {
@@ -98,12 +101,43 @@ pub struct Variables {
     before: Option<BTreeMap<String, String>>,
     /// Those that are set for the transaction alone, with the values to which its end leads back.
     local: BTreeMap<String, Option<String>>,
+    /// Of the transaction, oldest first.
+    savepoints: Vec<Savepoint>,
+}
+
+/// What a transaction may go back to.
+#[derive(Debug, Clone)]
+struct Savepoint {
+    name: String,
+    /// The same for those between which nothing was set.
+    saved: Arc<Saved>,
+}
+
+/// What variables were.
+#[derive(Debug, PartialEq, Eq)]
+struct Saved {
+    values: BTreeMap<String, String>,
+    local: BTreeMap<String, Option<String>>,
+}
+
+impl Saved {
+    fn bytes(&self) -> usize {
+        let values = self.values.iter().map(|(k, v)| k.len() + v.len());
+        let local = self.local.iter().map(|(k, v)| k.len() + v.as_ref().map_or(0, String::len));
+        values.chain(local).sum()
+    }
 }
 
 impl Variables {
     /// Defaults for a session of `user`.
     pub fn new(user: &str) -> Self {
-        Self { user: user.to_owned(), values: BTreeMap::new(), before: None, local: BTreeMap::new() }
+        Self {
+            user: user.to_owned(),
+            values: BTreeMap::new(),
+            before: None,
+            local: BTreeMap::new(),
+            savepoints: vec![],
+        }
     }
 
     /// The user.
@@ -184,6 +218,7 @@ impl Variables {
 
     /// Ends a transaction.
     pub fn end(&mut self, committed: bool) {
+        self.savepoints.clear();
         let local = std::mem::take(&mut self.local);
         match self.before.take() {
             Some(before) if !committed => self.values = before,
@@ -196,6 +231,58 @@ impl Variables {
                 }
             }
         }
+    }
+
+    /// How many savepoints the transaction has.
+    pub fn savepoints(&self) -> usize {
+        self.savepoints.len()
+    }
+
+    /// Makes a savepoint. There may be others of its name.
+    ///
+    /// # Errors
+    /// 54000 when there are too many.
+    pub fn savepoint(&mut self, name: &str) -> Result<()> {
+        let now = Saved { values: self.values.clone(), local: self.local.clone() };
+        let last = self.savepoints.last().map(|s| s.saved.clone()).filter(|saved| **saved == now);
+        let mut distinct: Vec<&Arc<Saved>> = self.savepoints.iter().map(|s| &s.saved).collect();
+        distinct.dedup_by(|a, b| Arc::ptr_eq(a, b));
+        let bytes =
+            distinct.iter().map(|s| s.bytes()).sum::<usize>() + last.as_ref().map_or_else(|| now.bytes(), |_| 0);
+        if self.savepoints.len() >= SAVEPOINTS_MAX || bytes > SAVED_BYTES_MAX {
+            let message = format!(
+                "a transaction has at most {SAVEPOINTS_MAX} savepoints, with {SAVED_BYTES_MAX} bytes of parameters"
+            );
+            return Err(SqlError::new("54000", message).hint("Release those that are not needed any more."));
+        }
+        self.savepoints.push(Savepoint { name: name.to_owned(), saved: last.unwrap_or_else(|| Arc::new(now)) });
+        Ok(())
+    }
+
+    fn find_savepoint(&self, name: &str) -> Result<usize> {
+        let missing = || SqlError::new("3B001", format!("savepoint \"{name}\" does not exist"));
+        self.savepoints.iter().rposition(|s| s.name == name).ok_or_else(missing)
+    }
+
+    /// Forgets a savepoint and those after it.
+    ///
+    /// # Errors
+    /// 3B001 when there is none of this name.
+    pub fn release(&mut self, name: &str) -> Result<()> {
+        self.savepoints.truncate(self.find_savepoint(name)?);
+        Ok(())
+    }
+
+    /// Takes back what was set since a savepoint, which stays.
+    ///
+    /// # Errors
+    /// 3B001 when there is none of this name.
+    pub fn roll_back_to(&mut self, name: &str) -> Result<()> {
+        let at = self.find_savepoint(name)?;
+        let saved = &self.savepoints[at].saved;
+        (self.values, self.local) = (saved.values.clone(), saved.local.clone());
+        self.savepoints.truncate(at + 1);
+        Ok(())
     }
 
     /// Sets a variable until the end of the transaction; outside of one that is at once.

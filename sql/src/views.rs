@@ -21,7 +21,7 @@ use engine::{Engine, Error, View};
 use crate::error::{Result, SqlError};
 use crate::limits;
 use crate::session::{Frontend, Moment, only_reads};
-use crate::statement::{self, Command, Names};
+use crate::statement::{self, Command, NAME_BYTES_MAX, Names};
 use crate::table::external;
 
 /// How deep views may refer to views.
@@ -30,8 +30,6 @@ const DEPTH_MAX: usize = 16;
 const EXPANDED_MAX: usize = 64;
 /// Most steps of a statement's plan, those within views counted: a view that joins another with itself doubles it.
 const STEPS_MAX: usize = 2000;
-/// Longest name, as PostgreSQL has it.
-const NAME_BYTES_MAX: usize = 63;
 
 tokio::task_local! {
     static EXPANDING: Expanding;

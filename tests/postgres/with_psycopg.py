@@ -116,6 +116,57 @@ with connect() as conn:
     conn.commit()
     refused(errors.InvalidCursorName, lambda: conn.execute("FETCH 1 FROM gone"))
 
+# Savepoints, and the cursors that a failure leaves.
+with connect() as conn:
+    refused(errors.InvalidSavepointSpecification, lambda: conn.execute("RELEASE SAVEPOINT none"))
+    conn.rollback()
+    fetch = lambda cursor: [int(r[0]) for r in conn.execute(f"FETCH 2 {cursor}").fetchall()]
+    declare = lambda cursor, how="": conn.execute(f"DECLARE {cursor} {how} CURSOR FOR SELECT value FROM samples ORDER BY value")
+    gone = lambda cursor: refused(errors.InvalidCursorName, lambda: fetch(cursor))
+    failure = lambda: refused(errors.UndefinedColumn, lambda: conn.execute("SELECT nothing FROM samples"))
+    declare("early")
+    assert fetch("early") == [0, 1]
+    conn.execute("SAVEPOINT a")
+    declare("scrolls", "SCROLL")
+    assert fetch("scrolls") == [0, 1] and fetch("early") == [2, 3]
+    conn.execute("SET timezone = 'Asia/Tokyo'")
+    conn.execute('SAVEPOINT "B"')
+    declare("late")
+    conn.execute("SET timezone = 'Europe/Paris'")
+    failure()
+    refused(errors.InFailedSqlTransaction, lambda: fetch("early"))
+    refused(errors.InvalidSavepointSpecification, lambda: conn.execute("ROLLBACK TO SAVEPOINT b"))
+    conn.execute('ROLLBACK TO SAVEPOINT "B"')
+    assert conn.info.parameter_status("TimeZone") == "Asia/Tokyo"
+    assert fetch("early") == [4, 5] and fetch("scrolls") == [2, 3]
+    gone("late")
+    conn.execute('ROLLBACK TO SAVEPOINT "B"')
+    declare("released")
+    conn.execute('RELEASE SAVEPOINT "B"')
+    failure()
+    conn.execute("ROLLBACK TO a")
+    assert conn.info.parameter_status("TimeZone") == "UTC" and fetch("early") == [6, 7]
+    for cursor in ["scrolls", "released"]:
+        conn.execute("SAVEPOINT c")
+        gone(cursor)
+        conn.execute("ROLLBACK TO c")
+    # Rows that a FETCH passed and did not give are not left out silently.
+    conn.execute(f"DECLARE endless CURSOR FOR {ENDLESS}")
+    conn.execute("SAVEPOINT d")
+    conn.execute("SET LOCAL statement_timeout = '200ms'")
+    refused(errors.QueryCanceled, lambda: conn.execute("FETCH 1000000000 FROM endless"))
+    conn.execute("ROLLBACK TO d")
+    gone("endless")
+    conn.execute("ROLLBACK TO d")
+    assert fetch("early") == [8, 9]
+    conn.execute("DECLARE held CURSOR WITH HOLD FOR SELECT 1")
+    conn.rollback()
+    gone("held")
+    conn.rollback()
+with connect(autocommit=True) as conn:
+    for statement in ["SAVEPOINT a", "RELEASE SAVEPOINT a", "ROLLBACK TO SAVEPOINT a"]:
+        refused(errors.NoActiveSqlTransaction, lambda: conn.execute(statement))
+
 # Back and forth.
 with connect() as conn:
     with conn.cursor(name="both", scrollable=True) as cursor:

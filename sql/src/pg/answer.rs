@@ -117,15 +117,29 @@ impl Room {
 struct Kept {
     statements: HashMap<String, usize>,
     portals: HashMap<String, usize>,
-    cursors: HashMap<String, Arc<Cursor>>,
+    cursors: HashMap<String, Open>,
     /// Statements of `PREPARE`; their bytes are among those of `statements`.
     named: HashMap<String, Command>,
+}
+
+/// An open cursor.
+#[derive(Debug, Clone)]
+struct Open {
+    cursor: Arc<Cursor>,
+    /// How many savepoints there were when it was opened, less those that were released; `None` when its transaction has
+    /// ended.
+    savepoints: Option<usize>,
 }
 
 impl Kept {
     fn cursor(&self, name: &str) -> PgWireResult<Arc<Cursor>> {
         let missing = || pg_error(SqlError::new("34000", format!("cursor {name:?} does not exist")));
-        self.cursors.get(name).cloned().ok_or_else(missing)
+        self.cursors.get(name).map(|open| open.cursor.clone()).ok_or_else(missing)
+    }
+
+    /// Forgets the cursors that were opened after more savepoints than these.
+    fn end_cursors_beyond(&mut self, savepoints: usize) {
+        self.cursors.retain(|_, open| open.savepoints.is_none_or(|s| s <= savepoints));
     }
 }
 
@@ -206,7 +220,7 @@ impl Answers {
         C::PortalStore: PortalStore<Statement = Arc<Prepared>>,
     {
         let name = key(message.name.as_deref());
-        let cursor = self.kept.lock().cursors.get(&name).cloned();
+        let cursor = self.kept.lock().cursor(&name).ok();
         match cursor.filter(|_| message.target_type == TARGET_TYPE_BYTE_PORTAL) {
             Some(cursor) => {
                 let format = if cursor.binary { Format::UnifiedBinary } else { Format::UnifiedText };
@@ -217,9 +231,13 @@ impl Answers {
         }
     }
 
-    /// Forgets cursors at the end of a transaction: all, or those that do not outlive it.
-    fn end_cursors(&self, all: bool) {
-        self.kept.lock().cursors.retain(|_, cursor| cursor.hold && !all);
+    /// Forgets the cursors that do not outlive the transaction.
+    fn end_cursors(&self, committed: bool) {
+        self.kept.lock().cursors.retain(|_, open| {
+            let outlives = open.savepoints.is_none() || (open.cursor.hold && committed);
+            open.savepoints = None;
+            outlives
+        });
     }
 
     /// Ends a series of messages of the extended protocol.
@@ -232,15 +250,18 @@ impl Answers {
         self.on_sync(client, message).await
     }
 
-    /// Forgets what a failure ends: all portals, and the cursors of the transaction. They hold on to what they ran.
+    /// Forgets what a failure ends: all portals, the cursors to whose time no savepoint leads back, and those of whose rows
+    /// some were read and not given. They hold on to what they ran.
     pub fn fail<C>(&self, client: &C)
     where
         C: ClientPortalStore,
         C::PortalStore: PortalStore<Statement = Arc<Prepared>>,
     {
         client.portal_store().clear_portals();
-        self.kept.lock().portals.clear();
-        self.end_cursors(false);
+        let mut kept = self.kept.lock();
+        kept.portals.clear();
+        let savepoints = self.session.savepoints();
+        kept.cursors.retain(|_, open| open.savepoints.is_none_or(|s| s < savepoints) && !open.cursor.is_read());
     }
 
     /// The session.
@@ -281,7 +302,7 @@ impl Answers {
     /// In the simple protocol the cursor says in which form rows are given.
     fn cursor_format(&self, command: &Command) -> Format {
         match command {
-            Command::Fetch { cursor, .. } if self.kept.lock().cursors.get(cursor).is_some_and(|c| c.binary) => {
+            Command::Fetch { cursor, .. } if self.kept.lock().cursor(cursor).is_ok_and(|c| c.binary) => {
                 Format::UnifiedBinary
             }
             _ => Format::UnifiedText,
@@ -290,7 +311,7 @@ impl Answers {
 
     /// In a failed transaction nothing but its end is answered.
     fn check_transaction<C: Client>(&self, client: &C, command: &Command) -> PgWireResult<()> {
-        let ends = matches!(command, Command::End(_) | Command::RollbackTo);
+        let ends = matches!(command, Command::End(_) | Command::RollbackTo(_));
         if client.transaction_status() == TransactionStatus::Error && !ends {
             return Err(pg_error(aborted()));
         }
@@ -333,7 +354,7 @@ impl Answers {
             Command::Show(name) => (None, Some(self.session.show(name)?.schema())),
             Command::Fetch { cursor, skip: false, .. } => {
                 // One that is not there may be when the statement runs.
-                (None, self.kept.lock().cursors.get(cursor).map(|c| c.schema.clone()))
+                (None, self.kept.lock().cursor(cursor).ok().map(|c| c.schema.clone()))
             }
             _ => (None, None),
         };
@@ -394,7 +415,8 @@ impl Answers {
                 Answer::Copy { batches, writer, zone }
             }
             Command::Declare { cursor, names, binary, hold, scroll, .. } => {
-                if !*hold && client.transaction_status() == TransactionStatus::Idle {
+                let alone = client.transaction_status() == TransactionStatus::Idle;
+                if !*hold && alone {
                     let message = "DECLARE CURSOR can only be used in transaction blocks";
                     return Err(pg_error(SqlError::new("25P01", message)));
                 }
@@ -411,7 +433,9 @@ impl Answers {
                 let batches = self.session.run_within(plan()?, lifetime).await.map_err(pg_error)?;
                 let memory = scroll.then(|| self.session.engine().memory().reserve(Kind::Queries));
                 let opened = Cursor::new(batches, names.clone(), (*binary, *hold), memory);
-                self.kept.lock().cursors.insert(cursor.clone(), Arc::new(opened));
+                let savepoints = (!alone).then(|| self.session.savepoints());
+                let opened = Open { cursor: Arc::new(opened), savepoints };
+                self.kept.lock().cursors.insert(cursor.clone(), opened);
                 Answer::Done(Tag::new("DECLARE CURSOR"))
             }
             Command::Fetch { cursor, rows, skip } => {
@@ -434,7 +458,7 @@ impl Answers {
                         self.kept.lock().cursor(name)?;
                         self.kept.lock().cursors.remove(name);
                     }
-                    None => self.end_cursors(true),
+                    None => self.kept.lock().cursors.clear(),
                 }
                 Answer::Done(Tag::new(if name.is_some() { "CLOSE CURSOR" } else { "CLOSE CURSOR ALL" }))
             }
@@ -482,7 +506,7 @@ impl Answers {
                     return Err(pg_error(SqlError::new("25001", message)));
                 }
                 self.deallocate(client, None)?;
-                self.end_cursors(true);
+                self.kept.lock().cursors.clear();
                 self.reset(client).await?;
                 Answer::Done(Tag::new("DISCARD ALL"))
             }
@@ -499,16 +523,33 @@ impl Answers {
                 let before = self.session.reported();
                 let tag = if failed { "ROLLBACK" } else { tag };
                 self.session.end(tag == "COMMIT");
-                self.end_cursors(false);
+                self.end_cursors(tag == "COMMIT");
                 self.tell_changes(client, &before).await?;
                 client.set_transaction_status(TransactionStatus::Idle);
                 Answer::Done(Tag::new(tag))
             }
-            Command::RollbackTo => {
-                if client.transaction_status() == TransactionStatus::Idle {
-                    let message = "ROLLBACK TO SAVEPOINT can only be used in transaction blocks";
-                    return Err(pg_error(SqlError::new("25P01", message)));
+            Command::Savepoint(name) => {
+                in_transaction(client, "SAVEPOINT")?;
+                self.session.savepoint(name).map_err(pg_error)?;
+                Answer::Done(Tag::new("SAVEPOINT"))
+            }
+            Command::Release(name) => {
+                in_transaction(client, "RELEASE SAVEPOINT")?;
+                self.session.release(name).map_err(pg_error)?;
+                let savepoints = self.session.savepoints();
+                for open in self.kept.lock().cursors.values_mut() {
+                    open.savepoints = open.savepoints.map(|s| s.min(savepoints));
                 }
+                Answer::Done(Tag::new("RELEASE"))
+            }
+            Command::RollbackTo(name) => {
+                in_transaction(client, "ROLLBACK TO SAVEPOINT")?;
+                let before = self.session.reported();
+                self.session.roll_back_to(name).map_err(pg_error)?;
+                // Those that were there when the savepoint was made.
+                let savepoints = self.session.savepoints();
+                self.kept.lock().end_cursors_beyond(savepoints.saturating_sub(1));
+                self.tell_changes(client, &before).await?;
                 client.set_transaction_status(TransactionStatus::Transaction);
                 Answer::Done(Tag::new("ROLLBACK"))
             }
@@ -630,6 +671,16 @@ where
         .try_flatten()
 }
 
+fn in_transaction<C: Client>(client: &C, what: &str) -> PgWireResult<()> {
+    match client.transaction_status() {
+        TransactionStatus::Idle => {
+            let message = format!("{what} can only be used in transaction blocks");
+            Err(pg_error(SqlError::new("25P01", message)))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// A text as `catalog.queries` shows it.
 fn sent(text: &str) -> Arc<str> {
     text.trim().trim_end_matches(';').into()
@@ -708,7 +759,7 @@ impl QueryParser for Answers {
         match (commands.pop(), commands.is_empty()) {
             (None, _) => Ok(None),
             (Some(command), true) => {
-                let ends = matches!(command, Command::End(_) | Command::RollbackTo);
+                let ends = matches!(command, Command::End(_) | Command::RollbackTo(_));
                 if client.transaction_status() == TransactionStatus::Error && !ends {
                     return Err(pg_error(aborted()));
                 }

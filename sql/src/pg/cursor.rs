@@ -4,6 +4,7 @@
 //! nothing is kept of what was given. One that is declared with `SCROLL` keeps what was read, on the account of memory.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use arrow::array::UInt32Array;
@@ -37,6 +38,8 @@ pub struct Cursor {
     pub hold: bool,
     left: Arc<Mutex<Left>>,
     scroll: bool,
+    /// Whether a `FETCH` has begun and did not come to its end. Rows that it passed would be missing without a word.
+    read: Arc<AtomicBool>,
 }
 
 /// What was not given yet.
@@ -178,7 +181,12 @@ impl Cursor {
         let scroll = memory.is_some();
         let read = memory.map(|memory| Read { batches: vec![], rows: 0, memory });
         let left = Arc::new(Mutex::new(Left { stream, batch: None, position: 0, read }));
-        Self { schema, names, binary, hold, left, scroll }
+        Self { schema, names, binary, hold, left, scroll, read: Arc::default() }
+    }
+
+    /// Whether rows of it are being read, or were until that failed.
+    pub fn is_read(&self) -> bool {
+        self.read.load(Ordering::Relaxed)
     }
 
     /// The asked-for rows.
@@ -187,8 +195,12 @@ impl Cursor {
     /// 55000 for rows that were passed already, of a cursor that only goes forward.
     pub async fn fetch(&self, rows: Rows) -> std::result::Result<BoxStream<'static, Result<RecordBatch>>, SqlError> {
         let mut left = self.left.clone().lock_owned().await;
+        let reading = self.read.clone();
         if self.scroll {
-            return Ok(stream::iter(left.scroll(rows).await?.into_iter().map(Ok)).boxed());
+            reading.store(true, Ordering::Relaxed);
+            let batches = left.scroll(rows).await?;
+            reading.store(false, Ordering::Relaxed);
+            return Ok(stream::iter(batches.into_iter().map(Ok)).boxed());
         }
         let backwards = || {
             let hint = "Declare it with the SCROLL option to enable backward scan.";
@@ -204,15 +216,14 @@ impl Cursor {
             },
             _ => return Err(backwards()),
         };
+        reading.store(true, Ordering::Relaxed);
         left.skip(before).await?;
-        let rows = stream::try_unfold((left, most), |(mut left, most)| async move {
-            if most == 0 {
-                return Ok(None);
-            }
-            let batch = left.next(most).await?;
+        let rows = stream::try_unfold((left, most, reading), |(mut left, most, reading)| async move {
+            let batch = if most == 0 { None } else { left.next(most).await? };
+            reading.store(batch.is_some(), Ordering::Relaxed);
             Ok(batch.map(|batch| {
                 let rest = most - batch.num_rows() as u64;
-                (batch, (left, rest))
+                (batch, (left, rest, reading))
             }))
         });
         Ok(rows.boxed())
