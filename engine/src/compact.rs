@@ -240,9 +240,9 @@ fn choose(files: &[Arc<DataFile>], over: bool, all: bool) -> Option<Vec<Arc<Data
 /// A merge that is about to begin.
 struct Inputs<'a> {
     table: &'a Arc<TableSchema>,
-    /// The first of those asked for, as many as have few enough series.
+    /// The first of those asked for, as many as have few enough series and take little enough memory to read.
     files: &'a [Arc<DataFile>],
-    /// For the keys.
+    /// For the keys, and for what is held of each file while it is read.
     _held: Reservation,
     /// Numbers for its outputs: greater than those of all deletes that it sees, less than those of all others.
     ids: VecDeque<i64>,
@@ -260,13 +260,14 @@ impl<'a> Inputs<'a> {
         let max = merged_keys_max(inner.memory.limit());
         let mut held = inner.memory.reserve(Kind::Files);
         let mut keys: Vec<Key> = Vec::new();
-        let mut taken = 0;
+        let (mut taken, mut reading) = (0, 0);
         for f in files {
-            let more = inner.segments.keys(table, f).await?;
-            if taken > 0 && keys.len() + more.len() > max {
+            let (more, bytes) = inner.segments.keys(table, f).await?;
+            reading += bytes;
+            if taken > 0 && keys.len() + more.len() > max || taken > 1 && reading > inner.memory.limit() / 8 {
                 break;
             }
-            held.force(more.len() * size_of::<Key>());
+            held.force(more.len() * (size_of::<Key>() + size_of::<u32>()) + bytes);
             keys.extend(more);
             keys.sort_unstable();
             keys.dedup();
@@ -276,10 +277,7 @@ impl<'a> Inputs<'a> {
         let (mut taken, mut start_ms) = (None, i64::MIN);
         if let Some(table) = version.table(table.id) {
             start_ms = table.floors.least();
-            if let Some(series) = named(inner, &version, table, files, &keys).await? {
-                let series = |i: usize| series.get(i).and_then(Option::as_deref);
-                taken = Taken::find(table, files, &keys, series, (start_ms, i64::MAX));
-            }
+            taken = take(inner, &version, table, files, &keys).await?;
         }
         let request = Request {
             table: table.clone(),
@@ -386,21 +384,21 @@ async fn merge(inner: &Arc<Inner>, table: &Arc<TableSchema>, files: &[Arc<DataFi
     Ok(lost)
 }
 
-/// The series of the keys of one day's files, those that a delete or a rule may name; `None` when neither concerns these
-/// files.
-async fn named(
+/// What deletes and rules take from one day's files with these keys.
+async fn take(
     inner: &Inner,
     version: &Version,
     table: &TableVersion,
     files: &[Arc<DataFile>],
     keys: &[Key],
-) -> Result<Option<Vec<Option<Arc<Series>>>>> {
+) -> Result<Option<Taken>> {
+    let least = table.floors.least();
     let deletes: Vec<_> = table.deletes.iter().filter(|t| files.iter().any(|f| t.concerns(f))).collect();
-    let expiring = files.iter().any(|f| table.floors.greatest() > f.ts_min.max(table.floors.least()));
+    let expiring = files.iter().any(|f| table.floors.greatest() > f.ts_min.max(least));
     if deletes.is_empty() && !expiring {
         return Ok(None);
     }
-    let mut out = vec![None; keys.len()];
+    let Some(mut finding) = Taken::find(table, files, keys, (least, i64::MAX)) else { return Ok(None) };
     let wanted = |metric: &str| {
         deletes.iter().any(|t| t.which.may_name(metric))
             || expiring && table.floors.rules.iter().any(|(rule, _)| rule.may_name(metric))
@@ -410,13 +408,17 @@ async fn named(
     for part in parts {
         let mut held = inner.memory.reserve(Kind::Files);
         let sets = load(inner, &part, MetricFilter::Where(&wanted), &mut held).await?;
+        let mut seen: Vec<(u32, &Series)> = Vec::new();
         for series in sets.iter().flat_map(|s| s.iter()) {
             if let Ok(i) = keys.binary_search(&Key::from(series.as_ref())) {
-                out[i] = Some(series.clone());
+                seen.push((i as u32, series));
             }
         }
+        seen.sort_unstable_by_key(|(i, _)| *i);
+        seen.dedup_by_key(|(i, _)| *i);
+        finding.see(&seen);
     }
-    Ok(Some(out))
+    Ok(finding.end())
 }
 
 /// What a file was looked at for and found to hold no row of.
@@ -583,7 +585,7 @@ async fn codes(inner: &Inner, version: &Version, day: i32) -> Result<HashSet<i64
     let mut out = HashSet::default();
     for table in &version.tables {
         for file in table.files.iter().filter(|f| f.day == day) {
-            out.extend(inner.segments.keys(&table.schema, file).await?.into_iter().map(|k| k.series));
+            out.extend(inner.segments.keys(&table.schema, file).await?.0.into_iter().map(|k| k.series));
         }
     }
     Ok(out)

@@ -1,10 +1,10 @@
 //! What deletes and retention take out of the rows that a scan or a merge reads.
 //!
 //! Matchers are resolved once per scan or merge, to positions in its sorted keys; what comes out is a list of times for
-//! each position, by which whole files, runs and ranges of rows are left out. No row is compared with a text, and
+//! each class of positions, by which whole files, runs and ranges of rows are left out. No row is compared with a text, and
 //! nothing here runs when there is no delete and nothing has expired.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -41,14 +41,20 @@ impl Predicate {
         self.matchers.iter().all(|m| m.name() != METRIC_NAME || m.matches(metric))
     }
 
-    /// The positions of `keys`, ascending, whose series match; `series` gives the series of a position.
-    fn pick<'a>(&self, keys: &[Key], series: &impl Fn(usize) -> Option<&'a Series>) -> Vec<u32> {
+    /// The positions of those that match of some series with their positions in `keys`, ascending.
+    fn pick(&self, keys: &[Key], seen: &[(u32, &Series)]) -> Vec<u32> {
+        let at = |metric: i64, or_equal: bool| {
+            seen.partition_point(|(i, _)| {
+                let of = keys[*i as usize].metric;
+                of < metric || or_equal && of == metric
+            })
+        };
         let range = match self.metric {
-            Some(metric) => keys.partition_point(|k| k.metric < metric)..keys.partition_point(|k| k.metric <= metric),
-            None => 0..keys.len(),
+            Some(metric) => at(metric, false)..at(metric, true),
+            None => 0..seen.len(),
         };
         let mut filter = Filter::new(self.matchers.iter());
-        range.filter(|i| series(*i).is_some_and(|s| filter.matches(&s.tags))).map(|i| i as u32).collect()
+        seen[range].iter().filter(|(_, s)| filter.matches(&s.tags)).map(|(i, _)| *i).collect()
     }
 }
 
@@ -86,57 +92,72 @@ impl Floors {
     pub fn passed(&self, ts_ms: i64) -> u64 {
         self.all().enumerate().filter(|(_, floor)| *floor > ts_ms).fold(0, |bits, (i, _)| bits | 1 << i.min(63))
     }
+}
 
-    /// Positions of series whose floor is later than `start_ms`, with the floor.
-    fn expired<'a>(
-        &self,
-        keys: &[Key],
-        series: &impl Fn(usize) -> Option<&'a Series>,
-        start_ms: i64,
-    ) -> Vec<(Vec<u32>, i64)> {
-        if self.greatest() <= start_ms {
-            return vec![];
+/// The series of a scan by what is taken out of them: those that the same deletes and rules name are of one class, and
+/// what there is to know of times is kept once for all of them.
+#[derive(Debug)]
+struct Classes {
+    /// The class of each series.
+    of: Vec<u32>,
+    /// Of each class what names its series.
+    parts: Vec<Vec<u32>>,
+    /// How many series each class has.
+    sizes: Vec<usize>,
+}
+
+impl Classes {
+    fn new(series: usize) -> Self {
+        Self { of: vec![0; series], parts: vec![vec![]], sizes: vec![series] }
+    }
+
+    /// Notes that a part names these series.
+    fn name(&mut self, part: u32, picked: &[u32]) {
+        let mut named: BTreeMap<u32, usize> = BTreeMap::new();
+        for i in picked {
+            *named.entry(self.of[*i as usize]).or_default() += 1;
         }
-        let mut free = vec![true; keys.len()];
-        let mut out = Vec::new();
-        for (rule, floor) in &self.rules {
-            let mut picked = rule.pick(keys, series);
-            picked.retain(|i| std::mem::take(&mut free[*i as usize]));
-            out.push((picked, *floor));
+        let mut becomes: BTreeMap<u32, u32> = BTreeMap::new();
+        for (class, n) in named {
+            let at = class as usize;
+            if n == self.sizes[at] {
+                self.parts[at].push(part);
+                continue;
+            }
+            becomes.insert(class, self.parts.len() as u32);
+            self.parts.push([&self.parts[at][..], &[part]].concat());
+            self.sizes[at] -= n;
+            self.sizes.push(n);
         }
-        out.push(((0..keys.len() as u32).filter(|i| free[*i as usize]).collect(), self.default_ms));
-        out.retain(|(picked, floor)| *floor > start_ms && !picked.is_empty());
-        out
+        if !becomes.is_empty() {
+            for i in picked {
+                let class = &mut self.of[*i as usize];
+                *class = becomes.get(class).copied().unwrap_or(*class);
+            }
+        }
     }
 }
 
 /// Closed ranges of time that are left out, for each series of a scan.
 #[derive(Debug)]
 pub(crate) struct Cuts {
-    /// Where the ranges of each series begin; one more at the end.
+    classes: Arc<Classes>,
+    /// Where the ranges of each class begin; one more at the end.
     first: Vec<u32>,
-    /// Of each series in order, apart from each other.
+    /// Of each class in order, apart from each other.
     ranges: Vec<(i64, i64)>,
 }
 
 impl Cuts {
-    /// Cuts of `series` series: positions with the range, inclusive, that each of them loses. `None` when nothing is
-    /// lost.
-    fn new(series: usize, parts: &[(&[u32], i64, i64)]) -> Option<Self> {
-        let mut all: Vec<(u32, i64, i64)> = Vec::new();
-        for (picked, start, end) in parts.iter().filter(|p| p.1 <= p.2) {
-            all.extend(picked.iter().map(|i| (*i, *start, *end)));
-        }
-        if all.is_empty() {
-            return None;
-        }
-        all.sort_unstable();
-        let mut out = Self { first: Vec::with_capacity(series + 1), ranges: Vec::with_capacity(all.len()) };
-        let mut all = all.into_iter().peekable();
-        for i in 0..series as u32 {
-            out.first.push(out.ranges.len() as u32);
+    /// What series lose when each part takes a range, inclusive, or nothing. `None` when nothing is lost.
+    fn new(classes: &Arc<Classes>, range: impl Fn(u32) -> Option<(i64, i64)>) -> Option<Self> {
+        let mut out = Self { classes: classes.clone(), first: Vec::new(), ranges: Vec::new() };
+        for parts in &classes.parts {
             let begun = out.ranges.len();
-            while let Some((_, start, end)) = all.next_if(|(at, ..)| *at == i) {
+            out.first.push(begun as u32);
+            let mut own: Vec<_> = parts.iter().filter_map(|p| range(*p)).filter(|r| r.0 <= r.1).collect();
+            own.sort_unstable();
+            for (start, end) in own {
                 match out.ranges[begun..].last_mut() {
                     Some(last) if start <= last.1.saturating_add(1) => last.1 = last.1.max(end),
                     _ => out.ranges.push((start, end)),
@@ -144,16 +165,20 @@ impl Cuts {
             }
         }
         out.first.push(out.ranges.len() as u32);
-        Some(out)
+        (!out.ranges.is_empty()).then_some(out)
     }
 
     fn of(&self, series: usize) -> &[(i64, i64)] {
-        &self.ranges[self.first[series] as usize..self.first[series + 1] as usize]
+        self.of_class(self.classes.of[series] as usize)
+    }
+
+    fn of_class(&self, class: usize) -> &[(i64, i64)] {
+        &self.ranges[self.first[class] as usize..self.first[class + 1] as usize]
     }
 
     /// Whether nothing of a series is left between two times, inclusive.
     pub fn cover(&self, series: usize, first_ms: i64, last_ms: i64) -> bool {
-        self.of(series).iter().any(|r| r.0 <= first_ms && r.1 >= last_ms)
+        covers(self.of(series), first_ms, last_ms)
     }
 
     /// Whether a series loses anything between two times, inclusive.
@@ -163,7 +188,7 @@ impl Cuts {
 
     /// Whether nothing of any series is left between two times, inclusive.
     pub fn cover_all(&self, first_ms: i64, last_ms: i64) -> bool {
-        (0..self.first.len() - 1).all(|i| self.cover(i, first_ms, last_ms))
+        (0..self.classes.parts.len()).all(|class| covers(self.of_class(class), first_ms, last_ms))
     }
 
     /// Calls `each` with the parts of `rows` that are left of a series, in order; `ts` are the times of all rows.
@@ -206,55 +231,104 @@ impl Cuts {
     }
 }
 
+fn covers(ranges: &[(i64, i64)], first_ms: i64, last_ms: i64) -> bool {
+    ranges.iter().any(|r| r.0 <= first_ms && r.1 >= last_ms)
+}
+
 /// What is taken out of the sources of one scan or merge.
 #[derive(Debug)]
 pub(crate) struct Taken {
-    series: usize,
-    /// Oldest first.
-    deletes: Vec<(Arc<Tombstone>, Vec<u32>)>,
-    /// Series with the first time that is kept of them.
-    expired: Vec<(Vec<u32>, i64)>,
+    /// Oldest first: the first parts of the classes.
+    deletes: Vec<Arc<Tombstone>>,
+    /// How many of them name a series.
+    named: usize,
+    /// The first times that are kept, by the rules of retention and then by default: the parts after those.
+    floors: Vec<i64>,
+    classes: Arc<Classes>,
     /// By the deletes that concern a source, as positions in `deletes`.
     made: HashMap<Vec<usize>, Option<Arc<Cuts>>>,
 }
 
-impl Taken {
-    /// What deletes and retention take from series of a table between two times, inclusive, when `files` are read;
-    /// `series` gives the series of a position in `keys`, where one is known. `None` when that is nothing.
-    pub fn find<'a>(
-        table: &TableVersion,
-        files: &[Arc<DataFile>],
-        keys: &[Key],
-        series: impl Fn(usize) -> Option<&'a Series>,
-        (start_ms, end_ms): (i64, i64),
-    ) -> Option<Self> {
-        let relevant = |t: &Arc<Tombstone>| {
-            t.delete.start_ms <= end_ms && t.delete.end_ms >= start_ms && files.iter().any(|f| t.concerns(f))
-        };
-        let deletes: Vec<_> = table
-            .deletes
-            .iter()
-            .filter(|t| relevant(t))
-            .map(|t| (t.clone(), t.which.pick(keys, &series)))
-            .filter(|(_, picked)| !picked.is_empty())
-            .collect();
-        let expired = table.floors.expired(keys, &series, start_ms);
-        (!deletes.is_empty() || !expired.is_empty()).then(|| Self {
-            series: keys.len(),
-            deletes,
-            expired,
+/// What finds out what is taken, by being shown the series.
+pub(crate) struct Finding<'a> {
+    table: &'a TableVersion,
+    keys: &'a [Key],
+    start_ms: i64,
+    /// With whether they name a series that was seen.
+    deletes: Vec<(Arc<Tombstone>, bool)>,
+    /// Which series no rule of retention names; empty when nothing has expired.
+    free: Vec<bool>,
+    classes: Classes,
+}
+
+impl Finding<'_> {
+    /// Shows some series with their positions in the keys, ascending. A series may be shown again.
+    pub fn see(&mut self, seen: &[(u32, &Series)]) {
+        for (part, (tombstone, names)) in self.deletes.iter_mut().enumerate() {
+            let picked = tombstone.which.pick(self.keys, seen);
+            *names |= !picked.is_empty();
+            self.classes.name(part as u32, &picked);
+        }
+        if self.free.is_empty() {
+            return;
+        }
+        // A series follows the first rule that names it, whatever part of the catalog it is in.
+        let mut ruled: Vec<(u32, &Series)> = seen.iter().filter(|(i, _)| self.free[*i as usize]).copied().collect();
+        for (rule, (which, floor)) in self.table.floors.rules.iter().enumerate() {
+            let picked = which.pick(self.keys, &ruled);
+            picked.iter().for_each(|i| self.free[*i as usize] = false);
+            ruled.retain(|(i, _)| self.free[*i as usize]);
+            if *floor > self.start_ms {
+                self.classes.name((self.deletes.len() + rule) as u32, &picked);
+            }
+        }
+    }
+
+    /// What is taken of all that was seen, and by the default of retention also of what was not.
+    pub fn end(mut self) -> Option<Taken> {
+        let Floors { default_ms, rules } = self.table.floors.as_ref();
+        if *default_ms > self.start_ms {
+            let picked: Vec<u32> = (0..self.free.len() as u32).filter(|i| self.free[*i as usize]).collect();
+            self.classes.name((self.deletes.len() + rules.len()) as u32, &picked);
+        }
+        let named = self.deletes.iter().filter(|d| d.1).count();
+        self.classes.parts.iter().any(|parts| !parts.is_empty()).then(|| Taken {
+            deletes: self.deletes.into_iter().map(|d| d.0).collect(),
+            named,
+            floors: self.table.floors.all().collect(),
+            classes: Arc::new(self.classes),
             made: HashMap::new(),
         })
+    }
+}
+
+impl Taken {
+    /// Finds what deletes and retention take from series of a table between two times, inclusive, when `files` are read.
+    /// `None` when that is nothing.
+    pub fn find<'a>(
+        table: &'a TableVersion,
+        files: &[Arc<DataFile>],
+        keys: &'a [Key],
+        (start_ms, end_ms): (i64, i64),
+    ) -> Option<Finding<'a>> {
+        let relevant = |t: &&Arc<Tombstone>| {
+            t.delete.start_ms <= end_ms && t.delete.end_ms >= start_ms && files.iter().any(|f| t.concerns(f))
+        };
+        let deletes: Vec<_> = table.deletes.iter().filter(relevant).map(|t| (t.clone(), false)).collect();
+        let expired = table.floors.greatest() > start_ms;
+        let free = vec![true; if expired { keys.len() } else { 0 }];
+        let classes = || Classes::new(keys.len());
+        (expired || !deletes.is_empty()).then(|| Finding { table, keys, start_ms, deletes, free, classes: classes() })
     }
 
     /// How many deletes take part.
     pub fn deletes(&self) -> usize {
-        self.deletes.len()
+        self.named
     }
 
     /// What is taken out of a file.
     pub fn of_file(&mut self, file: &DataFile) -> Option<Arc<Cuts>> {
-        self.of((0..self.deletes.len()).filter(|i| self.deletes[*i].0.concerns(file)).collect())
+        self.of((0..self.deletes.len()).filter(|i| self.deletes[*i].concerns(file)).collect())
     }
 
     /// What is taken out of rows in memory: those were written after every delete.
@@ -263,15 +337,16 @@ impl Taken {
     }
 
     fn of(&mut self, deletes: Vec<usize>) -> Option<Arc<Cuts>> {
-        let Self { series, deletes: all, expired, made } = self;
+        let Self { deletes: all, floors, classes, made, .. } = self;
         made.entry(deletes)
             .or_insert_with_key(|deletes| {
-                let deletes = deletes.iter().map(|i| {
-                    let (tombstone, picked) = &all[*i];
-                    (&picked[..], tombstone.delete.start_ms, tombstone.delete.end_ms)
-                });
-                let expired = expired.iter().map(|(picked, floor)| (&picked[..], i64::MIN, floor.saturating_sub(1)));
-                Cuts::new(*series, &deletes.chain(expired).collect::<Vec<_>>()).map(Arc::new)
+                let range = |part: u32| match all.get(part as usize) {
+                    Some(t) => {
+                        deletes.binary_search(&(part as usize)).is_ok().then_some((t.delete.start_ms, t.delete.end_ms))
+                    }
+                    None => floors.get(part as usize - all.len()).map(|floor| (i64::MIN, floor.saturating_sub(1))),
+                };
+                Cuts::new(classes, range).map(Arc::new)
             })
             .clone()
     }
@@ -283,10 +358,31 @@ mod tests {
 
     use super::*;
 
+    fn cuts(series: usize, parts: &[(&[u32], i64, i64)]) -> Option<Cuts> {
+        let mut classes = Classes::new(series);
+        parts.iter().enumerate().for_each(|(i, part)| classes.name(i as u32, part.0));
+        let sizes: Vec<usize> =
+            (0..classes.parts.len() as u32).map(|class| classes.of.iter().filter(|c| **c == class).count()).collect();
+        assert_eq!(classes.sizes, sizes, "a class is never empty");
+        assert!(series == 0 || !sizes.contains(&0));
+        Cuts::new(&Arc::new(classes), |p| Some((parts[p as usize].1, parts[p as usize].2)))
+    }
+
+    #[test]
+    fn series_with_the_same_deletes_are_one_class() {
+        let mut classes = Classes::new(5);
+        classes.name(0, &[0, 1, 2, 3, 4]);
+        classes.name(1, &[1, 3]);
+        classes.name(2, &[1, 3, 4]);
+        classes.name(3, &[0, 2]);
+        assert_eq!(classes.parts, [vec![0, 3], vec![0, 1, 2], vec![0, 2]]);
+        assert_eq!(classes.of, [0, 1, 0, 1, 2]);
+    }
+
     #[test]
     fn ranges_join() {
         let check = |parts: &[(&[u32], i64, i64)], expected: &[&[(i64, i64)]]| {
-            let cuts = Cuts::new(3, parts);
+            let cuts = cuts(3, parts);
             let all: Vec<Vec<(i64, i64)>> =
                 (0..3).map(|i| cuts.as_ref().map_or(vec![], |c| c.of(i).to_vec())).collect();
             assert_eq!(all, expected.iter().map(|r| r.to_vec()).collect::<Vec<_>>(), "{parts:?}");
@@ -310,7 +406,7 @@ mod tests {
             let ts: Vec<i64> = ts.into_iter().collect();
             let from = from.min(ts.len());
             let borrowed: Vec<(&[u32], i64, i64)> = picked.iter().map(|p| (&p.0[..], p.1, p.2)).collect();
-            let cuts = Cuts::new(4, &borrowed);
+            let cuts = cuts(4, &borrowed);
             for series in 0..4u32 {
                 let gone = |t: i64| picked.iter().any(|(set, a, b)| set.contains(&series) && (*a..=*b).contains(&t));
                 let expected: Vec<usize> = (from..ts.len()).filter(|i| !gone(ts[*i])).collect();

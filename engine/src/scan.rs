@@ -74,8 +74,11 @@ impl SeriesScanExec {
                 table.files.iter().filter(|f| overlaps(f, &set, *metrics.start(), *metrics.end())).cloned().collect();
             found.sort_by_key(|f| (f.seq_max, f.id));
             let (start, end) = (set.start_ms, set.end_ms);
-            let series = |i: usize| set.series.get(i).map(AsRef::as_ref);
-            let mut taken = Taken::find(table, &found, &set.keys, series, (start, end));
+            let mut taken = Taken::find(table, &found, &set.keys, (start, end)).and_then(|mut finding| {
+                let seen: Vec<_> = set.series.iter().enumerate().map(|(i, s)| (i as u32, s.as_ref())).collect();
+                finding.see(&seen);
+                finding.end()
+            });
             if let Some(taken) = &mut taken {
                 memory_cuts = taken.of_memory();
                 deletes = taken.deletes();

@@ -27,6 +27,9 @@ const FORMAT_VERSION: u32 = 1;
 /// Rows of a row group: what a reader indexes and fetches as one.
 const GROUP_ROWS: usize = 1 << 20;
 
+/// Series of a row group, about: an index of one has some 90 bytes for each, and a merge holds one of each file.
+const GROUP_SERIES: usize = 64 << 10;
+
 /// Rows of a page. Smaller pages cost headers and dictionary restarts (0.08 bytes a sample from 100k down to 20k rows),
 /// larger ones make a single series dearer to read.
 const PAGE_ROWS: usize = 32 << 10;

@@ -299,17 +299,20 @@ impl Segments {
         Ok(index)
     }
 
-    /// The distinct keys of a file, ascending.
-    pub async fn keys(&self, table: &TableSchema, file: &DataFile) -> Result<Vec<Key>> {
+    /// The distinct keys of a file, ascending, and the bytes that are held while all of its rows are read, about.
+    pub async fn keys(&self, table: &TableSchema, file: &DataFile) -> Result<(Vec<Key>, usize)> {
         let work = async {
             let footer = self.footer(table, file).await?;
             let mut keys: Vec<Key> = Vec::new();
-            for group in 0..footer.manifest.groups.len() {
+            let mut held = 0;
+            for (group, meta) in footer.meta.metadata().row_groups().iter().enumerate() {
                 let index = self.index(table, file, &footer, group, None).await?;
+                let pieces = index.runs.len() * size_of::<Piece>();
+                held = held.max(index.bytes() + pieces + meta.compressed_size().max(0) as usize);
                 let again = usize::from(keys.last().is_some_and(|k| Some(k) == index.keys.first()));
                 keys.extend_from_slice(&index.keys[again..]);
             }
-            Ok(keys)
+            Ok((keys, held))
         };
         work.await.map_err(|e| in_file(e, file))
     }

@@ -161,7 +161,40 @@ fn long_files_have_row_groups_and_pages() {
     let segments = Segments::new(Arc::new(InMemory::new()), "d", 64 << 20);
     futures::executor::block_on(async {
         segments.put("f", written.bytes.clone()).await.unwrap();
-        assert_eq!(segments.keys(&SAMPLES, &written.file).await.unwrap(), keys);
+        assert_eq!(segments.keys(&SAMPLES, &written.file).await.unwrap().0, keys);
+    });
+}
+
+#[test]
+fn row_groups_have_few_series() {
+    let n = 150_000;
+    let keys: Vec<Key> = (0..i64::from(n)).map(|k| Key { metric: k / 1000, target: k % 1000, series: k }).collect();
+    // Batches that end within a group, and a series that goes on in the next one.
+    let rows = |from: u32, to: u32| samples(&(from..to).map(|k| ((k, START), 7)).collect());
+    let written = write(
+        &SAMPLES,
+        &keys,
+        &[
+            rows(0, 70_000),
+            rows(70_000, 70_001),
+            {
+                let again: BTreeMap<(u32, i64), u64> = [((70_000, START + 1), 8)].into();
+                samples(&again)
+            },
+            rows(70_001, n),
+        ],
+    );
+    assert_eq!(written.file.rows, u64::from(n) + 1);
+    let all =
+        read(&written, written.bytes.clone(), request(&SAMPLES, &keys, 0..keys.len(), (i64::MIN, i64::MAX))).unwrap();
+    assert_eq!(rows_of(&all).len(), n as usize + 1);
+    assert_eq!(all.num_rows(), n as usize + 1);
+    let segments = Segments::new(Arc::new(InMemory::new()), "d", 64 << 20);
+    futures::executor::block_on(async {
+        segments.put("f", written.bytes.clone()).await.unwrap();
+        let (found, held) = segments.keys(&SAMPLES, &written.file).await.unwrap();
+        assert_eq!(found, keys);
+        assert!(held < GROUP_SERIES * 160, "{held} bytes are held while it is read");
     });
 }
 

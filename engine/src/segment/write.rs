@@ -19,7 +19,7 @@ use parquet::schema::types::ColumnPath;
 
 use super::constant::ConstantColumn;
 use super::footer::{self, Description, Group};
-use super::{GROUP_ROWS, Key, PAGE_ROWS, ZSTD_LEVEL};
+use super::{GROUP_ROWS, GROUP_SERIES, Key, PAGE_ROWS, ZSTD_LEVEL};
 use crate::layout::Encoded;
 
 const DAY_MS: i64 = 86_400_000;
@@ -55,6 +55,8 @@ pub(crate) struct Writer {
     leaves: Vec<usize>,
     groups: Vec<Group>,
     group: Group,
+    /// Series of the row group, those counted twice that go on in another batch.
+    series: usize,
     /// Bounds of (metric, target, series) codes of the row group, for outside readers.
     codes: [(i64, i64); 3],
     /// The same of the file.
@@ -66,6 +68,14 @@ pub(crate) struct Writer {
 enum Leaf {
     Constant(ConstantColumn),
     Any(Box<ArrowColumnWriter>),
+}
+
+/// How many of the rows are of their first `max` series, and of how many.
+fn up_to_series(rows: &RecordBatch, max: usize) -> (usize, usize) {
+    let Some(series) = rows.columns().first().and_then(|c| c.as_primitive_opt::<UInt32Type>()) else {
+        return (rows.num_rows(), 0);
+    };
+    series.values().chunk_by(|a, b| a == b).take(max).fold((0, 0), |(n, runs), run| (n + run.len(), runs + 1))
 }
 
 const NO_BOUNDS: (i64, i64) = (i64::MAX, i64::MIN);
@@ -89,6 +99,7 @@ impl Writer {
             leaves,
             groups: vec![],
             group: Group::empty(),
+            series: 0,
             codes: [NO_BOUNDS; 3],
             all_codes: [NO_BOUNDS; 3],
             encoded: Encoded::default(),
@@ -118,9 +129,11 @@ impl Writer {
         let mut at = 0;
         while at < rows.num_rows() {
             let n = (GROUP_ROWS - self.group.rows as usize).min(rows.num_rows() - at);
+            let (n, series) = up_to_series(&rows.slice(at, n), GROUP_SERIES - self.series);
             self.write_within_group(keys, &rows.slice(at, n))?;
             at += n;
-            if self.group.rows as usize == GROUP_ROWS {
+            self.series += series;
+            if self.group.rows as usize == GROUP_ROWS || self.series == GROUP_SERIES {
                 self.end_group()?;
             }
         }
@@ -235,6 +248,7 @@ impl Writer {
         let [metric, ..] = self.codes;
         (self.group.metric_min, self.group.metric_max) = metric;
         self.codes = [NO_BOUNDS; 3];
+        self.series = 0;
         self.groups.push(std::mem::replace(&mut self.group, Group::empty()));
         Ok(())
     }
