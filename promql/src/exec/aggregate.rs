@@ -237,6 +237,8 @@ impl Partial {
         }
         let cells = &mut self.pages[page];
         if cells.n.len() < range.end {
+            // All of a page but the first, of which there may be little.
+            let room = if page == 0 { self.steps } else { self.groups_per_page * self.steps };
             let (a, b) = match self.op {
                 // Adding to a negative zero changes nothing, not even the sign of zero.
                 AggregateOp::Sum | AggregateOp::Avg => (Some(-0.0), Some(0.0)),
@@ -244,9 +246,15 @@ impl Partial {
                 AggregateOp::Stddev | AggregateOp::Stdvar => (Some(0.0), Some(0.0)),
                 _ => (None, None),
             };
-            cells.n.resize(range.end, 0.0);
-            a.iter().for_each(|v| cells.a.resize(range.end, *v));
-            b.iter().for_each(|v| cells.b.resize(range.end, *v));
+            let fill = |cells: &mut Vec<f64>, v: f64| {
+                if cells.is_empty() {
+                    cells.reserve_exact(room);
+                }
+                cells.resize(range.end, v);
+            };
+            fill(&mut cells.n, 0.0);
+            a.iter().for_each(|v| fill(&mut cells.a, *v));
+            b.iter().for_each(|v| fill(&mut cells.b, *v));
         }
         (page, range)
     }
