@@ -1,8 +1,10 @@
 //! The process's memory: the allocator and its settings, how much memory there is, and how much is used.
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
-use engine::Engine;
+use engine::memory::Kind;
+use engine::{Engine, Memory};
 use tikv_jemalloc_ctl::{Access as _, AsName as _, epoch, stats};
 use tokio_util::sync::CancellationToken;
 
@@ -13,10 +15,19 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 const DIRTY_DECAY_MS: isize = 1000;
 
 /// Gives freed pages back to the kernel after a second instead of ten, from a thread of the allocator's own: an
-/// observability database lives beside what it observes. Few arenas, since each keeps free pages of its own.
+/// observability database lives beside what it observes. Few arenas, since each keeps free pages of its own;
+/// and one for all that is large, or what one query has freed would lie idle in an arena while the next one fills
+/// another.
 #[expect(unsafe_code, reason = "the allocator reads its settings from a symbol of this name before main")]
 #[unsafe(export_name = "_rjem_malloc_conf")]
-pub static MALLOC_CONF: &[u8; 70] = b"background_thread:true,dirty_decay_ms:1000,muzzy_decay_ms:0,narenas:4\0";
+pub static MALLOC_CONF: &[u8; 96] =
+    b"background_thread:true,dirty_decay_ms:1000,muzzy_decay_ms:0,narenas:4,oversize_threshold:262144\0";
+
+/// What goes to the arena of large pieces, and more; see `oversize_threshold`.
+const OVERSIZE: usize = 512 << 10;
+
+/// After so long it is said again that there is too little memory.
+const TOLD_AGAIN: Duration = Duration::from_secs(10);
 
 /// Arenas beyond this number are not ours to look after; see `narenas`.
 const ARENAS_MAX: u32 = 16;
@@ -28,20 +39,50 @@ const ARENAS_MAX: u32 = 16;
 /// # Errors
 /// There can be no more threads.
 pub fn watch(engine: Engine, stopping: CancellationToken) -> std::io::Result<()> {
+    keep_large();
+    let thread = |name: &str| std::thread::Builder::new().name(name.to_owned());
+    // Much takes as long as a query needs to fill it again, so who gives back is not who watches.
+    let stopped = stopping.clone();
+    let purge = move || {
+        while !stopped.is_cancelled() {
+            std::thread::park();
+            purge();
+        }
+    };
+    let purger = thread("thalweg-purge").spawn(purge)?.thread().clone();
     let watch = move || {
+        let mut told: Option<Instant> = None;
         while !stopping.is_cancelled() {
             // Numbers are of the moment of the last advance.
             let held = epoch::advance().and_then(|_| Ok((stats::allocated::read()?, stats::resident::read()?)));
-            let Ok((allocated, resident)) = held else { return };
+            let Ok((allocated, resident)) = held else { break };
             let again = engine.observe(allocated);
             let limit = engine.memory().limit();
             if resident > limit && resident - allocated.min(resident) > limit / 8 {
-                purge();
+                purger.unpark();
+            }
+            if allocated.max(resident) > limit / 8 * 9 && told.is_none_or(|at| at.elapsed() >= TOLD_AGAIN) {
+                tell(engine.memory(), allocated, resident);
+                told = Some(Instant::now());
             }
             std::thread::sleep(again);
         }
+        purger.unpark();
     };
-    std::thread::Builder::new().name("thalweg-memory".to_owned()).spawn(watch).map(drop)
+    thread("thalweg-memory").spawn(watch).map(drop)
+}
+
+/// Keeps freed pages of large pieces as long as those of others. The allocator makes their arena with the first of them,
+/// and would give each piece back when it is freed.
+fn keep_large() {
+    drop(std::hint::black_box(Vec::<u8>::with_capacity(OVERSIZE)));
+    purge();
+}
+
+/// Says what the memory is used for that is more than there should be.
+fn tell(memory: &Memory, allocated: usize, resident: usize) {
+    let kinds = Kind::ALL.map(|kind| format!("{} {}", kind.name(), memory.held(kind))).join(", ");
+    tracing::warn!(allocated, resident, limit = memory.limit(), kinds, "more memory is held than memory_limit");
 }
 
 /// Gives all free pages back to the kernel.
