@@ -207,8 +207,12 @@ fn a_client_that_goes_away_frees_the_processor() {
     ];
     // After so many hundredths of a second: it reads, and then it sorts thousands of runs.
     let sort = "SELECT n FROM generate_series(1, 20000000) AS t(n) ORDER BY md5(n::text) OFFSET 19999999";
-    let sorts = [10, 300, 600].map(|begun| ("/api/v1/sql", vec![("query", sort)], begun));
-    for (path, pairs, begun) in cases.map(|(path, pairs)| (path, pairs, 10)).into_iter().chain(sorts) {
+    // The partition of a window is read, and then computed as one.
+    let window = "SELECT max(s) FROM (SELECT sum(n) OVER (ORDER BY n ROWS BETWEEN CURRENT ROW AND UNBOUNDED FOLLOWING) AS s \
+                  FROM generate_series(1, 5000000) AS t(n)) AS x";
+    let long = [(sort, 10), (sort, 300), (sort, 600), (window, 200), (window, 400)];
+    let long = long.map(|(sql, begun)| ("/api/v1/sql", vec![("query", sql)], begun));
+    for (path, pairs, begun) in cases.map(|(path, pairs)| (path, pairs, 10)).into_iter().chain(long) {
         let idle = || {
             let before = processor_time(&server);
             std::thread::sleep(std::time::Duration::from_millis(300));

@@ -48,7 +48,7 @@ pub use catalog::{Error, ErrorKind, Result, View};
 pub use engine::{Components, Engine, InMemory, sql_catalog};
 pub use memory::{Memory, Reservation};
 pub use notices::{Notice, Notices};
-pub use query::{Guard, Query, QueryLimits, Stop};
+pub use query::{Guard, Pace, Query, QueryLimits, Stop};
 pub use retention::{Retention, RetentionRule};
 pub use scan::SeriesScanExec;
 pub use scan::count::SeriesCountExec;

@@ -4,8 +4,11 @@
 //! rule [`Interruptible`] therefore puts every node of a plan into a [`Watched`], which looks at the statement's [`Stop`]
 //! before each batch and takes part in the runtime's cooperative scheduling: whoever asks for input after that gets an
 //! error and ends. Where much is done between two batches the expressions that are evaluated there look, too (see
-//! [`guarded`]): the predicate of a nested loop, which looks at more rows than can be counted, and the keys of a sort, which
-//! has a task of the runtime for each run, thousands of which may stand before the one that was dropped.
+//! [`guarded`]): the predicate of a nested loop, which looks at more rows than can be counted, the keys of a sort, which
+//! has a task of the runtime for each run, thousands of which may stand before the one that was dropped, and the functions
+//! of a window, which take a partition as one.
+
+mod window;
 
 use std::any::Any;
 use std::fmt;
@@ -28,11 +31,14 @@ use datafusion::physical_plan::joins::utils::JoinFilter;
 use datafusion::physical_plan::joins::{NestedLoopJoinExec, NestedLoopJoinExecBuilder};
 use datafusion::physical_plan::metrics::MetricsSet;
 use datafusion::physical_plan::sorts::sort::SortExec;
+use datafusion::physical_plan::windows::WindowAggExec;
 use datafusion::physical_plan::{
     ChildrenPropertiesMode, DisplayAs, DisplayFormatType, ExecutionPlan, PlanProperties, ReplaceChildrenOptions,
 };
 use engine::Stop;
 use futures::{Stream, StreamExt};
+
+pub use window::LookingWindows;
 
 use crate::table::external;
 
@@ -76,6 +82,11 @@ fn guarded(node: &Arc<dyn ExecutionPlan>, stop: &Stop) -> Result<Option<Arc<dyn 
         let Some(keys) = LexOrdering::new(keys) else { return Ok(None) };
         let runs = SortExec::new(keys, sort.input().clone());
         return Ok(Some(Arc::new(runs.with_preserve_partitioning(sort.preserve_partitioning()))));
+    }
+    if let Some(windows) = node.downcast_ref::<WindowAggExec>() {
+        let functions = windows.window_expr().iter().map(|f| window::guarded(f, stop)).collect();
+        let can_repartition = !windows.partition_keys().is_empty();
+        return Ok(Some(Arc::new(WindowAggExec::try_new(functions, windows.input().clone(), can_repartition)?)));
     }
     Ok(None)
 }
@@ -246,7 +257,8 @@ impl PhysicalExpr for Interrupted {
 mod tests {
     use std::time::Duration;
 
-    use datafusion::physical_plan::displayable;
+    use datafusion::execution::SessionStateBuilder;
+    use datafusion::physical_plan::{collect, displayable};
     use engine::QueryLimits;
 
     use super::*;
@@ -295,5 +307,46 @@ mod tests {
         assert!(rows(&sort).next().await.unwrap().is_ok(), "the sort itself does not look");
         let e = rows(&sorted).next().await.unwrap().unwrap_err();
         assert_eq!(engine::error_of(e).kind(), engine::ErrorKind::Canceled);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_window_looks_while_it_takes_a_partition() {
+        let f = Fixture::new().await;
+        let functions = [
+            "sum(n) OVER ()",
+            "sum(n) OVER (ORDER BY n % 7, n ROWS BETWEEN CURRENT ROW AND UNBOUNDED FOLLOWING)",
+            "max(n) OVER (PARTITION BY n % 2 ORDER BY n % 7, n ROWS BETWEEN 1 PRECEDING AND UNBOUNDED FOLLOWING)",
+            "last_value(n) OVER (ORDER BY n % 7, n ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING)",
+            "ntile(4) OVER (ORDER BY n % 7)",
+        ];
+        for function in functions {
+            let sql = format!("SELECT {function} AS w FROM generate_series(1, 1200000) AS t(n)");
+            let plan = crate::plan(&sql, &f.session).await.unwrap();
+            let query = f.engine.begin(QueryLimits { timeout: Duration::from_secs(60) }).await.unwrap();
+            let plain = f.engine.session().state();
+            let mut builder = SessionStateBuilder::new_from_existing(plain.clone());
+            builder.config().get_or_insert_default().options_mut().extensions.insert(query.stop().clone());
+            let state = builder.with_optimizer_rule(Arc::new(LookingWindows)).build();
+            let window = |plan: &Arc<dyn ExecutionPlan>| {
+                let mut node = plan.clone();
+                while node.downcast_ref::<WindowAggExec>().is_none() {
+                    let child = node.children().first().map(|c| (*c).clone());
+                    node = child.unwrap_or_else(|| panic!("{function} is bounded"));
+                }
+                node
+            };
+            let expected = window(&plain.create_physical_plan(&plan).await.unwrap());
+            // What is below the window does not look here, and a plan runs once.
+            let looking = window(&state.create_physical_plan(&plan).await.unwrap());
+            let again = window(&state.create_physical_plan(&plan).await.unwrap());
+            assert_eq!(looking.schema(), expected.schema(), "{function}");
+            let guard = |node: &Arc<dyn ExecutionPlan>| guarded(node, query.stop()).unwrap().unwrap();
+            let (looking, again) = (guard(&looking), guard(&again));
+            let rows = |node: Arc<dyn ExecutionPlan>| collect(node, state.task_ctx());
+            assert_eq!(rows(looking).await.unwrap(), rows(expected).await.unwrap(), "{function}");
+            drop(query.guard());
+            let e = rows(again).await.err().unwrap_or_else(|| panic!("{function} did not look"));
+            assert_eq!(engine::error_of(e).kind(), engine::ErrorKind::Canceled, "{function}");
+        }
     }
 }

@@ -15,6 +15,7 @@ mod cursor;
 mod frames;
 pub mod functions;
 mod rows;
+mod sleep;
 pub mod system;
 
 pub use rows::wire_type;

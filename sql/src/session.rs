@@ -28,7 +28,7 @@ use crate::catalog_tables::Cancel;
 use crate::error::{Result, SqlError};
 use crate::functions;
 use crate::functions::gapfill::TimeBuckets;
-use crate::interrupt::Interruptible;
+use crate::interrupt::{Interruptible, LookingWindows};
 use crate::limits;
 use crate::pg::system::System;
 use crate::rules::watched;
@@ -78,6 +78,7 @@ impl Frontend {
             .with_catalog_list(catalogs(database.clone()))
             .with_analyzer_rule(Arc::new(TimeBuckets))
             .with_analyzer_rule(Arc::new(BoundedResults))
+            .with_optimizer_rule(Arc::new(LookingWindows))
             .with_physical_optimizer_rule(Arc::new(BySeries))
             .with_physical_optimizer_rule(Arc::new(Interruptible))
             .build();
@@ -85,9 +86,8 @@ impl Frontend {
         functions::register_planners(&mut state)?;
         let template = SessionContext::new_with_state(state);
         setup_pg_catalog(&template, DATABASE, EmptyContextProvider).map_err(|e| SqlError::from(*e))?;
-        if let Some(system) = database.schema("pg_catalog") {
-            database.register_schema("pg_catalog", Arc::new(System::new(system, engine)))?;
-        }
+        let system = System::new(template.state().catalog_list().clone(), engine)?;
+        database.register_schema("pg_catalog", Arc::new(system))?;
         functions::register(&template);
         crate::pg::functions::register(&template);
         let parser = PostgresCompatibilityParser::new();

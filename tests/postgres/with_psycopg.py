@@ -74,6 +74,7 @@ with connect(autocommit=True) as conn:
     with conn.cursor().copy("COPY samples TO STDOUT") as copy:
         assert sum(1 for _ in copy) == 180
     refused(errors.QueryCanceled, lambda: [conn.execute("SET statement_timeout = 100"), conn.execute(ENDLESS)])
+    refused(errors.QueryCanceled, lambda: conn.execute("SELECT pg_sleep(3600)"))
     conn.execute("RESET statement_timeout")
 
     # PREPARE and EXECUTE as text.

@@ -43,7 +43,8 @@ pub fn wire_type(field: &Arc<Field>) -> Type {
     }
 }
 
-fn size(pg_type: &Type) -> i16 {
+/// How many bytes a value takes, or -1 where that depends on the value.
+pub fn size(pg_type: &Type) -> i16 {
     match *pg_type {
         Type::BOOL | Type::CHAR => 1,
         Type::INT2 => 2,

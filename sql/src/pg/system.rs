@@ -5,23 +5,31 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, StringArray};
-use arrow::compute::cast;
-use arrow::datatypes::{DataType, Field, Schema};
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use arrow::record_batch::RecordBatch;
 use async_trait::async_trait;
 use datafusion::catalog::information_schema::InformationSchemaProvider;
 use datafusion::catalog::{CatalogProviderList, SchemaProvider, TableProvider};
 use datafusion::common::cast::as_string_array;
+use datafusion::common::metadata::FieldMetadata;
 use datafusion::common::{Column, ScalarValue};
 use datafusion::datasource::empty::EmptyTable;
 use datafusion::datasource::{MemTable, TableType, ViewTable, provider_as_source};
 use datafusion::error::Result;
+use datafusion::functions::expr_fn::{substr, substring};
 use datafusion::logical_expr::{
-    ColumnarValue, Expr, LogicalPlanBuilder, ScalarFunctionArgs, ScalarUDF, ScalarUDFImpl, Signature, Volatility, lit,
+    ColumnarValue, Expr, LogicalPlanBuilder, ScalarFunctionArgs, ScalarUDF, ScalarUDFImpl, Signature, Volatility, cast,
+    lit,
 };
 use datafusion::sql::sqlparser::ast;
 use datafusion::sql::sqlparser::ast::{SetExpr, Value, ValueWithSpan, visit_expressions, visit_relations};
+use datafusion_pg_catalog::pg_catalog::catalog_info::CatalogInfo;
+use datafusion_pg_catalog::pg_catalog::context::EmptyContextProvider;
+use datafusion_pg_catalog::pg_catalog::{PgCatalogSchemaProvider, PgCatalogStaticTables};
 use engine::{Engine, View};
+
+use super::rows::{size, wire_type};
+use crate::error::SqlError;
 
 /// What kinds of values columns have that are added or changed; they hold nothing but NULL.
 #[derive(Debug, Clone, Copy)]
@@ -111,9 +119,14 @@ pub struct System {
 }
 
 impl System {
-    /// That of an engine, over what the library gives.
-    pub fn new(given: Arc<dyn SchemaProvider>, engine: &Engine) -> Self {
-        Self { given, engine: engine.clone() }
+    /// That of an engine, over what the library gives for these catalogs.
+    ///
+    /// # Errors
+    /// When the library's tables can't be built, which only a bug can bring about.
+    pub fn new(catalogs: Arc<dyn CatalogProviderList>, engine: &Engine) -> std::result::Result<Self, SqlError> {
+        let tables = Arc::new(PgCatalogStaticTables::try_new()?);
+        let given = PgCatalogSchemaProvider::try_new(Typed(catalogs), tables, EmptyContextProvider)?;
+        Ok(Self { given: Arc::new(given), engine: engine.clone() })
     }
 
     /// `pg_views`: the library has no definitions, nor who made a view.
@@ -156,6 +169,13 @@ impl SchemaProvider for System {
         };
         let mut columns = Vec::with_capacity(schema.fields().len());
         for field in schema.fields() {
+            if name == "pg_attribute"
+                && let Some(column) = Typed::column(field)?
+            {
+                changed = true;
+                columns.push(column);
+                continue;
+            }
             columns.push(match array(&name, field.name()).filter(|_| *field.data_type() == DataType::Utf8) {
                 Some(kind) => {
                     changed = true;
@@ -187,6 +207,68 @@ impl SchemaProvider for System {
 
     fn table_exist(&self, name: &str) -> bool {
         self.given.table_exist(name) || TABLES.iter().any(|(n, _)| n.eq_ignore_ascii_case(name))
+    }
+}
+
+/// Catalogs as the library asks for them. It knows few types of columns and takes the others for texts, but passes names
+/// on as they are: here they begin with what `pg_attribute` is to say of the type, in digits.
+#[derive(Debug, Clone)]
+struct Typed(Arc<dyn CatalogProviderList>);
+
+impl Typed {
+    /// Digits of a type's number, of its size plus one, and of its dimensions.
+    const DIGITS: [usize; 3] = [6, 2, 1];
+
+    fn coded(field: &Arc<Field>, view: bool) -> Field {
+        let of = wire_type(field);
+        let dimensions = u8::from(of.name().starts_with('_'));
+        let name = format!("{:06}{:02}{dimensions}{}", of.oid(), size(&of) + 1, field.name());
+        // PostgreSQL says of no column of a view that it has a value in each row.
+        Field::new(name, DataType::Utf8, view || field.is_nullable())
+    }
+
+    /// A column of `pg_attribute` that is told by the coded name.
+    fn column(field: &Field) -> Result<Option<Expr>> {
+        let name = || Expr::Column(Column::new_unqualified("attname"));
+        let [number, size, dimensions] = Self::DIGITS;
+        let digits = |from: usize, length: usize| {
+            cast(substring(name(), lit(from as i64 + 1), lit(length as i64)), DataType::Int32)
+        };
+        let value = match field.name().as_str() {
+            "attname" => substr(name(), lit((number + size + dimensions) as i64 + 1)),
+            "atttypid" => digits(0, number),
+            "attlen" => digits(number, size) - lit(1),
+            "attndims" => digits(number + size, dimensions),
+            _ => return Ok(None),
+        };
+        let metadata = FieldMetadata::from(field.metadata().clone());
+        Ok(Some(cast(value, field.data_type().clone()).alias_with_metadata(field.name(), Some(metadata))))
+    }
+}
+
+#[async_trait]
+impl CatalogInfo for Typed {
+    async fn catalog_names(&self) -> Result<Vec<String>> {
+        CatalogInfo::catalog_names(&self.0).await
+    }
+
+    async fn schema_names(&self, catalog: &str) -> Result<Option<Vec<String>>> {
+        CatalogInfo::schema_names(&self.0, catalog).await
+    }
+
+    async fn table_names(&self, catalog: &str, schema: &str) -> Result<Option<Vec<String>>> {
+        CatalogInfo::table_names(&self.0, catalog, schema).await
+    }
+
+    async fn table_schema(&self, catalog: &str, schema: &str, table: &str) -> Result<Option<SchemaRef>> {
+        let Some(plain) = CatalogInfo::table_schema(&self.0, catalog, schema, table).await? else { return Ok(None) };
+        let view = self.table_type(catalog, schema, table).await? == Some(TableType::View);
+        let fields: Vec<Field> = plain.fields().iter().map(|f| Self::coded(f, view)).collect();
+        Ok(Some(Arc::new(Schema::new(fields))))
+    }
+
+    async fn table_type(&self, catalog: &str, schema: &str, table: &str) -> Result<Option<TableType>> {
+        CatalogInfo::table_type(&self.0, catalog, schema, table).await
     }
 }
 
@@ -282,7 +364,7 @@ impl ScalarUDFImpl for TypeName {
 
     fn invoke_with_args(&self, args: ScalarFunctionArgs) -> Result<ColumnarValue> {
         let arrays = ColumnarValue::values_to_arrays(&args.args)?;
-        let texts = cast(&arrays[0], &DataType::Utf8)?;
+        let texts = arrow::compute::cast(&arrays[0], &DataType::Utf8)?;
         let names: StringArray = as_string_array(&texts)?.iter().map(|t| t.map(|t| self.of(t))).collect();
         Ok(ColumnarValue::Array(Arc::new(names)))
     }
