@@ -35,7 +35,7 @@ const FOLLOW_MAX: Duration = Duration::from_secs(2);
 const BACKLOG_MAX: usize = 256;
 
 /// An immutable file of a table.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct DataFile {
     /// Number, unique over all files and tag parts of the database.
     pub id: i64,

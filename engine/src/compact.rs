@@ -50,6 +50,9 @@ const WORTHWHILE: u64 = 16;
 /// A table's deletes are folded in together when none has come for this long.
 const FOLD_QUIET_MS: u64 = 10 * 60 * 1000;
 
+/// So many are folded in while more come: each costs every query of its table some time.
+const FOLD_WAITING: usize = 1000;
+
 /// Files that are looked at in one round for rows to leave out: the first look reads a file's index.
 const FOLD_FILES: usize = 256;
 
@@ -278,6 +281,7 @@ impl<'a> Inputs<'a> {
         if let Some(table) = version.table(table.id) {
             start_ms = table.floors.least();
             taken = take(inner, &version, table, files, &keys).await?;
+            held.force(taken.as_ref().map_or(0, Taken::bytes));
         }
         let request = Request {
             table: table.clone(),
@@ -291,12 +295,12 @@ impl<'a> Inputs<'a> {
         Ok(Self { table, files, _held: held, ids, request, taken })
     }
 
-    fn request(&mut self, file: &DataFile) -> Request {
-        Request { cuts: self.taken.as_mut().and_then(|t| t.of_file(file)), ..self.request.clone() }
+    fn request(&self, file: &DataFile) -> Request {
+        Request { cuts: self.taken.as_ref().and_then(|t| t.of_file(file)), ..self.request.clone() }
     }
 
     /// Whether rows are left out.
-    async fn loses(&mut self, inner: &Inner) -> Result<bool> {
+    async fn loses(&self, inner: &Inner) -> Result<bool> {
         for file in self.files {
             if inner.segments.loses(&self.request(file), file).await? {
                 return Ok(true);
@@ -309,11 +313,11 @@ impl<'a> Inputs<'a> {
         let (table, files) = (self.table, self.files);
         let (Some(first), Some(last)) = (files.first(), files.last()) else { return Ok(()) };
         let schema = read_schema(table, &self.request.columns);
-        let mut source = |f: &Arc<DataFile>| {
+        let source = |f: &Arc<DataFile>| {
             let request = Arc::new(self.request(f));
             Source::File(Box::new(Cursor::new(inner.segments.clone(), f.clone(), request)))
         };
-        let mut merged = Merge::new(files.iter().map(&mut source).collect(), schema, 1);
+        let mut merged = Merge::new(files.iter().map(source).collect(), schema, 1);
         let description = Description {
             id: 0,
             table: table.name.to_owned(),
@@ -415,7 +419,6 @@ async fn take(
             }
         }
         seen.sort_unstable_by_key(|(i, _)| *i);
-        seen.dedup_by_key(|(i, _)| *i);
         finding.see(&seen);
     }
     Ok(finding.end())
@@ -439,7 +442,7 @@ async fn fold(inner: &Arc<Inner>, now: bool) -> Result<BTreeSet<i32>> {
     inner.days.checked.lock().retain(|id, _| live.contains(id));
     for table in &inner.version().tables {
         let quiet = |t: &Arc<Tombstone>| inner.now_ms().abs_diff(t.delete.created_ms) >= FOLD_QUIET_MS;
-        let due = now || table.deletes.iter().all(quiet);
+        let due = now || table.deletes.len() >= FOLD_WAITING || table.deletes.iter().all(quiet);
         let mut files: Vec<&Arc<DataFile>> = table.files.iter().collect();
         files.sort_by_key(|f| f.bytes);
         for file in files {
@@ -471,7 +474,7 @@ async fn fold(inner: &Arc<Inner>, now: bool) -> Result<BTreeSet<i32>> {
 
 /// Writes a file again if it holds rows to leave out; returns whether it did.
 async fn fold_file(inner: &Arc<Inner>, table: &Arc<TableSchema>, file: &Arc<DataFile>) -> Result<bool> {
-    let mut inputs = Inputs::new(inner, table, std::slice::from_ref(file)).await?;
+    let inputs = Inputs::new(inner, table, std::slice::from_ref(file)).await?;
     let loses = inputs.loses(inner).await?;
     if loses {
         inputs.merge(inner, file.level).await?;
@@ -673,24 +676,8 @@ mod tests {
             .enumerate()
             .map(|(i, (level, bytes))| {
                 let seq = i.saturating_sub(same) as u64;
-                Arc::new(DataFile {
-                    id: i as i64,
-                    table_id: 1,
-                    path: String::new(),
-                    day: 0,
-                    level: *level,
-                    rows: 1,
-                    bytes: *bytes,
-                    footer_bytes: 0,
-                    ts_min: 0,
-                    ts_max: 0,
-                    metric_min: 0,
-                    metric_max: 0,
-                    seq_min: seq,
-                    seq_max: seq,
-                    crc32: 0,
-                    columns: vec![],
-                })
+                let (id, level, bytes) = (i as i64, *level, *bytes);
+                Arc::new(DataFile { id, level, bytes, seq_min: seq, seq_max: seq, ..DataFile::default() })
             })
             .collect();
         let chosen = choose(&files, over, all).map(|c| c.iter().map(|f| f.id).collect::<Vec<_>>());

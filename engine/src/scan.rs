@@ -50,9 +50,9 @@ pub struct SeriesScanExec {
     properties: Arc<PlanProperties>,
     memtables: Vec<Arc<Memtable>>,
     /// With what is left out of each.
-    files: Vec<(Arc<DataFile>, Option<Arc<Cuts>>)>,
+    files: Vec<(Arc<DataFile>, Option<Cuts>)>,
     /// What is left out of rows in memory.
-    memory_cuts: Option<Arc<Cuts>>,
+    memory_cuts: Option<Cuts>,
     deletes: usize,
     /// Files of the table that can hold none of the rows.
     files_pruned: usize,
@@ -74,18 +74,18 @@ impl SeriesScanExec {
                 table.files.iter().filter(|f| overlaps(f, &set, *metrics.start(), *metrics.end())).cloned().collect();
             found.sort_by_key(|f| (f.seq_max, f.id));
             let (start, end) = (set.start_ms, set.end_ms);
-            let mut taken = Taken::find(table, &found, &set.keys, (start, end)).and_then(|mut finding| {
+            let taken = Taken::find(table, &found, &set.keys, (start, end)).and_then(|mut finding| {
                 let seen: Vec<_> = set.series.iter().enumerate().map(|(i, s)| (i as u32, s.as_ref())).collect();
                 finding.see(&seen);
                 finding.end()
             });
-            if let Some(taken) = &mut taken {
+            if let Some(taken) = &taken {
                 memory_cuts = taken.of_memory();
                 deletes = taken.deletes();
             }
             files.extend(found.into_iter().filter_map(|file| {
-                let cuts = taken.as_mut().and_then(|t| t.of_file(&file));
-                let nothing_left = |c: &Arc<Cuts>| c.cover_all(file.ts_min.max(start), file.ts_max.min(end));
+                let cuts = taken.as_ref().and_then(|t| t.of_file(&file));
+                let nothing_left = |c: &Cuts| c.cover_all(file.ts_min.max(start), file.ts_max.min(end));
                 (!cuts.as_ref().is_some_and(nothing_left)).then_some((file, cuts))
             }));
             files_pruned = table.files.len() - files.len();

@@ -378,6 +378,24 @@ async fn a_delete_is_not_done_by_whoever_was_replaced() {
 }
 
 #[tokio::test]
+async fn deletes_are_folded_in_while_more_come() {
+    let (dir, store) = (tempfile::tempdir().unwrap(), bucket());
+    let engine = open(dir.path(), &store).await;
+    engine.write(request(&engine, &[("a", NOW, 1.0), ("a", NOW + 1, 2.0)])).await.unwrap();
+    let waiting = || engine.inner().version().table(SAMPLES.id).unwrap().deletes.len();
+    let delete = |count: usize| {
+        let one = Selection { table: SAMPLES.clone(), matchers: vec![], start_ms: NOW, end_ms: NOW };
+        engine.delete(vec![one; count])
+    };
+    delete(999).await.unwrap();
+    crate::compact::due(engine.inner()).await.unwrap();
+    assert_eq!((waiting(), all(&engine).await), (999, vec![(("a".to_owned(), NOW + 1), 2.0f64.to_bits())]));
+    delete(1).await.unwrap();
+    crate::compact::due(engine.inner()).await.unwrap();
+    assert_eq!((waiting(), all(&engine).await), (0, vec![(("a".to_owned(), NOW + 1), 2.0f64.to_bits())]));
+}
+
+#[tokio::test]
 async fn rows_without_their_catalog_are_not_written_over() {
     let (dir, store) = (tempfile::tempdir().unwrap(), bucket());
     let engine = open(dir.path(), &store).await;

@@ -39,7 +39,7 @@ pub(crate) struct MemoryCursor {
     end_ms: i64,
     columns: Vec<usize>,
     /// With the position of the time column.
-    cuts: Option<(Arc<Cuts>, usize)>,
+    cuts: Option<(Cuts, usize)>,
 }
 
 impl MemoryCursor {
@@ -55,7 +55,7 @@ impl MemoryCursor {
 
     /// The same, with what is left out of the series; the time is in column `ts` of the rows.
     #[must_use]
-    pub fn cut(self, cuts: Option<Arc<Cuts>>, ts: usize) -> Self {
+    pub fn cut(self, cuts: Option<Cuts>, ts: usize) -> Self {
         Self { cuts: cuts.map(|cuts| (cuts, ts)), ..self }
     }
 

@@ -71,7 +71,7 @@ pub(crate) struct Request {
     /// Indexes into the table's columns.
     pub columns: Vec<usize>,
     /// What is left out of the series, by their positions in `keys`.
-    pub cuts: Option<Arc<Cuts>>,
+    pub cuts: Option<Cuts>,
 }
 
 impl Segments {
@@ -648,7 +648,7 @@ impl Cursor {
             let r = &self.request;
             let whole = |p: &Piece| {
                 let run = &index.runs[p.run as usize];
-                let cut = |c: &Arc<Cuts>| c.touch(p.key as usize, run.ts_first, run.ts_last);
+                let cut = |c: &Cuts| c.touch(p.key as usize, run.ts_first, run.ts_last);
                 run.ts_first >= r.start_ms && run.ts_last <= r.end_ms && !r.cuts.as_ref().is_some_and(cut)
             };
             let mut counts: Vec<(u32, i64)> = Vec::new();
