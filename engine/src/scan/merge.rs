@@ -11,6 +11,7 @@ use arrow::array::{ArrayRef, AsArray, RecordBatch};
 use arrow::compute::concat_batches;
 use arrow::datatypes::{SchemaRef, TimestampMillisecondType, UInt32Type};
 use catalog::{Error, Ordinal, Result};
+use futures::{StreamExt, TryStreamExt, stream};
 
 use super::gather::gather;
 use crate::cut::Cuts;
@@ -19,6 +20,9 @@ use crate::segment;
 
 /// Rows that a memtable is asked for at a time, about.
 const MEMORY_ROWS: usize = 16 << 10;
+
+/// Sources that are asked for their first rows at a time.
+const PULLS: usize = 16;
 
 /// Where rows come from.
 pub(crate) enum Source {
@@ -158,9 +162,10 @@ impl Merge {
     /// The next rows; `None` at the end. A series may go on in the next batch.
     pub async fn next(&mut self) -> Result<Option<RecordBatch>> {
         if !self.started && self.inputs.len() > 1 {
-            // First batches wait for the store; later ones mostly for the CPU.
+            // First batches wait for the store; later ones mostly for the CPU. What it takes to find them is large.
             self.started = true;
-            futures::future::try_join_all(self.inputs.iter_mut().map(Input::pull)).await?;
+            let pulls: Vec<_> = self.inputs.iter_mut().map(Input::pull).collect();
+            stream::iter(pulls).buffer_unordered(PULLS).try_collect::<()>().await?;
         }
         loop {
             self.inputs.retain(|i| !(i.done && i.queue.is_empty()));

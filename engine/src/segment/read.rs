@@ -26,7 +26,7 @@ use parquet::file::reader::{ChunkReader, Length};
 
 use super::cache::Cache;
 use super::footer::{self, Group, Manifest};
-use super::runs::{Piece, Run};
+use super::runs::{Piece, Run, narrowed};
 use super::write::with_type;
 use super::{BATCH_ROWS, Key, RunIndex};
 use crate::activity::Activity;
@@ -675,7 +675,7 @@ impl Cursor {
             && group.ts_max >= self.request.start_ms
     }
 
-    /// The wanted parts of a row group, in row order.
+    /// The wanted parts of a row group, in row order, with what is told of them.
     async fn pieces(&mut self, footer: &Footer, group: usize) -> Result<(Arc<RunIndex>, Vec<Piece>)> {
         let r = &self.request;
         let index = self.segments.index(&r.table, &self.file, footer, group, self.reads.as_deref()).await?;
@@ -684,7 +684,7 @@ impl Cursor {
             let run = |p: &Piece| index.runs[p.run as usize];
             pieces.retain(|p| !cuts.cover(p.key as usize, run(p).ts_first, run(p).ts_last));
         }
-        Ok((index, pieces))
+        Ok(narrowed(index, pieces))
     }
 
     async fn open(

@@ -2,6 +2,7 @@
 
 use std::cmp::Ordering;
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::layout::Params;
 
@@ -82,6 +83,23 @@ impl RunIndex {
     }
 }
 
+/// An index for whoever reads these pieces of it. When they are few it is one of their runs alone: a query of some series in
+/// many files holds one for each, whatever the caches have room for.
+pub(super) fn narrowed(index: Arc<RunIndex>, mut pieces: Vec<Piece>) -> (Arc<RunIndex>, Vec<Piece>) {
+    if pieces.len() > index.runs.len() / 4 {
+        return (index, pieces);
+    }
+    let (stride, mut runs) = (index.stride, Vec::with_capacity(pieces.len()));
+    let mut params = Vec::with_capacity(pieces.len() * stride);
+    for (at, piece) in pieces.iter_mut().enumerate() {
+        let run = piece.run as usize;
+        runs.push(index.runs[run]);
+        params.extend_from_slice(&index.params[run * stride..(run + 1) * stride]);
+        piece.run = at as u32;
+    }
+    (Arc::new(RunIndex { runs, params, stride, ..RunIndex::default() }), pieces)
+}
+
 /// How many of the sorted `keys` are less than `key`, found in steps that double: cheap for near and for far ones.
 fn gallop(keys: &[Key], key: &Key) -> usize {
     let mut step = 1;
@@ -108,6 +126,31 @@ mod tests {
             assert_eq!(gallop(&keys, &key(k)), keys.iter().filter(|x| **x < key(k)).count(), "{k}");
         }
         assert_eq!(gallop(&[], &key(1)), 0);
+    }
+
+    #[test]
+    fn whoever_reads_few_runs_holds_few() {
+        let run = |i: u32| Run { row: i * 10, rows: 10, ts_first: 0, ts_last: i64::from(i) };
+        let param = |i: u32| Some(Params { base: i64::from(i), slope: 0.0, t0: 0, scale: 0 });
+        let index = Arc::new(RunIndex {
+            keys: (0..100).map(key).collect(),
+            first: (0..100).collect(),
+            runs: (0..100).map(run).collect(),
+            params: (0..100).flat_map(|i| [param(i), None]).collect(),
+            stride: 2,
+        });
+        let pieces = |runs: Range<u32>| runs.map(|run| Piece { key: run + 7, run }).collect::<Vec<_>>();
+        let (few, found) = narrowed(index.clone(), pieces(40..50));
+        assert!(few.bytes() < index.bytes() / 8);
+        assert_eq!(found.iter().map(|p| p.key).collect::<Vec<_>>(), (47..57).collect::<Vec<_>>());
+        for (piece, i) in found.iter().zip(40..50u32) {
+            assert_eq!(few.runs[piece.run as usize].ts_last, i64::from(i));
+            let params = [0, 1].map(|column| few.params(piece.run, column).map(|p| p.base));
+            assert_eq!(params, [Some(i64::from(i)), None]);
+        }
+        let (all, found) = narrowed(index.clone(), pieces(0..100));
+        assert!(Arc::ptr_eq(&all, &index));
+        assert_eq!(found, pieces(0..100));
     }
 
     #[test]
