@@ -4,7 +4,7 @@
 //! Rows come from scans in runs of one series, and what a `GROUP BY` takes from tags is the same for all rows of a series.
 //! Group keys are therefore computed and hashed once for each series, and a row finds its group by the number of its
 //! series. Keys that rows have, time buckets above all, are compared with those of the row before and hashed where they
-//! change. Where nothing is asked of rows but how many there are, they are not read.
+//! change. Where nothing is asked of rows but how many there are, they are not read; that goes for all rows as one group, too.
 
 pub mod rule;
 
@@ -118,7 +118,8 @@ impl SeriesAggregateExec {
     /// `None` for any other.
     fn finished(&self, whole: &Arc<dyn ExecutionPlan>) -> Option<Self> {
         let one = self.input.output_partitioning().partition_count() == 1;
-        if !one || self.keys.of_rows() || self.sparing.is_some() {
+        // Without keys there is a result even when there is no row.
+        if !one || self.keys.of_rows() || self.keys.keys.is_empty() || self.sparing.is_some() {
             return None;
         }
         let (input, keys) = (self.input.clone(), self.keys.clone());
@@ -351,7 +352,12 @@ impl Groups {
     }
 
     fn len(&self) -> usize {
-        self.of_rows.as_ref().unwrap_or(&self.of_series).values.len()
+        match &self.of_rows {
+            Some(of_rows) => of_rows.values.len(),
+            // All rows are one group, of which there is nothing to tell.
+            None if self.keys.keys.is_empty() => self.numbers.len().min(1),
+            None => self.of_series.values.len(),
+        }
     }
 
     fn size(&self) -> usize {

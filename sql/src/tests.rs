@@ -553,6 +553,9 @@ async fn grouping_by_series_changes_no_answer() {
         "SELECT a.host, count(*) FROM (SELECT host, count(*) AS n FROM {t} GROUP BY host) a \
          JOIN (SELECT host, max(value) AS m FROM {t} GROUP BY host) b ON a.host = b.host GROUP BY a.host",
         "SELECT host, sum(value) FROM {t} WHERE job = 'no such' GROUP BY host",
+        "SELECT count(*) FROM {t}",
+        "SELECT count(*), count(value), max(le), count(DISTINCT host) FROM {t} WHERE {late}",
+        "SELECT count(*), max(le) FROM {t} WHERE job = 'no such'",
     ];
     let rows = "(SELECT * FROM (SELECT *, row_number() OVER (ORDER BY ts) AS n FROM prometheus.load) AS w WHERE n > 0)";
     for query in queries {
@@ -570,6 +573,8 @@ async fn grouping_by_series_changes_no_answer() {
         assert_eq!(lines(f.run(&by_series).await.unwrap()), lines(expected), "{by_series}");
     }
     let counted = f.plan_of("SELECT host, count(*), max(le) FROM prometheus.load GROUP BY host").await;
+    assert!(counted.contains("SeriesCountExec") && !counted.contains("TagScanExec"), "{counted}");
+    let counted = f.plan_of("SELECT count(*) FROM prometheus.load").await;
     assert!(counted.contains("SeriesCountExec") && !counted.contains("TagScanExec"), "{counted}");
     // What a tag without a row in the range is, nobody asks.
     let numbers = format!(

@@ -61,7 +61,7 @@ const IDEMPOTENT: [&str; 9] =
 fn partial(aggregate: &AggregateExec) -> Result<Option<Arc<dyn ExecutionPlan>>> {
     let input = aggregate.input();
     let by = aggregate.group_expr();
-    let plain = by.is_single() && !by.is_empty() && aggregate.limit_options().is_none();
+    let plain = by.is_single() && aggregate.limit_options().is_none();
     if !plain || *aggregate.input_order_mode() != InputOrderMode::Linear {
         return Ok(None);
     }
@@ -98,6 +98,10 @@ fn partial(aggregate: &AggregateExec) -> Result<Option<Arc<dyn ExecutionPlan>>> 
         aggregates.push(Aggregate { function: function.clone(), arguments, filter: filter.clone(), fed });
     }
     let counted = !by_rows && !filters(input) && aggregates.iter().all(|a| a.fed != Fed::Rows);
+    if keys.is_empty() && !counted {
+        // One group of all rows is found without us.
+        return Ok(None);
+    }
     let rows = scan.scan().filter(|_| counted);
     let input: Arc<dyn ExecutionPlan> = match rows {
         Some(rows) => Arc::new(SeriesCountExec::new(rows)),
