@@ -205,11 +205,22 @@ fn psql_runs_its_commands() {
         "\\dAc",
         "\\dAf",
         "\\dAo",
+        "\\dAp",
+        "\\dAp+",
         "\\db+",
         "\\deu",
         "\\dx+",
         "\\dconfig",
         "\\sf now",
+        // What it asks before it completes a word.
+        "SELECT channel FROM pg_catalog.pg_listening_channels() AS channel WHERE channel LIKE '%' LIMIT 1000",
+        "SELECT name FROM pg_catalog.pg_available_extensions WHERE name LIKE '%' AND installed_version IS NULL",
+        "SELECT rulename FROM pg_catalog.pg_rules WHERE rulename LIKE '%' LIMIT 1000",
+        "SELECT name FROM pg_catalog.pg_prepared_statements WHERE name LIKE '%' LIMIT 1000",
+        "SELECT d.datname FROM pg_catalog.pg_database d WHERE d.datname LIKE '%' AND (d.datistemplate OR \
+         pg_catalog.pg_has_role(d.datdba, 'USAGE')) LIMIT 1000",
+        "SELECT pg_catalog.quote_literal(name) AS name FROM pg_catalog.pg_timezone_names() WHERE \
+         pg_catalog.lower(name) LIKE pg_catalog.lower('%') LIMIT 1000",
     ];
     for command in commands {
         let said = psql.run(command);
@@ -224,6 +235,21 @@ fn psql_runs_its_commands() {
         "value|double precision\nts|timestamp with time zone",
     );
     check("\\copy (SELECT value FROM samples ORDER BY value LIMIT 2) TO STDOUT WITH CSV HEADER", "value\n0\n1\n");
+    check("\\dAp btree integer_ops", "btree|integer_ops|integer|integer|1|btint4cmp");
+    check("SELECT count(*) FROM pg_get_keywords() WHERE word = 'select'", "1");
+    check(
+        "PREPARE one AS SELECT 1;\nSELECT name, statement, from_sql FROM pg_prepared_statements;",
+        "one|PREPARE one AS SELECT 1|t",
+    );
+    check(
+        "BEGIN;\nDECLARE c SCROLL CURSOR FOR SELECT 1;\n\
+         SELECT name, is_holdable, is_binary, is_scrollable FROM pg_cursors;\nCLOSE c;\nSELECT count(*) FROM pg_cursors;",
+        "c|f|f|t\nCLOSE CURSOR\n0",
+    );
+    check(
+        "SELECT name, abbrev, utc_offset, is_dst FROM pg_timezone_names() WHERE name = 'Asia/Tokyo'",
+        "Asia/Tokyo|JST|09:00:00|f",
+    );
     check("\\set FETCH_COUNT 7\nSELECT value FROM samples ORDER BY value;\nSELECT 'still here';", "1059\nstill here");
     check("\\set AUTOCOMMIT off\nSELECT 1;\nROLLBACK;\nSELECT 2;", "ROLLBACK\n2");
     check("\\set ON_ERROR_ROLLBACK on\nBEGIN;\nSELECT x;\nSELECT 3;\nCOMMIT;", "3\nCOMMIT");

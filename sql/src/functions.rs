@@ -105,6 +105,11 @@ const CONSTANT: &[(&str, Answer)] = &[
     ("pg_conversion_is_visible", Answer::True),
     ("pg_ts_config_is_visible", Answer::True),
     ("pg_statistics_obj_is_visible", Answer::True),
+    ("pg_opfamily_is_visible", Answer::True),
+    ("pg_ts_dict_is_visible", Answer::True),
+    ("pg_ts_parser_is_visible", Answer::True),
+    ("pg_ts_template_is_visible", Answer::True),
+    ("pg_has_role", Answer::True),
     ("pg_is_in_recovery", Answer::False),
     ("pg_is_other_temp_schema", Answer::False),
     ("obj_description", Answer::NoText),
@@ -117,7 +122,9 @@ const CONSTANT: &[(&str, Answer)] = &[
     ("pg_get_indexdef", Answer::NoText),
     ("pg_get_triggerdef", Answer::NoText),
     ("pg_get_ruledef", Answer::NoText),
+    ("pg_get_function_sqlbody", Answer::NoText),
     ("pg_get_serial_sequence", Answer::NoText),
+    ("pg_describe_object", Answer::NoText),
     ("pg_advisory_unlock_all", Answer::NoText),
     ("pg_tablespace_location", Answer::NoText),
     ("inet_server_addr", Answer::NoText),
@@ -127,6 +134,8 @@ const CONSTANT: &[(&str, Answer)] = &[
     ("pg_database_size", Answer::Zero),
     ("pg_my_temp_schema", Answer::Zero),
     ("txid_current", Answer::Zero),
+    ("pg_tablespace_size", Answer::NoNumber),
+    ("getdatabaseencoding", Answer::Text("UTF8")),
 ];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -134,6 +143,8 @@ enum Answer {
     True,
     False,
     NoText,
+    Text(&'static str),
+    NoNumber,
     Zero,
     Version,
     /// A number of bytes with its unit, of a number of bytes.
@@ -172,8 +183,8 @@ impl ScalarUDFImpl for Constant {
     fn return_type(&self, _arg_types: &[DataType]) -> Result<DataType> {
         Ok(match self.answer {
             Answer::True | Answer::False => DataType::Boolean,
-            Answer::NoText | Answer::Version | Answer::SizePretty => DataType::Utf8,
-            Answer::Zero => DataType::Int64,
+            Answer::NoText | Answer::Text(_) | Answer::Version | Answer::SizePretty => DataType::Utf8,
+            Answer::NoNumber | Answer::Zero => DataType::Int64,
         })
     }
 
@@ -182,6 +193,8 @@ impl ScalarUDFImpl for Constant {
             Answer::True => ScalarValue::Boolean(Some(true)),
             Answer::False => ScalarValue::Boolean(Some(false)),
             Answer::NoText => ScalarValue::Utf8(None),
+            Answer::Text(text) => ScalarValue::from(text),
+            Answer::NoNumber => ScalarValue::Int64(None),
             Answer::Zero => ScalarValue::Int64(Some(0)),
             Answer::Version => ScalarValue::Utf8(Some(variables::version())),
             Answer::SizePretty => return size_pretty(&args),

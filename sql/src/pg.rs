@@ -14,6 +14,7 @@ pub mod copy;
 mod cursor;
 mod frames;
 pub mod functions;
+pub mod opened;
 mod rows;
 mod sleep;
 pub mod system;

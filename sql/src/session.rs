@@ -16,8 +16,7 @@ use datafusion::logical_expr::{LogicalPlan, ScalarUDF};
 use datafusion::prelude::SessionContext;
 use datafusion::sql::parser::Statement as DfStatement;
 use datafusion::sql::sqlparser::ast::{ObjectName, Statement, visit_relations};
-use datafusion_pg_catalog::pg_catalog::context::EmptyContextProvider;
-use datafusion_pg_catalog::pg_catalog::setup_pg_catalog;
+use datafusion_pg_catalog::pg_catalog::oid_type_planner::PgOidTypePlanner;
 use datafusion_pg_catalog::sql::PostgresCompatibilityParser;
 use engine::{Activity, Description, Engine, ErrorKind, Notices, QueryLimits, View};
 use parking_lot::Mutex;
@@ -30,6 +29,7 @@ use crate::functions;
 use crate::functions::gapfill::TimeBuckets;
 use crate::interrupt::{Interruptible, LookingWindows};
 use crate::limits;
+use crate::pg::opened::Connection;
 use crate::pg::system::System;
 use crate::rules::watched;
 use crate::schema::{Database, Metrics};
@@ -62,7 +62,7 @@ impl Frontend {
     /// The SQL side of `engine`.
     ///
     /// # Errors
-    /// When the tables of `pg_catalog` can't be built, which only a bug can bring about.
+    /// When rules and planners can't be registered, which only a bug can bring about.
     pub fn new(engine: &Engine) -> Result<Arc<Self>> {
         let state = engine.session().state();
         let mut config = state.config().clone().with_default_catalog_and_schema(DATABASE, "public");
@@ -76,6 +76,7 @@ impl Frontend {
         let state = SessionStateBuilder::new_from_existing(state)
             .with_config(config)
             .with_catalog_list(catalogs(database.clone()))
+            .with_type_planner(Arc::new(PgOidTypePlanner))
             .with_analyzer_rule(Arc::new(TimeBuckets))
             .with_analyzer_rule(Arc::new(BoundedResults))
             .with_optimizer_rule(Arc::new(LookingWindows))
@@ -85,11 +86,10 @@ impl Frontend {
         let mut state = watched(state)?;
         functions::register_planners(&mut state)?;
         let template = SessionContext::new_with_state(state);
-        setup_pg_catalog(&template, DATABASE, EmptyContextProvider).map_err(|e| SqlError::from(*e))?;
-        let system = System::new(template.state().catalog_list().clone(), engine)?;
+        let system = System::new(template.state().catalog_list().clone(), engine);
         database.register_schema("pg_catalog", Arc::new(system))?;
+        crate::pg::functions::register(&template, engine);
         functions::register(&template);
-        crate::pg::functions::register(&template);
         let parser = PostgresCompatibilityParser::new();
         let frontend = Arc::new(Self { engine: engine.clone(), template, database, metrics, parser });
         let _ = made.set(Arc::downgrade(&frontend));
@@ -130,13 +130,25 @@ impl Frontend {
         state.config_mut().set_extension(caller.clone());
         let notices = Arc::new(Notices::default());
         state.config_mut().set_extension(notices.clone());
+        let connection = Arc::new(Connection::default());
+        state.config_mut().set_extension(connection.clone());
         let context = SessionContext::new_with_state(state);
         context.register_udf(ScalarUDF::new_from_impl(Cancel::new(&self.engine, &caller)));
         let variables = Arc::new(Mutex::new(Variables::new(user)));
         functions::register_session(&context, &variables);
         let (asked, transaction) = (Mutex::new("".into()), Mutex::default());
-        let (writes, exports) = (false, false);
-        Session { frontend: self.clone(), context, variables, caller, notices, writes, exports, asked, transaction }
+        Session {
+            frontend: self.clone(),
+            context,
+            variables,
+            caller,
+            notices,
+            connection,
+            writes: false,
+            exports: false,
+            asked,
+            transaction,
+        }
     }
 }
 
@@ -148,6 +160,7 @@ pub struct Session {
     caller: Arc<Caller>,
     /// What there is to say of the statement that runs.
     notices: Arc<Notices>,
+    connection: Arc<Connection>,
     /// Whether views may be made and dropped.
     writes: bool,
     /// Whether rows may be exported to files and URLs.
@@ -580,6 +593,11 @@ impl Session {
     /// The engine.
     pub fn engine(&self) -> &Engine {
         &self.frontend.engine
+    }
+
+    /// The connection whose statements these are.
+    pub fn connection(&self) -> &Connection {
+        &self.connection
     }
 }
 

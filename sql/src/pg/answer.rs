@@ -36,6 +36,7 @@ use pgwire::messages::startup::ParameterStatus;
 
 use super::copy::Writer;
 use super::cursor::{Cursor, LIFETIME};
+use super::opened::{Keeps, Opened, What};
 use super::rows;
 use crate::error::SqlError;
 use crate::export;
@@ -98,8 +99,8 @@ struct Room {
 
 impl Room {
     /// Whether `name` may be kept with so many bytes beside the others.
-    fn check(&self, kept: &HashMap<String, usize>, name: &str, bytes: usize) -> PgWireResult<()> {
-        let others = kept.iter().filter(|(n, _)| *n != name);
+    fn check<'a>(&self, kept: impl Iterator<Item = (&'a String, usize)>, name: &str, bytes: usize) -> PgWireResult<()> {
+        let others = kept.filter(|(n, _)| *n != name);
         let (count, sum) = others.fold((0, 0), |(count, sum), (_, b)| (count + 1, sum + b));
         if count < self.count && sum + bytes <= self.bytes {
             return Ok(());
@@ -112,13 +113,14 @@ impl Room {
     }
 }
 
-/// What a connection keeps until it is closed by name: how many bytes, by name.
+/// What a connection keeps until it is closed by name.
 #[derive(Debug, Default)]
 struct Kept {
-    statements: HashMap<String, usize>,
+    statements: HashMap<String, Opened>,
+    /// With their bytes.
     portals: HashMap<String, usize>,
     cursors: HashMap<String, Open>,
-    /// Statements of `PREPARE`; their bytes are among those of `statements`.
+    /// Statements of `PREPARE`; their texts are among `statements`.
     named: HashMap<String, Command>,
 }
 
@@ -126,12 +128,26 @@ struct Kept {
 #[derive(Debug, Clone)]
 struct Open {
     cursor: Arc<Cursor>,
+    opened: Opened,
     /// How many savepoints there were when it was opened, less those that were released; `None` when its transaction has
     /// ended.
     savepoints: Option<usize>,
 }
 
+impl Keeps for Mutex<Kept> {
+    fn opened(&self) -> Vec<(String, Opened)> {
+        let kept = self.lock();
+        let statements = kept.statements.iter().filter(|(name, _)| *name != DEFAULT_NAME);
+        let cursors = kept.cursors.iter().map(|(name, open)| (name, &open.opened));
+        statements.chain(cursors).map(|(name, opened)| (name.clone(), opened.clone())).collect()
+    }
+}
+
 impl Kept {
+    fn check_statement(&self, name: &str, bytes: usize) -> PgWireResult<()> {
+        STATEMENTS.check(self.statements.iter().map(|(name, s)| (name, s.text.len())), name, bytes)
+    }
+
     fn cursor(&self, name: &str) -> PgWireResult<Arc<Cursor>> {
         let missing = || pg_error(SqlError::new("34000", format!("cursor {name:?} does not exist")));
         self.cursors.get(name).map(|open| open.cursor.clone()).ok_or_else(missing)
@@ -164,7 +180,15 @@ impl<C> Client for C where
 impl Answers {
     /// Answers for a session.
     pub fn new(session: Arc<Session>) -> Self {
-        Self { session, kept: Arc::default() }
+        let kept: Arc<Mutex<Kept>> = Arc::default();
+        let keeps: Arc<dyn Keeps> = kept.clone();
+        session.connection().is(Arc::downgrade(&keeps));
+        Self { session, kept }
+    }
+
+    /// What is opened now.
+    fn opened(&self, text: Arc<str>, what: What) -> Opened {
+        Opened { text, since_ms: self.session.engine().now_ms(), what }
     }
 
     /// Prepares a statement, if there is room for it.
@@ -173,10 +197,11 @@ impl Answers {
         C: Client,
         C::PortalStore: PortalStore<Statement = Arc<Prepared>>,
     {
-        let (name, bytes) = (key(message.name.as_deref()), message.query.len());
-        STATEMENTS.check(&self.kept.lock().statements, &name, bytes)?;
+        let (name, text) = (key(message.name.as_deref()), Arc::from(message.query.as_str()));
+        let opened = self.opened(text, What::Statement { by_sql: false });
+        self.kept.lock().check_statement(&name, opened.text.len())?;
         self.on_parse(client, message).await?;
-        self.kept.lock().statements.insert(name, bytes);
+        self.kept.lock().statements.insert(name, opened);
         Ok(())
     }
 
@@ -188,7 +213,7 @@ impl Answers {
     {
         let name = key(message.portal_name.as_deref());
         let bytes = message.parameters.iter().flatten().map(Bytes::len).sum();
-        PORTALS.check(&self.kept.lock().portals, &name, bytes)?;
+        PORTALS.check(self.kept.lock().portals.iter().map(|(name, bytes)| (name, *bytes)), &name, bytes)?;
         self.on_bind(client, message).await?;
         self.kept.lock().portals.insert(name, bytes);
         Ok(())
@@ -426,15 +451,17 @@ impl Answers {
                         let message = format!("cursor {cursor:?} already exists");
                         return Err(pg_error(SqlError::new("42P03", message)));
                     }
-                    let lengths = kept.cursors.keys().map(|name| (name.clone(), name.len())).collect();
-                    CURSORS.check(&lengths, cursor, cursor.len())?;
+                    let others = kept.cursors.iter().map(|(name, open)| (name, open.opened.text.len()));
+                    CURSORS.check(others, cursor, prepared.text.len())?;
                 }
                 let lifetime = LIFETIME.max(self.session.timeout());
                 let batches = self.session.run_within(plan()?, lifetime).await.map_err(pg_error)?;
                 let memory = scroll.then(|| self.session.engine().memory().reserve(Kind::Queries));
-                let opened = Cursor::new(batches, names.clone(), (*binary, *hold), memory);
+                let what = What::Cursor { holdable: *hold, binary: *binary, scrollable: *scroll };
+                let opened = self.opened(prepared.text.clone(), what);
+                let cursor_of = Cursor::new(batches, names.clone(), (*binary, *hold), memory);
                 let savepoints = (!alone).then(|| self.session.savepoints());
-                let opened = Open { cursor: Arc::new(opened), savepoints };
+                let opened = Open { cursor: Arc::new(cursor_of), opened, savepoints };
                 self.kept.lock().cursors.insert(cursor.clone(), opened);
                 Answer::Done(Tag::new("DECLARE CURSOR"))
             }
@@ -462,15 +489,15 @@ impl Answers {
                 }
                 Answer::Done(Tag::new(if name.is_some() { "CLOSE CURSOR" } else { "CLOSE CURSOR ALL" }))
             }
-            Command::Prepare { name, statement, .. } => {
+            Command::Prepare { name, .. } => {
                 let mut kept = self.kept.lock();
                 if kept.statements.contains_key(name) {
                     let message = format!("prepared statement {name:?} already exists");
                     return Err(pg_error(SqlError::new("42P05", message)));
                 }
-                let bytes = statement.to_string().len();
-                STATEMENTS.check(&kept.statements, name, bytes)?;
-                kept.statements.insert(name.clone(), bytes);
+                kept.check_statement(name, prepared.text.len())?;
+                let opened = self.opened(prepared.text.clone(), What::Statement { by_sql: true });
+                kept.statements.insert(name.clone(), opened);
                 kept.named.insert(name.clone(), prepared.command.clone());
                 Answer::Done(Tag::new("PREPARE"))
             }

@@ -5,50 +5,55 @@ use std::sync::Arc;
 use arrow::array::{Array, ArrayRef, AsArray, Int32Array, ListArray, StringArray, StructArray};
 use arrow::compute::cast;
 use arrow::datatypes::{DataType, Field, Fields};
-use datafusion::common::ScalarValue;
 use datafusion::common::cast::as_string_array;
 use datafusion::error::{DataFusionError, Result};
-use datafusion::execution::FunctionRegistry;
-use datafusion::logical_expr::{
-    ColumnarValue, ScalarFunctionArgs, ScalarUDF, ScalarUDFImpl, Signature, TypeSignature, Volatility,
-};
+use datafusion::logical_expr::{ColumnarValue, ScalarFunctionArgs, ScalarUDF, ScalarUDFImpl, Signature, Volatility};
 use datafusion::prelude::SessionContext;
+use datafusion_pg_catalog::pg_catalog as library;
+use engine::Engine;
 use pgwire::api::Type;
 
+use super::system::{self, RowFunction};
 use crate::format::{Column, quoted};
+use crate::session::DATABASE;
 
-/// What tools ask about objects that there are none of, with what is answered.
-const ANSWERS: [(&str, Answer); 18] = [
-    ("getdatabaseencoding", Answer::Text("UTF8")),
-    ("pg_get_functiondef", Answer::NoText),
-    ("pg_get_function_sqlbody", Answer::NoText),
-    ("pg_get_indexdef", Answer::NoText),
-    ("pg_get_ruledef", Answer::NoText),
-    ("pg_get_triggerdef", Answer::NoText),
-    ("pg_describe_object", Answer::NoText),
-    ("pg_tablespace_location", Answer::NoText),
-    ("pg_tablespace_size", Answer::NoNumber),
-    ("pg_opclass_is_visible", Answer::Yes),
-    ("pg_operator_is_visible", Answer::Yes),
-    ("pg_opfamily_is_visible", Answer::Yes),
-    ("pg_conversion_is_visible", Answer::Yes),
-    ("pg_statistics_obj_is_visible", Answer::Yes),
-    ("pg_ts_config_is_visible", Answer::Yes),
-    ("pg_ts_dict_is_visible", Answer::Yes),
-    ("pg_ts_parser_is_visible", Answer::Yes),
-    ("pg_ts_template_is_visible", Answer::Yes),
-];
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Answer {
-    NoText,
-    NoNumber,
-    Text(&'static str),
-    Yes,
-}
-
-/// Registers them.
-pub fn register(context: &SessionContext) {
+/// Registers them, over those of the library.
+pub fn register(context: &SessionContext, engine: &Engine) {
+    let privilege = library::has_privilege_udf::create_has_privilege_udf;
+    for function in [
+        library::create_current_database_udf(DATABASE),
+        library::create_current_schema_udf(),
+        library::create_current_schemas_udf(),
+        library::create_pg_get_userbyid_udf(),
+        privilege("has_table_privilege"),
+        privilege("has_schema_privilege"),
+        privilege("has_database_privilege"),
+        privilege("has_any_column_privilege"),
+        library::create_pg_table_is_visible(),
+        library::format_type::create_format_type_udf(),
+        library::create_session_user_udf(),
+        library::pg_get_expr_udf::create_pg_get_expr_udf(),
+        library::create_pg_get_partkeydef_udf(),
+        library::create_pg_relation_is_publishable_udf(),
+        library::create_pg_get_statisticsobjdef_columns_udf(),
+        library::create_pg_encoding_to_char_udf(),
+        library::create_pg_backend_pid_udf(),
+        library::create_pg_relation_size_udf(),
+        library::create_pg_total_relation_size_udf(),
+        library::create_pg_stat_get_numscans(),
+        library::create_pg_get_constraintdef(),
+        library::create_pg_get_partition_ancestors_udf(),
+        library::quote_ident_udf::create_quote_ident_udf(),
+        library::quote_ident_udf::create_parse_ident_udf(),
+        library::array_bounds_udf::create_array_upper_udf(),
+        library::array_bounds_udf::create_array_lower_udf(),
+    ] {
+        context.register_udf(function);
+    }
+    for (name, function) in system::Function::ALL {
+        context.register_udtf(name, Arc::new(RowFunction { function, engine: engine.clone() }));
+    }
+    library::generate_series_arg_coercion::CoerceIntArgsToBigInt::widen(context);
     for function in [
         Function::ToRegtype,
         Function::QuoteLiteral,
@@ -64,14 +69,6 @@ pub fn register(context: &SessionContext) {
         context.register_udf(ScalarUDF::new_from_impl(Lookup { function, signature: arguments }));
     }
     context.register_udf(super::sleep::function());
-    for (name, answer) in ANSWERS {
-        if context.udf(name).is_err() {
-            let function = Function::Fixed(name, answer);
-            let some = TypeSignature::OneOf(vec![TypeSignature::Nullary, TypeSignature::VariadicAny]);
-            let signature = Signature::new(some, Volatility::Stable);
-            context.register_udf(ScalarUDF::new_from_impl(Lookup { function, signature }));
-        }
-    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -88,8 +85,6 @@ enum Function {
     Format,
     /// The elements of an array, each with its number.
     Numbered,
-    /// The same whatever is asked.
-    Fixed(&'static str, Answer),
 }
 
 #[derive(Debug, PartialEq, Eq, Hash)]
@@ -107,7 +102,6 @@ impl ScalarUDFImpl for Lookup {
             Function::Encoding => "pg_char_to_encoding",
             Function::Format => "format",
             Function::Numbered => NUMBERED,
-            Function::Fixed(name, _) => name,
         }
     }
 
@@ -123,21 +117,10 @@ impl ScalarUDFImpl for Lookup {
                 [DataType::List(item)] => DataType::new_list(DataType::Struct(numbered_fields(item.data_type())), true),
                 _ => return Err(DataFusionError::Plan("_pg_expandarray takes an array".to_owned())),
             },
-            Function::Fixed(_, Answer::NoText | Answer::Text(_)) => DataType::Utf8,
-            Function::Fixed(_, Answer::NoNumber) => DataType::Int64,
-            Function::Fixed(_, Answer::Yes) => DataType::Boolean,
         })
     }
 
     fn invoke_with_args(&self, args: ScalarFunctionArgs) -> Result<ColumnarValue> {
-        if let Function::Fixed(_, answer) = self.function {
-            return Ok(ColumnarValue::Scalar(match answer {
-                Answer::NoText => ScalarValue::Utf8(None),
-                Answer::NoNumber => ScalarValue::Int64(None),
-                Answer::Text(text) => ScalarValue::from(text),
-                Answer::Yes => ScalarValue::Boolean(Some(true)),
-            }));
-        }
         let arrays = ColumnarValue::values_to_arrays(&args.args)?;
         let answer: ArrayRef = match (self.function, arrays.as_slice()) {
             (Function::ToRegtype, [names]) => {
@@ -157,7 +140,6 @@ impl ScalarUDFImpl for Lookup {
             (Function::ToRegtype | Function::QuoteLiteral | Function::Encoding | Function::Numbered, _) => {
                 return Err(DataFusionError::Plan("one argument is needed".to_owned()));
             }
-            (Function::Fixed(..), _) => return Err(DataFusionError::Internal("no arrays are needed".to_owned())),
             (Function::JsonBuildObject, arrays) => Arc::new(objects(arrays, args.number_rows)?),
         };
         Ok(ColumnarValue::Array(answer))

@@ -2,21 +2,24 @@
 //! it holds as texts, and expressions over them for which the planner has no words.
 
 use std::ops::ControlFlow;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock, OnceLock};
 
-use arrow::array::{ArrayRef, StringArray};
-use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use arrow::array::{ArrayRef, BooleanArray, IntervalMonthDayNanoArray, StringArray};
+use arrow::datatypes::{DataType, Field, IntervalMonthDayNano, Schema, SchemaRef};
 use arrow::record_batch::RecordBatch;
 use async_trait::async_trait;
+use chrono::{DateTime, TimeZone};
+use chrono_tz::{OffsetComponents, OffsetName, TZ_VARIANTS, TzOffset};
 use datafusion::catalog::information_schema::InformationSchemaProvider;
-use datafusion::catalog::{CatalogProviderList, SchemaProvider, TableProvider};
+use datafusion::catalog::{CatalogProviderList, SchemaProvider, TableFunctionArgs, TableFunctionImpl, TableProvider};
 use datafusion::common::cast::as_string_array;
 use datafusion::common::metadata::FieldMetadata;
-use datafusion::common::{Column, ScalarValue};
+use datafusion::common::{Column, JoinType, ScalarValue};
 use datafusion::datasource::empty::EmptyTable;
 use datafusion::datasource::{MemTable, TableType, ViewTable, provider_as_source};
-use datafusion::error::Result;
-use datafusion::functions::expr_fn::{substr, substring};
+use datafusion::error::{DataFusionError, Result};
+use datafusion::functions::expr_fn::{split_part, substr, substring};
+use datafusion::functions_aggregate::expr_fn::min;
 use datafusion::logical_expr::{
     ColumnarValue, Expr, LogicalPlanBuilder, ScalarFunctionArgs, ScalarUDF, ScalarUDFImpl, Signature, Volatility, cast,
     lit,
@@ -25,11 +28,11 @@ use datafusion::sql::sqlparser::ast;
 use datafusion::sql::sqlparser::ast::{SetExpr, Value, ValueWithSpan, visit_expressions, visit_relations};
 use datafusion_pg_catalog::pg_catalog::catalog_info::CatalogInfo;
 use datafusion_pg_catalog::pg_catalog::context::EmptyContextProvider;
-use datafusion_pg_catalog::pg_catalog::{PgCatalogSchemaProvider, PgCatalogStaticTables};
+use datafusion_pg_catalog::pg_catalog::{PG_CATALOG_TABLES, PgCatalogSchemaProvider, PgCatalogStaticTables};
 use engine::{Engine, View};
 
+use super::opened::Listing;
 use super::rows::{size, wire_type};
-use crate::error::SqlError;
 
 /// What kinds of values columns have that are added or changed; they hold nothing but NULL.
 #[derive(Debug, Clone, Copy)]
@@ -74,7 +77,20 @@ const MISSING: [(&str, &str, Kind); 12] = [
 const EMPTY: [&str; 2] = ["pg_constraint", "pg_index"];
 
 /// Tables that are missing, all of them empty.
-const TABLES: [(&str, &[(&str, Kind)]); 2] = [
+const TABLES: [(&str, &[(&str, Kind)]); 4] = [
+    (
+        "pg_rules",
+        &[("schemaname", Kind::Text), ("tablename", Kind::Text), ("rulename", Kind::Text), ("definition", Kind::Text)],
+    ),
+    (
+        "pg_available_extensions",
+        &[
+            ("name", Kind::Text),
+            ("default_version", Kind::Text),
+            ("installed_version", Kind::Text),
+            ("comment", Kind::Text),
+        ],
+    ),
     (
         "pg_user_mappings",
         &[
@@ -110,23 +126,111 @@ fn array(table: &str, column: &str) -> Option<Kind> {
     })
 }
 
+/// The rows of PostgreSQL's own catalogs, which are the same for all and take 8 MB: a server that nobody asks for them
+/// does without.
+static GIVEN: LazyLock<Result<Arc<PgCatalogStaticTables>>> =
+    LazyLock::new(|| PgCatalogStaticTables::try_new().map(Arc::new));
+
+fn given() -> Result<&'static Arc<PgCatalogStaticTables>> {
+    GIVEN.as_ref().map_err(|e| DataFusionError::Internal(format!("the rows of pg_catalog can't be read: {e}")))
+}
+
+/// A function of `pg_catalog` that gives rows.
+#[derive(Debug)]
+pub struct RowFunction {
+    /// Which.
+    pub function: Function,
+    /// Whose.
+    pub engine: Engine,
+}
+
+/// Which of them.
+#[derive(Debug, Clone, Copy)]
+pub enum Function {
+    /// `pg_get_keywords()`.
+    Keywords,
+    /// `pg_timezone_names()`.
+    Timezones,
+    /// `pg_listening_channels()`: there is no `LISTEN`.
+    Channels,
+}
+
+impl Function {
+    /// All, with their names.
+    pub const ALL: [(&'static str, Self); 3] =
+        [("pg_get_keywords", Self::Keywords), (TIMEZONES, Self::Timezones), ("pg_listening_channels", Self::Channels)];
+}
+
+impl TableFunctionImpl for RowFunction {
+    fn call_with_args(&self, args: TableFunctionArgs) -> Result<Arc<dyn TableProvider>> {
+        match self.function {
+            Function::Keywords => given()?.pg_get_keywords.call_with_args(args),
+            Function::Timezones => Ok(Arc::new(timezones(&self.engine)?)),
+            // In PostgreSQL the column of such a function is called as the function is called in the query, and this is
+            // what psql calls it.
+            Function::Channels => {
+                let channel = Field::new("channel", DataType::Utf8, true);
+                Ok(Arc::new(EmptyTable::new(Arc::new(Schema::new(vec![channel])))))
+            }
+        }
+    }
+}
+
+const TIMEZONES: &str = "pg_timezone_names";
+
+/// `pg_timezone_names`: the zones that sessions can be set to, as they are now.
+fn timezones(engine: &Engine) -> Result<MemTable> {
+    let now = DateTime::from_timestamp_millis(engine.now_ms()).unwrap_or_default().naive_utc();
+    let mut zones: Vec<_> = TZ_VARIANTS.iter().map(|zone| (zone.name(), zone.offset_from_utc_datetime(&now))).collect();
+    zones.sort_unstable_by_key(|(name, _)| *name);
+    let seconds = |o: &TzOffset| (o.base_utc_offset() + o.dst_offset()).num_seconds();
+    let offsets = zones.iter().map(|(_, o)| IntervalMonthDayNano::new(0, 0, seconds(o) * 1_000_000_000));
+    let columns: [(&str, ArrayRef); 4] = [
+        ("name", Arc::new(StringArray::from_iter_values(zones.iter().map(|(name, _)| name)))),
+        ("abbrev", Arc::new(zones.iter().map(|(_, o)| o.abbreviation()).collect::<StringArray>())),
+        ("utc_offset", Arc::new(IntervalMonthDayNanoArray::from_iter_values(offsets))),
+        ("is_dst", Arc::new(zones.iter().map(|(_, o)| Some(!o.dst_offset().is_zero())).collect::<BooleanArray>())),
+    ];
+    let batch = RecordBatch::try_from_iter(columns)?;
+    MemTable::try_new(batch.schema(), vec![vec![batch]])
+}
+
 /// `pg_catalog`.
 #[derive(Debug)]
 pub struct System {
+    catalogs: Arc<dyn CatalogProviderList>,
     /// What the library gives.
-    given: Arc<dyn SchemaProvider>,
+    given: OnceLock<PgCatalogSchemaProvider<Typed, EmptyContextProvider>>,
     engine: Engine,
 }
 
 impl System {
     /// That of an engine, over what the library gives for these catalogs.
-    ///
-    /// # Errors
-    /// When the library's tables can't be built, which only a bug can bring about.
-    pub fn new(catalogs: Arc<dyn CatalogProviderList>, engine: &Engine) -> std::result::Result<Self, SqlError> {
-        let tables = Arc::new(PgCatalogStaticTables::try_new()?);
-        let given = PgCatalogSchemaProvider::try_new(Typed(catalogs), tables, EmptyContextProvider)?;
-        Ok(Self { given: Arc::new(given), engine: engine.clone() })
+    pub fn new(catalogs: Arc<dyn CatalogProviderList>, engine: &Engine) -> Self {
+        Self { catalogs, given: OnceLock::new(), engine: engine.clone() }
+    }
+
+    fn given(&self) -> Result<&dyn SchemaProvider> {
+        if let Some(provider) = self.given.get() {
+            return Ok(provider);
+        }
+        let provider =
+            PgCatalogSchemaProvider::try_new(Typed(self.catalogs.clone()), given()?.clone(), EmptyContextProvider)?;
+        Ok(self.given.get_or_init(|| provider))
+    }
+
+    /// `pg_amproc` has names where PostgreSQL has numbers that tools join with `pg_proc`: these, beside them.
+    async fn with_numbers(&self, plan: LogicalPlanBuilder) -> Result<LogicalPlanBuilder> {
+        let Some(functions) = self.given()?.table("pg_proc").await? else {
+            return Err(DataFusionError::Internal("there is no pg_proc".to_owned()));
+        };
+        let column = |name| Expr::Column(Column::new_unqualified(name));
+        // Of functions with the same name one is as good as the other here.
+        let functions = LogicalPlanBuilder::scan("functions", provider_as_source(functions), None)?
+            .aggregate([column("proname")], [min(column("oid")).alias("number")])?
+            .build()?;
+        let last = split_part(column("amproc"), lit("."), lit(-1i64));
+        plan.join_with_expr_keys(functions, JoinType::Left, (vec![last], vec![column("proname")]), None)
     }
 
     /// `pg_views`: the library has no definitions, nor who made a view.
@@ -149,8 +253,8 @@ impl System {
 #[async_trait]
 impl SchemaProvider for System {
     fn table_names(&self) -> Vec<String> {
-        let missing = TABLES.iter().map(|(name, _)| (*name).to_owned());
-        self.given.table_names().into_iter().chain(missing).collect()
+        let own = TABLES.iter().map(|(name, _)| *name).chain(Listing::ALL.iter().map(|(name, _)| *name));
+        PG_CATALOG_TABLES.iter().copied().chain(own).chain([TIMEZONES]).map(str::to_owned).collect()
     }
 
     async fn table(&self, name: &str) -> Result<Option<Arc<dyn TableProvider>>> {
@@ -159,16 +263,29 @@ impl SchemaProvider for System {
             let fields: Vec<Field> = columns.iter().map(|(n, kind)| Field::new(*n, kind.data_type(), true)).collect();
             return Ok(Some(Arc::new(EmptyTable::new(Arc::new(Schema::new(fields))))));
         }
-        if name == "pg_views" {
-            return Ok(Some(Arc::new(self.views()?)));
+        if let Some((_, listing)) = Listing::ALL.iter().find(|(n, _)| *n == name) {
+            return listing.table().map(Some);
         }
-        let Some(table) = self.given.table(&name).await? else { return Ok(None) };
+        match name.as_str() {
+            "pg_views" => return Ok(Some(Arc::new(self.views()?))),
+            TIMEZONES => return Ok(Some(Arc::new(timezones(&self.engine)?))),
+            _ => {}
+        }
+        if !PG_CATALOG_TABLES.contains(&&*name) {
+            return Ok(None);
+        }
+        let Some(table) = self.given()?.table(&name).await? else { return Ok(None) };
         let (schema, mut changed) = (table.schema(), false);
         let null = |kind: Kind, name: &str| {
-            Ok::<_, datafusion::error::DataFusionError>(lit(ScalarValue::try_from(&kind.data_type())?).alias(name))
+            Ok::<_, DataFusionError>(lit(ScalarValue::try_from(&kind.data_type())?).alias(name))
         };
         let mut columns = Vec::with_capacity(schema.fields().len());
         for field in schema.fields() {
+            if name == "pg_amproc" && field.name() == "amproc" {
+                changed = true;
+                columns.push(Expr::Column(Column::new_unqualified("number")).alias("amproc"));
+                continue;
+            }
             if name == "pg_attribute"
                 && let Some(column) = Typed::column(field)?
             {
@@ -195,18 +312,21 @@ impl SchemaProvider for System {
         if EMPTY.contains(&&*name) {
             plan = plan.filter(lit(false))?;
         }
+        if name == "pg_amproc" {
+            plan = self.with_numbers(plan).await?;
+        }
         Ok(Some(Arc::new(ViewTable::new(plan.project(columns)?.build()?, None))))
     }
 
     async fn table_type(&self, name: &str) -> Result<Option<TableType>> {
-        match TABLES.iter().any(|(n, _)| *n == name) {
-            true => Ok(Some(TableType::View)),
-            false => self.given.table_type(name).await,
+        match PG_CATALOG_TABLES.contains(&name) {
+            true => self.given()?.table_type(name).await,
+            false => Ok(Some(TableType::View)),
         }
     }
 
     fn table_exist(&self, name: &str) -> bool {
-        self.given.table_exist(name) || TABLES.iter().any(|(n, _)| n.eq_ignore_ascii_case(name))
+        self.table_names().iter().any(|n| n.eq_ignore_ascii_case(name))
     }
 }
 
