@@ -81,6 +81,9 @@ async fn run(inner: &Arc<Inner>, all: bool) -> Result<()> {
 }
 
 async fn round(inner: &Arc<Inner>, all: bool) -> Result<()> {
+    // Files that come while all is compacted would have their days written again and again.
+    let newest = inner.version().tables.iter().flat_map(|t| t.files.iter().map(|f| f.seq_max)).max();
+    let until = if all { newest.unwrap_or(0) } else { u64::MAX };
     retention::observe(inner);
     // First what frees space without taking any.
     clean(inner).await?;
@@ -91,7 +94,7 @@ async fn round(inner: &Arc<Inner>, all: bool) -> Result<()> {
         lost.extend(fold(inner, all).await?);
     }
     let mut skipped = BTreeSet::new();
-    while let Some((table, files, level)) = next_merge(inner, all, &skipped) {
+    while let Some((table, files, level)) = next_merge(inner, all, until, &skipped) {
         match merge(inner, &table, &files, level).await {
             Ok(true) => lost.extend(files.iter().map(|f| f.day)),
             Ok(false) => {}
@@ -104,7 +107,7 @@ async fn round(inner: &Arc<Inner>, all: bool) -> Result<()> {
     }
     lost.extend(fold(inner, all).await?);
     prune(inner, lost).await?;
-    while let Some(parts) = next_parts(inner, all) {
+    while let Some(parts) = next_parts(inner, all, until) {
         if let Err(e) = merge_parts(inner, &parts).await {
             set_aside_parts(inner, &parts, e).await?;
         }
@@ -174,10 +177,12 @@ async fn clean(inner: &Inner) -> Result<()> {
 }
 
 /// Files that should become one now, and its level: the fewest bytes first after a round that failed, since outputs and
-/// inputs are there together for a while. `skipped` are days of tables, by number.
+/// inputs are there together for a while. Those of flushes after `until` are left alone; `skipped` are days of tables, by
+/// number.
 fn next_merge(
     inner: &Inner,
     all: bool,
+    until: u64,
     skipped: &BTreeSet<(u16, i32)>,
 ) -> Option<(Arc<TableSchema>, Vec<Arc<DataFile>>, u8)> {
     let version = inner.version();
@@ -186,7 +191,8 @@ fn next_merge(
     let mut least_bytes = u64::MAX;
     for table in &version.tables {
         let mut days: BTreeMap<i32, Vec<Arc<DataFile>>> = BTreeMap::new();
-        for f in table.files.iter().filter(|f| !skipped.contains(&(table.schema.id, f.day))) {
+        let wanted = |f: &&Arc<DataFile>| f.seq_max <= until && !skipped.contains(&(table.schema.id, f.day));
+        for f in table.files.iter().filter(wanted) {
             days.entry(f.day).or_default().push(f.clone());
         }
         for (day, mut files) in days {
@@ -613,12 +619,12 @@ fn merged_sets_max(memory_limit: usize) -> u64 {
     (memory_limit / 16 / tag_parts::SET_BYTES) as u64
 }
 
-/// Tag parts of a day that should become one now.
-fn next_parts(inner: &Inner, all: bool) -> Option<Vec<Arc<TagPart>>> {
+/// Tag parts of a day that should become one now, of flushes up to `until`.
+fn next_parts(inner: &Inner, all: bool, until: u64) -> Option<Vec<Arc<TagPart>>> {
     let today = day_of(inner.now_ms());
     let version = inner.version();
     let mut days: BTreeMap<i32, Vec<Arc<TagPart>>> = BTreeMap::new();
-    for p in version.parts.iter().filter(|p| !inner.days.is_damaged(p.id)) {
+    for p in version.parts.iter().filter(|p| p.seq <= until && !inner.days.is_damaged(p.id)) {
         days.entry(p.day).or_default().push(p.clone());
     }
     let max = merged_sets_max(inner.memory.limit());

@@ -377,6 +377,28 @@ async fn a_delete_is_not_done_by_whoever_was_replaced() {
     assert_eq!(query(&new).await.1, 1);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn compaction_ends_while_rows_come() {
+    let (dir, store) = (tempfile::tempdir().unwrap(), bucket());
+    let engine = open(dir.path(), &store).await;
+    let writing = tokio::spawn({
+        let engine = engine.clone();
+        async move {
+            for i in 0.. {
+                engine.write(request(&engine, &[("a", NOW + i, 1.0)])).await.unwrap();
+                engine.flush().await.unwrap();
+                tokio::task::yield_now().await;
+            }
+        }
+    });
+    while engine.files().unwrap().len() < 2 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    // A bound against hanging.
+    tokio::time::timeout(Duration::from_secs(60), engine.compact()).await.expect("an end").unwrap();
+    writing.abort();
+}
+
 #[tokio::test]
 async fn deletes_are_folded_in_while_more_come() {
     let (dir, store) = (tempfile::tempdir().unwrap(), bucket());
