@@ -32,8 +32,11 @@ impl PhysicalOptimizerRule for BySeries {
     fn optimize(&self, plan: Arc<dyn ExecutionPlan>, _config: &ConfigOptions) -> Result<Arc<dyn ExecutionPlan>> {
         let rewrite = |node: Arc<dyn ExecutionPlan>| {
             let replaced = match node_of::<AggregateExec>(&node) {
-                Some(aggregate) if *aggregate.mode() == AggregateMode::Partial => partial(aggregate)?,
-                Some(aggregate) => single(aggregate, &node)?,
+                Some(aggregate) => match aggregate.mode() {
+                    AggregateMode::Partial => partial(aggregate)?,
+                    AggregateMode::Single if aggregate.group_expr().is_empty() => whole(aggregate)?,
+                    _ => single(aggregate, &node)?,
+                },
                 None => None,
             };
             Ok(replaced.map_or_else(|| Transformed::no(node), Transformed::yes))
@@ -155,6 +158,19 @@ fn partial(aggregate: &AggregateExec) -> Result<Option<Arc<dyn ExecutionPlan>>> 
     let keys = Keys { scan: scan.clone(), columns, keys };
     let node = SeriesAggregateExec::new(input, Arc::new(keys), aggregates, rows.is_some(), aggregate.schema());
     Ok(Some(Arc::new(node)))
+}
+
+/// All rows of one partition as one group: in two stages, of which the first can be ours.
+fn whole(aggregate: &AggregateExec) -> Result<Option<Arc<dyn ExecutionPlan>>> {
+    let (by, functions) = (aggregate.group_expr().clone(), aggregate.aggr_expr().to_vec());
+    let (schema, filters) = (aggregate.input_schema(), aggregate.filter_expr().to_vec());
+    let unfiltered = vec![None; filters.len()];
+    let input = aggregate.input().clone();
+    let first =
+        AggregateExec::try_new(AggregateMode::Partial, by.clone(), functions.clone(), filters, input, schema.clone())?;
+    let Some(first) = partial(&first)? else { return Ok(None) };
+    let last = AggregateExec::try_new(AggregateMode::Final, by.as_final(), functions, unfiltered, first, schema)?;
+    Ok(Some(Arc::new(last)))
 }
 
 /// An aggregation whose partial results come from one partition needs no second stage.
