@@ -236,6 +236,7 @@ fn psql_runs_its_commands() {
     );
     check("\\copy (SELECT value FROM samples ORDER BY value LIMIT 2) TO STDOUT WITH CSV HEADER", "value\n0\n1\n");
     check("\\dAp btree integer_ops", "btree|integer_ops|integer|integer|1|btint4cmp");
+    check("SELECT count(*) > 300 FROM pg_timezone_names", "t");
     check("SELECT count(*) FROM pg_get_keywords() WHERE word = 'select'", "1");
     check(
         "PREPARE one AS SELECT 1;\nSELECT name, statement, from_sql FROM pg_prepared_statements;",

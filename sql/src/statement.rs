@@ -898,6 +898,14 @@ fn name_columns(statement: &mut Statement) {
             {
                 alias.columns = vec![TableAliasColumnDef { name: alias.name.clone(), data_type: None }];
             }
+            // Of its own tables of `pg_catalog` the library knows where they are.
+            if let TableFactor::Table { name, args: None, .. } = table
+                && let [part] = name.0.as_slice()
+                && part.as_ident().is_some_and(|ident| system::adds(&ident.value))
+            {
+                let schema = ObjectName::from(vec![Ident::new("pg_catalog")]);
+                *name = ObjectName(schema.0.into_iter().chain([part.clone()]).collect());
+            }
             ControlFlow::Continue(())
         }
         fn pre_visit_expr(&mut self, expr: &mut Expr) -> ControlFlow<()> {

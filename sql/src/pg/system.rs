@@ -253,8 +253,7 @@ impl System {
 #[async_trait]
 impl SchemaProvider for System {
     fn table_names(&self) -> Vec<String> {
-        let own = TABLES.iter().map(|(name, _)| *name).chain(Listing::ALL.iter().map(|(name, _)| *name));
-        PG_CATALOG_TABLES.iter().copied().chain(own).chain([TIMEZONES]).map(str::to_owned).collect()
+        PG_CATALOG_TABLES.iter().copied().chain(added()).map(str::to_owned).collect()
     }
 
     async fn table(&self, name: &str) -> Result<Option<Arc<dyn TableProvider>>> {
@@ -488,6 +487,17 @@ impl ScalarUDFImpl for TypeName {
         let names: StringArray = as_string_array(&texts)?.iter().map(|t| t.map(|t| self.of(t))).collect();
         Ok(ColumnarValue::Array(Arc::new(names)))
     }
+}
+
+/// The tables that are missing in the library.
+fn added() -> impl Iterator<Item = &'static str> {
+    let empty = TABLES.iter().map(|(name, _)| *name);
+    empty.chain(Listing::ALL.iter().map(|(name, _)| *name)).chain([TIMEZONES])
+}
+
+/// Whether `pg_catalog` has a table that is missing in the library.
+pub fn adds(name: &str) -> bool {
+    added().any(|added| added.eq_ignore_ascii_case(name))
 }
 
 /// Another form of an expression over `pg_catalog`, which the planner knows.
