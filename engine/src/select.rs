@@ -3,6 +3,7 @@
 //! Tag sets come from two places: rows in memory refer to active sets, which the registry knows, and rows in files to sets
 //! in the tag parts of their day. Both are asked only when the data in the time range can need them.
 
+mod found;
 mod pair;
 
 use std::collections::HashMap;
@@ -17,7 +18,6 @@ use catalog::tag::METRIC_NAME;
 use catalog::tag_parts::MetricSets;
 use catalog::{
     Error, MatchOp, Matcher, MetricFilter, Narrow, Ordinal, Registry, Result, Series, TableSchema, TagSet, TagValues,
-    tag_parts,
 };
 
 use crate::engine::Inner;
@@ -25,12 +25,14 @@ use crate::memory::Kind;
 use crate::segment::{Key, Segments, day_of};
 use crate::snapshot::{Snapshot, View};
 use crate::version::{TableVersion, Version};
-use crate::{Reservation, Stop};
+use crate::{Pace, Reservation, Stop};
+use found::Found;
 
-/// What a series takes in a set and while it is made, the shared tag set aside.
-const SERIES_BYTES: usize = 80;
 /// Memory is reserved for so many series at a time.
 const SERIES_AT_A_TIME: usize = 1024;
+
+/// What a code takes among those that were seen, which is an entry of a hash table at its fullest and when it grows.
+const SEEN_BYTES: usize = 2 * (size_of::<i64>() + 1);
 
 /// The ordinal of a series that is not active.
 pub(crate) const NO_ORDINAL: Ordinal = Ordinal::MAX;
@@ -150,36 +152,13 @@ async fn select_once(view: View<'_>, selection: &Selection, stop: &Stop) -> Resu
     // The version first: whatever it can refer to was published before.
     let version = view.version()?;
     let start_ms = kept_from(&version, &selection.table, selection.start_ms);
-    let (mut memory, mut reserved) = (inner.memory.reserve(Kind::Queries), Ok(()));
-    let sources = Sources::find(inner, &version, (selection, stop), &mut memory).await?;
-    let mut found: Vec<(Key, Ordinal, Arc<Series>)> = Vec::new();
-    let (mut candidates, mut full) = (0, false);
-    let series_max = inner.settings.query_series_max;
-    sources.for_each(view, (selection, stop), &mut candidates, |ordinal, series| {
-        // An active set may come again from tag parts.
-        full = found.len() >= series_max.saturating_mul(2);
-        if found.len().is_multiple_of(SERIES_AT_A_TIME) {
-            reserved = memory.grow(SERIES_AT_A_TIME * SERIES_BYTES);
-        }
-        let go_on = !full && reserved.is_ok();
-        if go_on {
-            found.push((Key::from(series.as_ref()), ordinal, series.clone()));
-        }
-        go_on
-    })?;
-    drop(sources);
-    reserved.map_err(too_much)?;
-    // An active set sorts before its copies from tag parts, which have no ordinal.
-    found.sort_unstable_by_key(|(key, ordinal, _)| (*key, *ordinal));
-    found.dedup_by_key(|(key, ..)| *key);
-    if full || found.len() > series_max {
-        return Err(Error::limit_exceeded(format!(
-            "query selects more than {series_max} series; narrow its matchers or its time range"
-        )));
+    let mut found = Found::new(inner.memory.reserve(Kind::Queries), inner.settings.query_series_max);
+    let mut sources = Sources::of(view, &version, selection, stop);
+    while sources.next(|ordinal, series| found.push(ordinal, series)).await? {
+        found.settle()?;
     }
-    // Sets that are not active may be held by this one alone.
-    let own = found.iter().filter(|(_, ordinal, _)| *ordinal == NO_ORDINAL).count();
-    memory.shrink_to(found.len() * SERIES_BYTES + own * tag_parts::SET_BYTES);
+    let candidates = sources.candidates;
+    let (found, memory) = found.end()?;
     let keys = Arc::new(found.iter().map(|f| f.0).collect());
     let ordinals = found.iter().map(|f| f.1).collect();
     Ok(Arc::new(SeriesSet {
@@ -251,16 +230,25 @@ pub(crate) async fn visit(
 ) -> Result<()> {
     let inner = view.inner;
     let mut seen: HashSet<i64, BuildHasherDefault<PassThrough>> = HashSet::default();
+    let mut memory = inner.memory.reserve(Kind::Queries);
     loop {
         let present = Present::of(inner);
         let version = view.version()?;
-        let mut memory = inner.memory.reserve(Kind::Queries);
-        let sources = Sources::find(inner, &version, (selection, stop), &mut memory).await?;
-        let mut go_on = true;
-        sources.for_each(view, (selection, stop), &mut 0, |_, series| {
-            go_on = !seen.insert(series.id.code.0) || visit(series);
+        let mut sources = Sources::of(view, &version, selection, stop);
+        let (mut reserved, mut go_on) = (Ok(()), true);
+        let mut each = |_, series: &Arc<Series>| {
+            if seen.len() == seen.capacity() {
+                let more = seen.len().max(SERIES_AT_A_TIME);
+                reserved = memory.grow(more * SEEN_BYTES);
+                if reserved.is_ok() {
+                    seen.reserve(more);
+                }
+            }
+            go_on = reserved.is_ok() && (!seen.insert(series.id.code.0) || visit(series));
             go_on
-        })?;
+        };
+        while sources.next(&mut each).await? {}
+        reserved.map_err(too_much)?;
         if !go_on || present.lasts() {
             return Ok(());
         }
@@ -307,102 +295,134 @@ fn kept_from(version: &Version, table: &TableSchema, start_ms: i64) -> i64 {
     version.table(table.id).map_or(start_ms, |t| start_ms.max(t.floors.least()))
 }
 
-/// The places to look for tag sets.
-struct Sources {
+/// The places to look for tag sets: those in memory, then one tag part after another.
+struct Sources<'a> {
+    view: View<'a>,
+    selection: &'a Selection,
+    stop: &'a Stop,
+    names: Names<'a>,
+    filter: Filter<'a>,
+    pace: Pace,
+    /// What looking at a set costs: a matcher looks for its tag, a regular expression that is large looks at each letter
+    /// many times.
+    cost: usize,
+    /// Whether the sets in memory are to be looked at.
     active: bool,
-    parts: Vec<MetricSets>,
+    parts: std::vec::IntoIter<Arc<TagPart>>,
+    /// Sets that were looked at.
+    candidates: usize,
+    /// For the sets of one part.
+    memory: Reservation,
 }
 
-impl Sources {
-    /// Reserves memory for what has to be read.
-    async fn find(
-        inner: &Inner,
-        version: &Version,
-        (selection, stop): (&Selection, &Stop),
-        memory: &mut Reservation,
-    ) -> Result<Self> {
-        let mut admit = |bytes| memory.grow(bytes).map_err(too_much);
-        let none = Self { active: false, parts: vec![] };
+impl<'a> Sources<'a> {
+    fn of(view: View<'a>, version: &Version, selection: &'a Selection, stop: &'a Stop) -> Self {
         let (start, end) = (kept_from(version, &selection.table, selection.start_ms), selection.end_ms);
-        let Some(table) = version.table(selection.table.id).filter(|_| start <= end) else { return Ok(none) };
-        let parts = parts_in_range(version, table, start, end);
-        let names = Names::of(&selection.matchers, stop);
-        let parts = if parts.is_empty() {
-            vec![]
-        } else if let Some(name) = exact_name(&selection.matchers) {
-            inner.parts.load(&parts, MetricFilter::Eq(name), &mut admit).await?
-        } else if names.matchers.is_empty() {
-            inner.parts.load(&parts, MetricFilter::All, &mut admit).await?
-        } else {
-            let wanted = |name: &str| names.want(name);
-            inner.parts.load(&parts, MetricFilter::Where(&wanted), &mut admit).await?
-        };
-        stop.check()?;
-        Ok(Self { active: table.memtables().any(|m| m.overlaps(start, end)), parts })
+        let table = version.table(selection.table.id).filter(|_| start <= end);
+        let filter = Filter::new(tags_of(selection));
+        Self {
+            view,
+            selection,
+            stop,
+            names: Names::of(&selection.matchers, stop),
+            pace: stop.pace(),
+            cost: 64 * (1 + filter.cheap.len()) + (16 << 10) * filter.dear.len(),
+            filter,
+            active: table.is_some_and(|t| t.memtables().any(|m| m.overlaps(start, end))),
+            parts: table.map_or_else(Vec::new, |t| parts_in_range(version, t, start, end)).into_iter(),
+            candidates: 0,
+            memory: view.inner.memory.reserve(Kind::Queries),
+        }
     }
 
-    /// Calls `visit` with the sets that match, active ones with their ordinal first; a set may come more than once.
-    fn for_each(
-        &self,
-        view: View<'_>,
-        (selection, stop): (&Selection, &Stop),
-        candidates: &mut usize,
-        mut visit: impl FnMut(Ordinal, &Arc<Series>) -> bool,
-    ) -> Result<()> {
-        let inner = view.inner;
-        // Names were matched when the metrics were chosen.
-        let tags = || selection.matchers.iter().filter(|m| m.name() != METRIC_NAME);
-        let mut filter = Filter::new(tags());
-        stop.check()?;
-        let mut pace = stop.pace();
-        // A matcher looks for its tag; a regular expression that is large looks at each letter many times.
-        let cost = 64 * (1 + filter.cheap.len()) + (16 << 10) * filter.dear.len();
-        let mut stopped = Ok(());
-        let mut go_on = true;
-        let name = exact_name(&selection.matchers);
-        let names = Names::of(&selection.matchers, stop);
-        // What stops while an index is asked is seen below.
-        let mut asked = stop.pace();
-        let mut holds = |m: &Matcher, value: &str| asked.step(16 << 10).is_ok() && m.matches(value);
-        let mut narrow = Narrow::new(tags(), &mut holds);
-        if self.active {
-            let mut each = |ordinal, series: &Arc<Series>| {
-                if !view.knows(ordinal) {
-                    return;
-                }
-                *candidates += 1;
-                if go_on && let Err(e) = pace.step(cost) {
-                    (stopped, go_on) = (Err(e), false);
-                }
-                if go_on && filter.matches(&series.tags) {
-                    go_on = visit(ordinal, series);
-                }
-            };
-            match name {
-                Some(name) => inner.registry.for_each_of(name, Some(&mut narrow), &mut each),
-                None => inner.registry.for_each(|m| names.want(m), Some(&mut narrow), &mut each),
-            }
+    /// Calls `visit` with the sets of the next place that match, active ones with their ordinal, until it returns false;
+    /// a set may come again from another place. Returns false after that and when there is no other place.
+    async fn next(&mut self, visit: impl FnMut(Ordinal, &Arc<Series>) -> bool + Send) -> Result<bool> {
+        self.stop.check()?;
+        if std::mem::take(&mut self.active) {
+            return self.in_memory(visit);
         }
-        for part in &self.parts {
-            let narrowed = inner.parts.narrowed(part, &mut narrow);
-            let (all, some) = match &narrowed {
-                None => (&part[..], &[][..]),
-                Some(some) => (&[][..], &some[..]),
-            };
-            for series in all.iter().chain(some.iter().map(|at| &part[*at as usize])) {
-                if !go_on {
-                    break;
-                }
-                *candidates += 1;
-                pace.step(cost)?;
-                if filter.matches(&series.tags) {
-                    go_on = visit(NO_ORDINAL, series);
-                }
+        let Some(part) = self.parts.next() else { return Ok(false) };
+        let sets = self.load(part).await?;
+        let go_on = self.in_part(&sets, visit)?;
+        // Whoever keeps some of them says so at once.
+        self.memory.shrink_to(0);
+        Ok(go_on)
+    }
+
+    async fn load(&mut self, part: Arc<TagPart>) -> Result<Vec<MetricSets>> {
+        let Self { view, selection, names, memory, .. } = self;
+        let mut admit = |bytes| memory.grow(bytes).map_err(too_much);
+        let wanted = |name: &str| names.want(name);
+        let filter = match exact_name(&selection.matchers) {
+            Some(name) => MetricFilter::Eq(name),
+            None if names.matchers.is_empty() => MetricFilter::All,
+            None => MetricFilter::Where(&wanted),
+        };
+        let sets = view.inner.parts.load(&[part], filter, &mut admit).await?;
+        self.stop.check()?;
+        Ok(sets)
+    }
+
+    fn in_memory(&mut self, mut visit: impl FnMut(Ordinal, &Arc<Series>) -> bool) -> Result<bool> {
+        let Self { view, selection, stop, names, filter, pace, cost, candidates, .. } = self;
+        let (mut stopped, mut go_on) = (Ok(()), true);
+        let mut each = |ordinal, series: &Arc<Series>| {
+            if !view.knows(ordinal) {
+                return;
             }
+            *candidates += 1;
+            if go_on && let Err(e) = pace.step(*cost) {
+                (stopped, go_on) = (Err(e), false);
+            }
+            if go_on && filter.matches(&series.tags) {
+                go_on = visit(ordinal, series);
+            }
+        };
+        let mut holds = holds(stop);
+        let mut narrow = Narrow::new(tags_of(selection), &mut holds);
+        let registry = &view.inner.registry;
+        match exact_name(&selection.matchers) {
+            Some(name) => registry.for_each_of(name, Some(&mut narrow), &mut each),
+            None => registry.for_each(|m| names.want(m), Some(&mut narrow), &mut each),
         }
         stopped?;
-        stop.check()
+        stop.check()?;
+        Ok(go_on)
     }
+
+    fn in_part(&mut self, sets: &[MetricSets], mut visit: impl FnMut(Ordinal, &Arc<Series>) -> bool) -> Result<bool> {
+        let mut holds = holds(self.stop);
+        let mut narrow = Narrow::new(tags_of(self.selection), &mut holds);
+        for sets in sets {
+            let narrowed = self.view.inner.parts.narrowed(sets, &mut narrow);
+            let (all, some) = match &narrowed {
+                None => (&sets[..], &[][..]),
+                Some(some) => (&[][..], &some[..]),
+            };
+            for series in all.iter().chain(some.iter().map(|at| &sets[*at as usize])) {
+                self.candidates += 1;
+                self.pace.step(self.cost)?;
+                if self.filter.matches(&series.tags) && !visit(NO_ORDINAL, series) {
+                    return Ok(false);
+                }
+            }
+        }
+        self.stop.check()?;
+        Ok(true)
+    }
+}
+
+/// The matchers of a selection that are not for the name, by which metrics were chosen.
+fn tags_of(selection: &Selection) -> impl Iterator<Item = &Matcher> {
+    selection.matchers.iter().filter(|m| m.name() != METRIC_NAME)
+}
+
+/// Whether a matcher holds for a value of an index. Denies everything once the query is to stop, which whoever asked
+/// looks at afterwards.
+fn holds(stop: &Stop) -> impl FnMut(&Matcher, &str) -> bool {
+    let mut pace = stop.pace();
+    move |m: &Matcher, value: &str| pace.step(16 << 10).is_ok() && m.matches(value)
 }
 
 /// The tag parts of the days in which the table has files with rows in the range.

@@ -9,9 +9,9 @@ use std::path::Path;
 
 use arrow::array::{ArrayRef, AsArray, Float64Array, RecordBatch, TimestampMillisecondArray, UInt32Array};
 use arrow::datatypes::{Float64Type, TimestampMillisecondType, UInt32Type};
-use catalog::ManualClock;
 use catalog::fs::Disk;
 use catalog::tables::{SAMPLES, time_type};
+use catalog::{ManualClock, MatchOp, Matcher};
 use futures::TryStreamExt;
 use object_store::ObjectStoreExt;
 use object_store::memory::InMemory;
@@ -271,6 +271,36 @@ async fn when_the_process_holds_too_much_the_oldest_query_ends() {
     assert!(young.stop().check().is_ok(), "the old one may still make room");
     engine.observe(limit + 1);
     assert!(young.stop().check().is_err());
+}
+
+#[tokio::test]
+async fn sets_are_looked_for_in_one_part_at_a_time() {
+    const PARTS: usize = 10;
+    const SETS: usize = 2000;
+    let (dir, store) = (tempfile::tempdir().unwrap(), bucket());
+    let engine = open(dir.path(), &store).await;
+    engine.inner().stopping.cancel();
+    for part in 0..PARTS {
+        let names: Vec<String> = (0..SETS).map(|i| format!("m_{part}_{i}")).collect();
+        let rows: Vec<_> = names.iter().map(|n| (n.as_str(), NOW, 1.0)).collect();
+        engine.write(request(&engine, &rows)).await.unwrap();
+        engine.inner().flush_all_of_log().await.unwrap();
+    }
+    let settings = Settings { memory_limit: PARTS * SETS * catalog::tag_parts::SET_BYTES, ..settings(dir.path()) };
+    let few = Engine::open(settings, components(&store), Extensions::default()).await.unwrap();
+    few.inner().stopping.cancel();
+    assert_eq!(few.inner().version().parts.len(), PARTS);
+    // A matcher that is not for the name, so that all sets have to be looked at.
+    let select = async |value: &str| {
+        let matchers = vec![Matcher::new("other", MatchOp::Eq, value).unwrap()];
+        let selection = Selection { table: SAMPLES.clone(), matchers, start_ms: i64::MIN, end_ms: i64::MAX };
+        few.select(&selection, &Stop::default()).await
+    };
+    let found = select("none").await.unwrap();
+    assert_eq!((found.series.len(), found.candidates()), (0, PARTS * SETS));
+    // Whoever keeps all of them needs more than there is.
+    assert_eq!(select("").await.unwrap_err().kind(), catalog::ErrorKind::LimitExceeded);
+    assert_eq!(few.memory().held(Kind::Queries), 0);
 }
 
 #[tokio::test]
