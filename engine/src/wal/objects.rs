@@ -3,7 +3,8 @@
 //! Numbers count without gaps, so that of two processes that both believe to own the log only one can put the next
 //! object. Whoever opens the log puts a *fence* first, a chunk without records: a process that had the log before meets
 //! it with its next put, sees another owner, and never acknowledges anything again. The newest object is never deleted,
-//! nor are the newest fences: a delayed put at their numbers must keep failing.
+//! nor are the newest fences: a delayed put at their numbers must keep failing. Nor is the first object, a fence as well:
+//! whoever is told by a list that is out of date that there is no log finds it there.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -124,10 +125,20 @@ impl Objects {
     /// `Corrupt` when the newest object is damaged; store errors.
     pub(super) async fn open(&mut self, owner: u64) -> Result<(Vec<(String, u64)>, Segment, u64)> {
         let begun = Instant::now();
+        // Where the put before was in vain.
+        let mut taken = None;
         loop {
-            let objects = self.list().await?;
+            let mut objects = self.list().await?;
+            if let [first, second, ..] = &objects[..]
+                && first.0 == name(0)
+                && second.0 != name(1)
+            {
+                // It is kept for this alone: to be found.
+                objects.remove(0);
+            }
             let mut at = 0;
             let mut start = 0;
+            self.next = 0;
             if let Some((last, _)) = objects.last() {
                 let bytes = match self.store.read_patiently(last, None).await {
                     // The newest object is never deleted, so there is a newer one, which the list did not name yet.
@@ -159,7 +170,15 @@ impl Objects {
                     return Ok((objects, segment, start));
                 }
                 // The process before is still alive: what it just put is part of the log.
-                Put::Stale | Put::Foreign(_) => {}
+                Put::Stale | Put::Foreign(_) if taken != Some(self.next) => taken = Some(self.next),
+                // Or the list does not know it yet.
+                Put::Stale | Put::Foreign(_) if begun.elapsed() < ATTEMPTS_MAX => sleep(PAUSE).await,
+                Put::Stale | Put::Foreign(_) => {
+                    let found = self.store.path(&name(self.next));
+                    return Err(Error::unavailable(format!(
+                        "the list of the log does not name {found}, which is there"
+                    )));
+                }
             }
         }
     }
@@ -178,7 +197,11 @@ impl Objects {
     /// whoever had the log put before is seen then, and nothing comes after it.
     pub(super) async fn holds(&mut self, owner: u64) -> Result<Option<u64>> {
         if self.list().await?.is_empty() {
-            return Ok(None);
+            // A list may be out of date.
+            match self.store.read_patiently(&name(0), None).await {
+                Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+                first => first?,
+            };
         }
         let (mut objects, _, start) = self.open(owner).await?;
         for (name, bytes) in objects.iter().rev().filter(|(_, bytes)| *bytes > Head::BYTES as u64) {
@@ -194,7 +217,7 @@ impl Objects {
         }
         // All that counts are heads, and most of them fences.
         objects.truncate(objects.len().saturating_sub(FENCES));
-        let chunks = objects.into_iter().map(|o| o.0).collect();
+        let chunks = objects.into_iter().map(|o| o.0).filter(|name| number(name) != Some(0)).collect();
         if let Err(e) = self.store.remove(&Segment { chunks, ..Segment::at(0) }).await {
             tracing::debug!(error = %e, "old fences of the log could not be deleted");
         }
@@ -227,7 +250,7 @@ impl Objects {
         while self.fences.len() > FENCES {
             self.fences.pop_front();
         }
-        segment.chunks.retain(|name| !self.fences.contains(name));
+        segment.chunks.retain(|chunk| *chunk != name(0) && !self.fences.contains(chunk));
     }
 
     /// Puts a chunk of a segment. On success it is durable and ours.
