@@ -25,6 +25,8 @@ use crate::memory::Memory;
 const RUNNING_PER_THREAD: usize = 4;
 /// Steps of about a nanosecond after which a [`Pace`] looks at its stop.
 const STEPS: usize = 1 << 20;
+/// Beyond any deadline that can be told.
+const YEAR: Duration = Duration::from_secs(365 * 86_400);
 
 /// The limits of one query.
 #[derive(Debug, Clone, Copy)]
@@ -46,6 +48,7 @@ struct State {
     shedding: Notify,
     deadline: Instant,
     timeout: Duration,
+    memory: Memory,
 }
 
 impl State {
@@ -59,9 +62,7 @@ impl State {
 }
 
 impl Stop {
-    fn within(timeout: Duration) -> Self {
-        // Beyond any deadline that can be told.
-        const YEAR: Duration = Duration::from_secs(365 * 86_400);
+    fn within(timeout: Duration, memory: Memory) -> Self {
         let deadline = Instant::now() + timeout.min(YEAR);
         Self(Some(Arc::new(State {
             raised: AtomicBool::new(false),
@@ -69,12 +70,18 @@ impl Stop {
             shedding: Notify::new(),
             deadline,
             timeout,
+            memory,
         })))
     }
 
     /// The stop of the query that a configuration belongs to.
     pub fn of(options: &ConfigOptions) -> Self {
         options.extensions.get::<Self>().cloned().unwrap_or_default()
+    }
+
+    /// The query's view of memory, of which `all` is without one.
+    pub(crate) fn memory<'a>(&'a self, all: &'a Memory) -> &'a Memory {
+        self.0.as_ref().map_or(all, |state| &state.memory)
     }
 
     /// Fails once the query is to stop: with kind `Timeout` after its deadline, `LimitExceeded` when memory is short, else
@@ -114,7 +121,7 @@ impl Stop {
 
     /// When the deadline is; far away for one that never stops.
     pub fn deadline(&self) -> Instant {
-        self.0.as_ref().map_or_else(|| Self::within(Duration::MAX).deadline(), |s| s.deadline)
+        self.0.as_ref().map_or_else(|| Instant::now() + YEAR, |s| s.deadline)
     }
 
     fn raise(&self) {
@@ -137,7 +144,7 @@ impl Stop {
 
     #[cfg(test)]
     pub(crate) fn within_a_minute() -> Self {
-        Self::within(Duration::from_secs(60))
+        Self::within(Duration::from_secs(60), Memory::new(1 << 20))
     }
 }
 
@@ -289,16 +296,13 @@ impl Query {
     }
 }
 
-/// A query that runs, and its view of memory.
-type Begun = (Weak<State>, Memory);
-
 /// The turns of an engine's queries: so many run, others wait in the order in which they came.
 #[derive(Debug, Clone)]
 pub(crate) struct Turns {
     turns: Arc<Semaphore>,
     max: usize,
     /// Those that have begun, oldest first; some of them may have ended.
-    begun: Arc<Mutex<Vec<Begun>>>,
+    begun: Arc<Mutex<Vec<Weak<State>>>>,
     /// A query that has not had its turn after this long is refused.
     within: Duration,
     memory: Memory,
@@ -343,7 +347,8 @@ impl Turns {
     /// # Errors
     /// `Unavailable` when it does not come soon, `Timeout` at the query's deadline.
     pub async fn begin(&self, limits: QueryLimits) -> Result<Query> {
-        let (stop, begun) = (Stop::within(limits.timeout), Instant::now());
+        let memory = self.memory.of_query(self.memory_max);
+        let (stop, begun) = (Stop::within(limits.timeout, memory.clone()), Instant::now());
         let turn = match self.turns.clone().try_acquire_owned() {
             Ok(turn) => turn,
             Err(_) => {
@@ -361,10 +366,9 @@ impl Turns {
             }
         };
         stop.check()?;
-        let memory = self.memory.of_query(self.memory_max);
         let mut all = self.begun.lock();
-        all.retain(|(state, _)| state.strong_count() > 0);
-        all.push((stop.state(), memory.clone()));
+        all.retain(|state| state.strong_count() > 0);
+        all.push(stop.state());
         drop(all);
         let queued = begun.elapsed();
         let (turns, activities) = (self.turns.clone(), self.activities.clone());
@@ -379,14 +383,14 @@ impl Turns {
         const PARTS: usize = 64;
         let step = (self.memory.limit() / PARTS).max(1);
         let begun = self.begun.lock();
-        let running: Vec<_> = begun.iter().filter_map(|(state, memory)| Some((state.upgrade()?, memory))).collect();
-        let (told, others): (Vec<_>, Vec<_>) = running.into_iter().partition(|(state, _)| state.shed.get().is_some());
+        let running = begun.iter().filter_map(Weak::upgrade);
+        let (told, others): (Vec<_>, Vec<_>) = running.partition(|state| state.shed.get().is_some());
         if !told.is_empty() && !at_once {
             return false;
         }
         // The first of equals is wanted, and the last one is what `max_by_key` gives.
-        let most = others.into_iter().rev().max_by_key(|(_, memory)| memory.held_by_query() / step);
-        most.is_some_and(|(state, _)| {
+        let most = others.into_iter().rev().max_by_key(|state| state.memory.held_by_query() / step);
+        most.is_some_and(|state| {
             let is_first = state.shed.set(why.to_owned()).is_ok();
             state.raised.store(true, Ordering::Relaxed);
             state.shedding.notify_one();

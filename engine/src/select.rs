@@ -152,7 +152,7 @@ async fn select_once(view: View<'_>, selection: &Selection, stop: &Stop) -> Resu
     // The version first: whatever it can refer to was published before.
     let version = view.version()?;
     let start_ms = kept_from(&version, &selection.table, selection.start_ms);
-    let mut found = Found::new(inner.memory.reserve(Kind::Queries), inner.settings.query_series_max);
+    let mut found = Found::new(stop.memory(&inner.memory).reserve(Kind::Queries), inner.settings.query_series_max);
     let mut sources = Sources::of(view, &version, selection, stop);
     while sources.next(|ordinal, series| found.push(ordinal, series)).await? {
         found.settle()?;
@@ -230,7 +230,7 @@ pub(crate) async fn visit(
 ) -> Result<()> {
     let inner = view.inner;
     let mut seen: HashSet<i64, BuildHasherDefault<PassThrough>> = HashSet::default();
-    let mut memory = inner.memory.reserve(Kind::Queries);
+    let mut memory = stop.memory(&inner.memory).reserve(Kind::Queries);
     loop {
         let present = Present::of(inner);
         let version = view.version()?;
@@ -331,7 +331,7 @@ impl<'a> Sources<'a> {
             active: table.is_some_and(|t| t.memtables().any(|m| m.overlaps(start, end))),
             parts: table.map_or_else(Vec::new, |t| parts_in_range(version, t, start, end)).into_iter(),
             candidates: 0,
-            memory: view.inner.memory.reserve(Kind::Queries),
+            memory: stop.memory(&view.inner.memory).reserve(Kind::Queries),
         }
     }
 

@@ -298,6 +298,15 @@ async fn sets_are_looked_for_in_one_part_at_a_time() {
     };
     let found = select("none").await.unwrap();
     assert_eq!((found.series.len(), found.candidates()), (0, PARTS * SETS));
+    // What is kept counts as its query's.
+    let query = few.begin(QueryLimits { timeout: Duration::from_secs(60) }).await.unwrap();
+    let some = vec![Matcher::new("__name__", MatchOp::Re, "m_3_.*").unwrap()];
+    let selection = Selection { table: SAMPLES.clone(), matchers: some, start_ms: i64::MIN, end_ms: i64::MAX };
+    let found = few.select(&selection, query.stop()).await.unwrap();
+    let held = query.memory().held_by_query();
+    assert!(found.series.len() == SETS && held > SETS * catalog::tag_parts::SET_BYTES, "{held}");
+    assert_eq!(few.memory().held(Kind::Queries), held);
+    drop((query, found));
     // Whoever keeps all of them needs more than there is.
     assert_eq!(select("").await.unwrap_err().kind(), catalog::ErrorKind::LimitExceeded);
     assert_eq!(few.memory().held(Kind::Queries), 0);
