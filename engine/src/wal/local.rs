@@ -72,13 +72,18 @@ impl Local {
             Some(mut file) if !segment.chunks.is_empty() => {
                 file.set_len(segment.end - segment.first).and_then(|()| file.sync())
             }
-            Some(_) => match self.fs.remove(&path) {
-                Err(e) if e.kind() != ErrorKind::NotFound => {
+            Some(_) => {
+                let removed = match self.fs.remove(&path) {
+                    Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
+                    removed => removed,
+                };
+                // A loss of power may bring it back until then, after a delete that found nothing in the log.
+                let gone = removed.and_then(|()| self.fs.sync_dir(&self.dir));
+                if gone.is_err() {
                     segment.chunks.push(name);
-                    Err(e)
                 }
-                _ => Ok(()),
-            },
+                gone
+            }
         };
         if let Err(e) = undone {
             tracing::warn!(segment = %path.display(), error = %e, "failed write could not be cut off the log");

@@ -307,6 +307,29 @@ fn what_could_not_be_taken_back_is_void() {
 }
 
 #[test]
+fn what_was_taken_back_stays_away_before_a_delete_counts_on_it() {
+    for fails in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let faults = Faults::default();
+        let fs = Arc::new(Faulty::new(Arc::new(Disk), faults.clone()));
+        let mut wal = Wal::new(Storage::local(fs, dir.path()), 1);
+        let call = faults.calls().len();
+        let calls = |from: usize| faults.calls()[from..].iter().map(|c| c.what).collect::<Vec<_>>();
+        faults.at(call + 2, Fault::Sync);
+        if fails {
+            faults.at(call + 4, Fault::Sync);
+        }
+        block_on(put(&mut wal, &registry(), 1.0)).unwrap_err();
+        assert_eq!(calls(call), ["create", "write_all", "sync", "remove", "sync_dir"]);
+        let position = wal.position();
+        assert_eq!(wal.oldest() < position, fails, "it counts until it is gone for good");
+        block_on(wal.trim(position)).unwrap();
+        assert_eq!(calls(call + 5).contains(&"sync_dir"), fails);
+        assert_eq!(wal.oldest(), position);
+    }
+}
+
+#[test]
 fn a_segment_that_is_gone_or_cut_is_noticed() {
     let dir = tempfile::tempdir().unwrap();
     let registry = registry();
