@@ -59,6 +59,9 @@ pub trait FileSystem: Send + Sync + Debug {
 
     /// Makes the names in a folder durable.
     fn sync_dir(&self, dir: &Path) -> Result<()>;
+
+    /// How many bytes may still be written to the disk that a folder is on.
+    fn available(&self, dir: &Path) -> Result<u64>;
 }
 
 /// A file that is open for writing.
@@ -146,6 +149,11 @@ impl FileSystem for Disk {
 
     fn sync_dir(&self, dir: &Path) -> Result<()> {
         File::open(dir)?.sync_all()
+    }
+
+    fn available(&self, dir: &Path) -> Result<u64> {
+        let stat = rustix::fs::statvfs(dir)?;
+        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
     }
 }
 

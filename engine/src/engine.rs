@@ -721,9 +721,10 @@ async fn read_logs(inner: Arc<Inner>) -> Result<()> {
     replay(inner, log).await
 }
 
-/// Applies what the log holds to empty memtables, flushing when they grow too large, and opens the log behind it.
+/// Applies what the log holds to empty memtables, flushing when they grow too large, and opens the log behind it. On a
+/// full disk they may grow as large as they may at all: only who can read and delete can make room.
 async fn replay(inner: Arc<Inner>, mut log: Replay) -> Result<()> {
-    let (mut rows, mut damaged) = (0, 0);
+    let (mut rows, mut damaged, mut full) = (0, 0, false);
     let second = committer::second(inner.now_ms());
     let registry = inner.registry.clone();
     let mut publish = move |tags| registry.publish(&Arc::new(Series::new(registry.hasher(), tags)), &[], second);
@@ -752,13 +753,20 @@ async fn replay(inner: Arc<Inner>, mut log: Replay) -> Result<()> {
         }
         let version = inner.version();
         inner.note_memory();
-        if version.tables.iter().any(|t| t.active.bytes() >= inner.settings.flush_bytes)
+        let large = version.tables.iter().any(|t| t.active.bytes() >= inner.settings.flush_bytes)
             || version.memory() > inner.memtable_bytes_soft()
-            || inner.memory.is_scarce()
-        {
+            || inner.memory.is_scarce();
+        if if full { version.memory() > inner.memtable_bytes_hard() } else { large } {
             inner.freeze(|_| true).await;
             // The log is not open yet, so nothing of it is trimmed here.
-            inner.flush_frozen().await?;
+            if let Err(e) = inner.flush_frozen().await {
+                inner.reserve.suspect();
+                if full || !inner.reserve.is_full() {
+                    return Err(e);
+                }
+                tracing::error!(error = %e, "rows of the log stay in memory until the disk has room");
+                full = true;
+            }
         }
     }
     inner.metrics.wal_damaged.inc_by(damaged);

@@ -3,6 +3,8 @@
 //! Flushes, compactions and deletes give room back, but first they need some. So a file holds room from the start. When
 //! a write fails and the disk proves to be full, the file is deleted and requests are refused; what is in memory goes to
 //! data files, the log is trimmed, and as soon as the file could be made again with room to spare, requests are accepted.
+//! So that the reserve is enough for what is in memory, rows are flushed the earlier the less room there is
+//! ([`Reserve::is_tight`]).
 
 use std::io::{ErrorKind, Result};
 use std::path::{Path, PathBuf};
@@ -60,6 +62,14 @@ impl Reserve {
         {
             self.give_up(&e);
         }
+    }
+
+    /// Whether rows that take so many bytes in memory, and about as many in files, should be written while there is room:
+    /// as many may come meanwhile, and the log keeps what it has of them until they are. The reserve has room for few.
+    pub(crate) fn is_tight(&self, bytes: u64) -> bool {
+        bytes > self.bytes / 4
+            && self.bytes > 0
+            && self.fs.available(&self.dir).is_ok_and(|free| free < bytes.saturating_mul(3))
     }
 
     fn give_up(&self, e: &std::io::Error) {

@@ -255,6 +255,7 @@ impl Inner {
         let version = self.version();
         let greatest = version.tables.iter().map(|t| t.active.bytes()).max().unwrap_or(0);
         let pressed = version.memory() > self.memtable_bytes_soft()
+            || self.reserve.is_tight(version.memory() as u64)
             || self.memory.is_scarce() && greatest > self.settings.memory_limit / WORTH_FLUSHING_PARTS;
         let long = self.metrics.wal_size.get() as u64 > self.wal_bytes_soft()
             || self.metrics.wal_chunks.get() > WAL_CHUNKS_SOFT;

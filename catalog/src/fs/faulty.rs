@@ -218,6 +218,14 @@ impl FileSystem for Faulty {
         self.faults.check("sync_dir", dir)?;
         self.inner.sync_dir(dir)
     }
+
+    fn available(&self, dir: &Path) -> Result<u64> {
+        let state = self.faults.0.lock();
+        match state.room {
+            Some(room) => Ok(room.saturating_sub(state.used())),
+            None => self.inner.available(dir),
+        }
+    }
 }
 
 #[derive(Debug)]

@@ -183,9 +183,12 @@ impl Disk {
     /// How many of `len` bytes at `at` there is room for.
     fn fits(&self, number: u64, at: usize, len: usize) -> usize {
         let present = self.files.get(&number).map_or(0, |f| f.bytes.len());
-        let free = self.room.map_or(u64::MAX, |room| room.saturating_sub(self.used()));
         let grows = (at + len).saturating_sub(present) as u64;
-        len - grows.saturating_sub(free).min(len as u64) as usize
+        len - grows.saturating_sub(self.free()).min(len as u64) as usize
+    }
+
+    fn free(&self) -> u64 {
+        self.room.map_or(u64::MAX, |room| room.saturating_sub(self.used()))
     }
 }
 
@@ -353,6 +356,10 @@ impl FileSystem for SimFs {
                 Ok(())
             })
         })
+    }
+
+    fn available(&self, _dir: &Path) -> Result<u64> {
+        Ok(self.0.machine.disk.lock().free())
     }
 }
 

@@ -211,7 +211,8 @@ async fn the_reserve_lets_a_flush_make_room() {
     let engine = try_open(dir.path(), &faults, |s| s.own_threads = true).await.unwrap();
     let mut ledger = Ledger::default();
     ledger.write(&engine).await;
-    // The log has room for little more; data files take a fraction of it.
+    // The log has room for little more, and it fills sooner than anything is flushed; data files take a fraction of it.
+    let flushing = engine.inner().flushing.lock().await;
     faults.room(Some(faults.used() + (6 << 20)));
     let mut last = model(&[]);
     let mut state = 1u64;
@@ -229,6 +230,7 @@ async fn the_reserve_lets_a_flush_make_room() {
         last = model(&rows);
         assert!(sent < 1000, "the disk never fills");
     }
+    drop(flushing);
     let accepted = async {
         loop {
             let before = ledger.sure.len();
@@ -243,6 +245,63 @@ async fn the_reserve_lets_a_flush_make_room() {
     let found = all_rows(&engine).await;
     assert_eq!(found, last.into_iter().chain(ledger.sure).collect::<Rows>());
     assert!(!engine.files().unwrap().is_empty());
+}
+
+/// Requests of rows with ever other values.
+fn noise(engine: &Engine, state: &mut u64, rows: i64) -> Write {
+    let rows: Vec<(&str, i64, f64)> = (0..rows)
+        .map(|i| {
+            *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (["m0", "m1", "m2", "m3"][i as usize % 4], NOW + (*state >> 40) as i64, f64::from_bits(*state))
+        })
+        .collect();
+    request(engine, &rows)
+}
+
+#[tokio::test]
+async fn rows_are_flushed_while_there_is_room_for_them() {
+    let dir = fast_dir();
+    let faults = Faults::default();
+    let engine = open_again(dir.path(), &faults, "open").await;
+    let mut state = 1;
+    engine.write(noise(&engine, &mut state, 100_000)).await.unwrap();
+    let memory = engine.inner().version().memory() as u64;
+    assert!(memory > 512 << 10, "{memory}");
+    faults.room(Some(faults.used() + 3 * memory));
+    assert!(!engine.inner().freeze_due().await);
+    faults.room(Some(faults.used() + 3 * memory - 1));
+    assert!(engine.inner().freeze_due().await);
+    engine.inner().flush_frozen().await.unwrap();
+    // What the reserve has room for is left alone.
+    engine.write(noise(&engine, &mut state, 1000)).await.unwrap();
+    faults.room(Some(faults.used()));
+    assert!(!engine.inner().freeze_due().await);
+}
+
+#[tokio::test]
+async fn a_database_is_opened_although_its_log_has_no_room_in_files() {
+    let dir = fast_dir();
+    let faults = Faults::default();
+    let engine = open_again(dir.path(), &faults, "open").await;
+    let mut state = 1;
+    for _ in 0..4 {
+        engine.write(noise(&engine, &mut state, 100_000)).await.unwrap();
+    }
+    let expected = all_rows(&engine).await;
+    drop(engine);
+    // Another program fills the disk meanwhile, and memtables are smaller than the log.
+    faults.room(Some(faults.used()));
+    let engine = try_open(dir.path(), &faults, |s| s.flush_bytes = 64 << 10).await.unwrap();
+    assert!(engine.inner().reserve.is_full());
+    assert_eq!(all_rows(&engine).await, expected);
+    assert_eq!(
+        engine.write(request(&engine, &[("a", NOW, 1.0)])).await.unwrap_err().kind(),
+        catalog::ErrorKind::Unavailable
+    );
+    faults.room(None);
+    engine.flush().await.unwrap();
+    assert_eq!(all_rows(&engine).await, expected);
+    assert!(logs(dir.path()).is_empty());
 }
 
 /// A log that is too long refuses the rows that would bring about the next flush, so it is not left to that.
