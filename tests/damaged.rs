@@ -77,6 +77,8 @@ fn compaction_goes_around_a_damaged_file() {
         let error = hour(&server, 2).expect_err("damage is never an empty answer");
         assert!(error.contains(&damaged.file_name().expect("a name").to_string_lossy().into_owned()), "{error}");
         assert!(error.contains("page at byte"), "{error}");
+        let metrics = server.client().get("/metrics").text();
+        assert!(metrics.contains("thalweg_queries_total{outcome=\"damaged\"}"), "{metrics}");
         assert_eq!(told(&server, &damaged), 1, "{}", server.log());
         assert_eq!(damaged_objects(&server), "1");
     }

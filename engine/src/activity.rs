@@ -65,7 +65,7 @@ impl Activity {
         self.end.lock().map_or_else(|| self.begun.elapsed(), |(duration, _)| duration)
     }
 
-    /// `running`, or how it ended: `ok`, `error`, `timeout` or `canceled`.
+    /// `running`, or how it ended: `ok`, `error`, `timeout`, `canceled` or `damaged`, which is of what was read.
     pub fn state(&self) -> &'static str {
         self.end.lock().map_or("running", |(_, outcome)| outcome)
     }

@@ -251,6 +251,7 @@ fn outcome_of(e: &DataFusionError) -> &'static str {
         DataFusionError::External(inner) => match inner.downcast_ref::<Error>().map(Error::kind) {
             Some(ErrorKind::Timeout) => "timeout",
             Some(ErrorKind::Canceled) => "canceled",
+            Some(ErrorKind::Corrupt) => "damaged",
             _ => "error",
         },
         _ => "error",
