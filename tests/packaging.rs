@@ -148,8 +148,8 @@ impl Chart {
                 Some(("end", _)) => return false,
                 Some(("else", _)) => return true,
                 Some(("if", condition)) => {
-                    let (condition, wanted) = condition.strip_prefix("not ").map_or((condition, true), |c| (c, false));
-                    let holds = truth(&self.value(condition, variables)) == wanted;
+                    // The variables of a block that is not shown have no values.
+                    let holds = shown && self.holds(condition, variables);
                     if self.block(lines, shown && holds, variables, out) {
                         self.block(lines, shown && !holds, variables, out);
                     }
@@ -164,6 +164,8 @@ impl Chart {
                         self.block(&mut body.clone(), shown, &inner, out);
                     }
                 }
+                Some(("/*", _)) => {}
+                Some(("fail", message)) if shown => panic!("the chart fails: {message}"),
                 _ if shown => {
                     out.push_str(&self.line(line, variables));
                     out.push('\n');
@@ -174,6 +176,20 @@ impl Chart {
         false
     }
 
+    fn holds(&self, condition: &str, variables: &BTreeMap<&str, Value>) -> bool {
+        if let Some(condition) = condition.strip_prefix("not ") {
+            return !self.holds(condition, variables);
+        }
+        if condition == r#"and (kindIs "float64" $value) (eq (floor $value) $value)"# {
+            return variables["$value"].as_f64().is_some_and(|number| number.fract() == 0.0);
+        }
+        if let Some(list) = condition.strip_prefix("has (upper $name) (list ").and_then(|l| l.strip_suffix(')')) {
+            let name = Value::from(plain(&variables["$name"]).to_uppercase()).to_string();
+            return list.split(' ').any(|item| item == name);
+        }
+        truth(&self.value(condition, variables))
+    }
+
     fn line(&self, line: &str, variables: &BTreeMap<&str, Value>) -> String {
         let Some((before, rest)) = line.split_once("{{ ") else { return line.to_owned() };
         let (action, after) = rest.split_once(" }}").expect("an action ends on its line");
@@ -182,7 +198,7 @@ impl Chart {
         for stage in stages {
             value = match stage.split_once(' ').unwrap_or((stage, "")) {
                 ("toJson", _) => Value::from(value.to_string()),
-                ("toString", _) => Value::from(plain(&value)),
+                ("toString", _) => Value::from(go_text(&value)),
                 ("default", other) if !truth(&value) => self.value(other, variables),
                 ("default", _) => value,
                 other => panic!("{other:?} is not known here"),
@@ -196,6 +212,9 @@ impl Chart {
             ".Release.Name" => "release".into(),
             ".Chart.AppVersion" => "1.2.3".into(),
             r#"(printf "%s-auth" .Release.Name)"# => "release-auth".into(),
+            r#"printf "%.0f" $value"# => format!("{:.0}", variables["$value"].as_f64().expect("a number")).into(),
+            // A setting that is not there is nothing.
+            ".Values.settings.TLS_CERT" => self.values["settings"]["TLS_CERT"].clone(),
             text if text.starts_with('$') => variables[text].clone(),
             text => {
                 let path = text.strip_prefix(".Values.").unwrap_or_else(|| panic!("{text:?} is not known here"));
@@ -214,6 +233,19 @@ fn plain(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 
+/// A value as `toString` of the templates prints it: all numbers are floats to helm, and large ones get an exponent.
+fn go_text(value: &Value) -> String {
+    match value.as_f64() {
+        Some(number) if number != 0.0 && !(1e-4..1e6).contains(&number.abs()) => {
+            let text = format!("{number:e}");
+            let (digits, exponent) = text.split_once('e').expect("an exponent");
+            let exponent: i32 = exponent.parse().expect("a number");
+            format!("{digits}e{}{:02}", if exponent < 0 { '-' } else { '+' }, exponent.abs())
+        }
+        _ => plain(value),
+    }
+}
+
 /// The documents of a YAML text.
 fn yaml(text: &str) -> Option<Vec<Value>> {
     let python = program("python3")?;
@@ -230,7 +262,9 @@ fn the_helm_chart_renders() {
     let Some(chart) = Chart::new(|values| {
         values["auth"]["file"] = "[[token]]\nname = \"a: 'b'\"\n".into();
         values["settings"]["OBJECT_STORE"] = "s3://bucket/x".into();
-        values["settings"]["SERIES_LIMIT"] = 5000.into();
+        values["settings"]["SERIES_LIMIT"] = 2_000_000.into();
+        values["settings"]["FUTURE_MAX"] = 2.5.into();
+        values["settings"]["POSTGRES_TLS_REQUIRED"] = false.into();
         values["envFromSecret"] = "keys".into();
         values["persistence"]["storageClass"] = "fast".into();
     }) else {
@@ -246,6 +280,15 @@ fn the_helm_chart_renders() {
     let server = &pod["containers"][0];
     assert_eq!((&server["image"], &set["spec"]["replicas"]), (&"thalweg:1.2.3".into(), &1.into()));
     assert_eq!(server["envFrom"][0]["secretRef"]["name"], "keys");
+    let variable = |name: &str| {
+        let mut all = server["env"].as_array().into_iter().flatten();
+        all.find(|v| v["name"] == name).map(|v| v["value"].clone()).unwrap_or_default()
+    };
+    assert_eq!(variable("THALWEG_SERIES_LIMIT"), "2000000");
+    assert_eq!(variable("THALWEG_FUTURE_MAX"), "2.5");
+    assert_eq!(variable("THALWEG_POSTGRES_TLS_REQUIRED"), "false");
+    assert_eq!(go_text(&2_000_000.into()), "2e+06");
+    assert_eq!(server["readinessProbe"]["httpGet"].get("scheme"), None);
     assert_eq!(set["spec"]["volumeClaimTemplates"][0]["spec"]["storageClassName"], "fast");
     assert_eq!(service["spec"]["selector"], set["spec"]["template"]["metadata"]["labels"]);
     assert_eq!(set["spec"]["selector"]["matchLabels"], set["spec"]["template"]["metadata"]["labels"]);
@@ -267,11 +310,27 @@ fn the_helm_chart_renders() {
     settings_are_accepted(&pod["containers"][0]);
 }
 
+#[test]
+fn the_helm_chart_follows_its_settings() {
+    let with = |name: &'static str| Chart::new(|values| values["settings"][name] = "x".into());
+    let Some(encrypted) = with("TLS_CERT") else { return };
+    let set = &encrypted.render("statefulset.yaml").expect("YAML")[0];
+    for probe in ["livenessProbe", "readinessProbe"] {
+        assert_eq!(set["spec"]["template"]["spec"]["containers"][0][probe]["httpGet"]["scheme"], "HTTPS", "{probe}");
+    }
+    for name in ["HTTP", "POSTGRES", "data_dir"] {
+        let chart = with(name).expect("YAML");
+        let rendered = std::panic::catch_unwind(|| chart.render("statefulset.yaml"));
+        assert!(rendered.is_err(), "settings.{name} stands beside the chart's own");
+    }
+}
+
 /// The environment of the chart's container is one that the server takes.
 fn settings_are_accepted(container: &Value) {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let auth = dir.path().join("auth.toml");
-    std::fs::write(&auth, "").expect("a file");
+    let entry = format!("[[token]]\nname = \"a\"\nsha256 = \"{}\"\nscopes = [\"read\"]\n", "ab".repeat(32));
+    std::fs::write(&auth, entry).expect("a file");
     let mut command = Command::new(BINARY);
     command.arg("check-config");
     for variable in container["env"].as_array().expect("an environment") {
