@@ -1,5 +1,9 @@
 //! Remote write as clients and attackers send it.
 
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::time::Duration;
+
 use crate::harness::remote_write::{HEADERS, message, snappy};
 use crate::harness::{Series, Server, now_ms, series};
 
@@ -60,6 +64,24 @@ fn refusals_have_the_statuses_that_clients_expect() {
     check("a sample of tomorrow", &HEADERS, &refused(series("m", &[], &[(now + 86_400_000, 1.0)])), &[400]);
     assert_eq!(server.client().request("GET", "/api/v1/write", &[], b"").map(|r| r.status).ok(), Some(405));
     assert_eq!(server.sql("SELECT metric, count(*) FROM samples GROUP BY metric"), ["good,1"]);
+}
+
+#[test]
+fn malformed_chunks_are_refused_for_good() {
+    let server = Server::start();
+    let headers: String = HEADERS.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+    let head = format!("POST /api/v1/write HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n{headers}\r\n");
+    let check = |body: &str| {
+        let mut stream = TcpStream::connect(server.http).expect("a connection");
+        // Against hanging alone.
+        stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a connection");
+        stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body.as_bytes())).expect("a request");
+        let mut answer = [0; 12];
+        stream.read_exact(&mut answer).expect("an answer");
+        assert_eq!(String::from_utf8_lossy(&answer), "HTTP/1.1 400", "{body:?}");
+    };
+    check("zz\r\n");
+    check("3\r\nabcdef\r\n0\r\n\r\n");
 }
 
 #[test]

@@ -6,7 +6,7 @@
 //! for now and never queued. A body that stalls is given up, so that a slow sender can't keep its share.
 
 use std::cell::RefCell;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::time::Duration;
 
 use axum::body::Body as HttpBody;
@@ -88,8 +88,8 @@ impl Bodies {
     /// Reads a body whole. `declared` is its Content-Length, when it has one.
     ///
     /// # Errors
-    /// `LimitExceeded` when it is too large, `Unavailable` when there is no memory, `Timeout` when it stalls,
-    /// `Canceled` when the sender breaks off.
+    /// `LimitExceeded` when it is too large, `Unavailable` when there is no memory, `Timeout` when it stalls, `Invalid`
+    /// when its chunks are malformed, `Canceled` when the sender breaks off.
     pub async fn read(&self, body: HttpBody, declared: Option<u64>) -> Result<Body> {
         let too_large = |size: u64| {
             Error::limit_exceeded(format!("request body has {size} bytes or more; {} are allowed", self.sent_max))
@@ -104,6 +104,9 @@ impl Bodies {
             let frame = match tokio::time::timeout(self.idle_max, body.frame()).await {
                 Ok(None) => break,
                 Ok(Some(Ok(frame))) => frame,
+                Ok(Some(Err(e))) if is_malformed(&e) => {
+                    return Err(Error::invalid("request body is not sent as its headers say").with_source(e));
+                }
                 Ok(Some(Err(e))) => {
                     return Err(Error::canceled("request body ended before its end").with_source(e));
                 }
@@ -124,6 +127,14 @@ impl Bodies {
         }
         Ok(Body { bytes, share, inflated_max: self.inflated_max })
     }
+}
+
+/// Whether what came of a body can't be read, so that it is no use to send it again. hyper has no kind of error for
+/// that: it passes on an I/O error of these kinds, and one of another kind when the connection ends.
+fn is_malformed(error: &(dyn std::error::Error + 'static)) -> bool {
+    std::iter::successors(Some(error), |&e| e.source())
+        .filter_map(|e| e.downcast_ref::<std::io::Error>())
+        .any(|e| matches!(e.kind(), ErrorKind::InvalidInput | ErrorKind::InvalidData))
 }
 
 /// A body as it was sent, with what it reserves.
