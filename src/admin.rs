@@ -23,10 +23,17 @@ use crate::memory;
 /// The way from the listener to what is behind it, if it is there.
 #[derive(Debug, Clone)]
 pub struct Gate {
-    behind: Arc<OnceLock<Router>>,
+    behind: Arc<OnceLock<Behind>>,
     stopping: CancellationToken,
     telemetry: Arc<Telemetry>,
     access: Access,
+}
+
+/// What there is once the database is open.
+#[derive(Debug)]
+struct Behind {
+    engine: Engine,
+    router: Router,
 }
 
 impl Gate {
@@ -36,8 +43,9 @@ impl Gate {
     }
 
     /// Lets requests through to `routes`, and to two more that describe the server. The first call counts.
-    pub fn open(&self, routes: Routes, config: &Config) {
-        let _ = self.behind.set(described(routes, config).behind(self.access.clone()));
+    pub fn open(&self, engine: Engine, routes: Routes, config: &Config) {
+        let router = described(routes, config).behind(self.access.clone());
+        let _ = self.behind.set(Behind { engine, router });
     }
 
     fn closed(&self) -> Option<Response> {
@@ -48,7 +56,7 @@ impl Gate {
         } else {
             return None;
         };
-        Some((StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "1")], format!("{why}\n")).into_response())
+        Some(unavailable(why))
     }
 
     /// The router of the listener.
@@ -82,12 +90,23 @@ fn described(routes: Routes, config: &Config) -> Routes {
 }
 
 async fn ready(State(gate): State<Gate>) -> Response {
-    gate.closed().unwrap_or_else(|| "ready\n".into_response())
+    match (gate.closed(), gate.behind.get()) {
+        (Some(closed), _) => closed,
+        // Queries go on, but whoever sends data or expects the newest must go to the other server.
+        (None, Some(behind)) if behind.engine.is_replaced() => {
+            unavailable("another server has taken this database over; this one takes no writes")
+        }
+        (None, _) => "ready\n".into_response(),
+    }
+}
+
+fn unavailable(why: &str) -> Response {
+    (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "1")], format!("{why}\n")).into_response()
 }
 
 async fn through(gate: Gate, request: Request) -> Response {
     match (gate.closed(), gate.behind.get()) {
-        (None, Some(router)) => router.clone().oneshot(request).await.unwrap_or_else(|never| match never {}),
+        (None, Some(behind)) => behind.router.clone().oneshot(request).await.unwrap_or_else(|never| match never {}),
         (closed, _) => closed.unwrap_or_else(|| StatusCode::SERVICE_UNAVAILABLE.into_response()),
     }
 }

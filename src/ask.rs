@@ -9,6 +9,7 @@ use reqwest::{Method, StatusCode};
 use serde_json::Value;
 
 use crate::client::Server;
+use crate::print;
 
 /// What to ask and how to print it.
 #[derive(Debug, Args)]
@@ -69,8 +70,7 @@ pub fn run(question: &Question) -> Result<()> {
             if format == Format::Csv { table.csv() } else { table.text() }
         }
     };
-    print!("{text}{}", if text.ends_with('\n') { "" } else { "\n" });
-    Ok(())
+    print::line(text.strip_suffix('\n').unwrap_or(&text))
 }
 
 fn request(question: &Question) -> (&'static str, String) {

@@ -1,10 +1,11 @@
 //! `thalweg backup` and `thalweg restore`: copies of a database in another store, and databases made from them.
 
-use std::path::Path;
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use catalog::fs::Disk;
+use catalog::object::export::Exports;
 use catalog::{Clock as _, Entropy, FileSystem, SystemClock, SystemEntropy};
 use clap::Args;
 use engine::backup::{self, Manifest, Place, Step};
@@ -12,7 +13,7 @@ use indicatif::HumanBytes;
 
 use crate::config::Config;
 use crate::progress::Progress;
-use crate::{Sources, serve};
+use crate::{Sources, print, serve};
 
 /// What to copy where.
 #[derive(Debug, Args)]
@@ -52,7 +53,7 @@ pub fn run(arguments: &Backup) -> Result<()> {
         if arguments.list {
             let to = to_read(&arguments.destination)?;
             for name in backup::names(&to).await? {
-                println!("{}", line(&backup::load(&to, &name).await?));
+                print::line(line(&backup::load(&to, &name).await?))?;
             }
             return Ok(());
         }
@@ -60,13 +61,55 @@ pub fn run(arguments: &Backup) -> Result<()> {
             let to = to_read(&arguments.destination)?;
             return check(&to, Some(name.as_str()).filter(|name| !name.is_empty())).await;
         }
-        let (from, to) = (place_to_read(&config)?, to_write(&arguments.destination)?);
+        let from = place_to_read(&config)?;
+        check_apart(&arguments.destination, &config.object_store_url())?;
+        let to = to_write(&arguments.destination)?;
         let entropy: Arc<dyn Entropy> = Arc::new(SystemEntropy);
         let progress = Progress::new("copying");
         let made = backup::create(&from, &to, &entropy, SystemClock.now_ms(), &steps(&progress)).await;
         drop(progress);
-        println!("{}", line(&made.context("no backup was made")?));
-        Ok(())
+        print::line(line(&made.context("no backup was made")?))
+    })
+}
+
+/// What is copied has the name that it has in the database, so in the same place nothing would be copied, and the backup
+/// would lose its objects when the server deletes them.
+fn check_apart(destination: &str, store: &str) -> Result<()> {
+    let other = |name| option(destination, name) != option(store, name);
+    if other("endpoint") || other("account") {
+        // Buckets of the same name at different providers.
+        return Ok(());
+    }
+    let location = catalog::object::location(destination)?;
+    let place = match location.as_str() {
+        "memory://" => return Ok(()),
+        folder if folder.starts_with('/') => resolved(Path::new(folder)).display().to_string(),
+        _ => destination.to_owned(),
+    };
+    if Exports::open(&[place])?.overlapping(store)?.is_some() {
+        bail!(
+            "{location:?} and the object store of the database lie within one another; give backups a place of their own"
+        );
+    }
+    Ok(())
+}
+
+/// The value of an option of a store's URL.
+fn option<'u>(url: &'u str, name: &str) -> Option<&'u str> {
+    let (_, options) = url.split_once('?')?;
+    options.split('&').find_map(|option| option.strip_prefix(name)?.strip_prefix('='))
+}
+
+/// An absolute path without `..` and, as far as it exists, without links.
+fn resolved(path: &Path) -> PathBuf {
+    path.components().fold(PathBuf::new(), |mut resolved, part| {
+        match part {
+            Component::ParentDir => {
+                resolved.pop();
+            }
+            part => resolved.push(part),
+        }
+        resolved.canonicalize().unwrap_or(resolved)
     })
 }
 
@@ -75,9 +118,9 @@ async fn check(place: &Place, name: Option<&str>) -> Result<()> {
     let progress = Progress::new("reading");
     let problems = backup::check(place, &manifest, &steps(&progress)).await?;
     drop(progress);
-    println!("{}", line(&manifest));
+    print::line(line(&manifest))?;
     for problem in &problems {
-        println!("problem     {problem}");
+        print::line(format_args!("problem     {problem}"))?;
     }
     ensure!(problems.is_empty(), "{} of {} objects are damaged", problems.len(), manifest.objects.len());
     Ok(())
@@ -101,8 +144,7 @@ pub fn restore(arguments: &Restore) -> Result<()> {
         let progress = Progress::new("copying");
         backup::restore(&from, &manifest, &to, &steps(&progress)).await?;
         drop(progress);
-        println!("{}", line(&manifest));
-        Ok(())
+        print::line(line(&manifest))
     })
 }
 

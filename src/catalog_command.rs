@@ -7,8 +7,8 @@ use catalog::FileCatalog;
 use clap::Subcommand;
 use engine::Telemetry;
 
-use crate::Sources;
 use crate::serve::{claim, parts};
+use crate::{Sources, print};
 
 /// What can be done.
 #[derive(Debug, Subcommand)]
@@ -30,6 +30,5 @@ pub fn run(command: &CatalogCommand) -> Result<()> {
     let index = |seed| engine::sql_catalog(&settings, seed);
     let rebuilt = FileCatalog::rebuild(components.store, &settings.database, components.clock.now_ms(), index);
     let state = runtime.block_on(rebuilt).context("cannot make the SQL catalog anew")?;
-    println!("{} data files, {} tag parts", state.files.len(), state.parts.len());
-    Ok(())
+    print::line(format_args!("{} data files, {} tag parts", state.files.len(), state.parts.len()))
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
-use catalog::Secret;
+use catalog::{Error, Secret};
 use clap::Args;
 use reqwest::redirect::Policy;
 use reqwest::{Certificate, Client, Identity, Method, RequestBuilder, Url};
@@ -15,7 +15,7 @@ pub struct Server {
     #[arg(long, env = "THALWEG_SERVER", default_value = "http://127.0.0.1:7300", value_name = "URL")]
     server: String,
     /// Token to show, or better file:PATH of one: what stands on a command line can be seen by everybody on the machine.
-    #[arg(long, env = "THALWEG_TOKEN", hide_env_values = true, value_parser = Secret::parse, value_name = "TOKEN")]
+    #[arg(long, env = "THALWEG_TOKEN", hide_env_values = true, value_parser = token, value_name = "TOKEN")]
     token: Option<Secret>,
     /// PEM file with the certificates of authorities to trust, besides those of the system.
     #[arg(long, value_name = "FILE")]
@@ -83,6 +83,49 @@ impl Server {
     }
 }
 
+/// Reads a token: the text itself, or `file:PATH` for one that stands in a file.
+///
+/// # Errors
+/// Those of [`Secret::parse`], and a file that holds something else as well, such as all that `token new` prints.
+pub fn token(text: &str) -> catalog::Result<Secret> {
+    let token = Secret::parse(text)?;
+    match text.strip_prefix("file:") {
+        Some(path) if token.expose().contains(char::is_control) => {
+            Err(Error::invalid(format!("secret file {path:?} must hold the token alone, on one line")))
+        }
+        _ => Ok(token),
+    }
+}
+
 fn read(path: &PathBuf) -> Result<Vec<u8>> {
     std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_stands_alone_in_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("token");
+        let text = format!("file:{}", path.display());
+        let check = |content: &str, expected: Option<&str>| {
+            std::fs::write(&path, content).unwrap();
+            match (token(&text), expected) {
+                (Ok(token), Some(expected)) => assert_eq!(token.expose(), expected),
+                (Err(e), None) => {
+                    let said = e.to_string();
+                    assert!(said.contains(path.to_str().unwrap()) && said.contains("the token alone"), "{said}");
+                    assert!(!said.contains("canary"), "{said}");
+                }
+                (read, expected) => panic!("{content:?}: {read:?}, not {expected:?}"),
+            }
+        };
+        check("canary", Some("canary"));
+        check("canary\r\n", Some("canary"));
+        check("canary\n\n[[token]]\nname = \"a\"\n", None);
+        check("canary\tcanary", None);
+        assert_eq!(token("canary").unwrap().expose(), "canary");
+    }
 }

@@ -110,7 +110,8 @@ settings! {
     /// PEM file with the private key of the certificate.
     tls_key: String = String::new();
     /// PEM file with the certificates of authorities. With it only clients that show a certificate of one of them may
-    /// connect; they need credentials all the same if `auth_file` is set.
+    /// connect; they need credentials all the same if `auth_file` is set. PostgreSQL clients must encrypt then, whatever
+    /// `postgres_tls_required` says.
     tls_client_ca: String = String::new();
     /// Whether the PostgreSQL listener refuses clients that do not encrypt. It offers TLS to all once `tls_cert` is set.
     postgres_tls_required: Switch = Switch(false);
@@ -347,6 +348,9 @@ impl Config {
         ];
         for (name, value, most) in limits {
             ensure!((1..=most).contains(&value), "{name} = {value} is no limit; allowed are 1 to {most}");
+        }
+        for (name, value) in [("query_timeout", self.query_timeout), ("ha_failover", self.ha_failover)] {
+            ensure!(value.0 >= 0.001, "{name} = {} leaves no time; it must be at least 1ms", value.show());
         }
         ensure!(
             (0.001..=SECONDS_MAX).contains(&self.query_lookback.0),

@@ -7,6 +7,8 @@ use anyhow::{Context, Result};
 use catalog::Secret;
 use clap::{Subcommand, ValueEnum};
 
+use crate::print;
+
 /// Tokens.
 #[derive(Debug, Subcommand)]
 pub enum Token {
@@ -65,13 +67,13 @@ pub fn token(command: &Token) -> Result<()> {
     match command {
         Token::New { name, scopes } => {
             let token = new_token()?;
-            println!("{}\n\n[[token]]", token.expose());
-            println!("name = {}", toml::Value::String(name.clone()));
-            println!("sha256 = \"{}\"\nscopes = {}", hash_token(&token)?, list(scopes));
+            let hash = hash_token(&token)?;
+            print::line(format_args!("{}\n\n[[token]]", token.expose()))?;
+            print::line(format_args!("name = {}", toml::Value::String(name.clone())))?;
+            print::line(format_args!("sha256 = \"{hash}\"\nscopes = {}", list(scopes)))
         }
-        Token::Hash => println!("{}", hash_token(&line()?)?),
+        Token::Hash => print::line(hash_token(&line()?)?),
     }
-    Ok(())
 }
 
 /// Scopes as they stand in the file.
@@ -88,13 +90,12 @@ pub fn user(command: &User) -> Result<()> {
     match command {
         User::New { name, scopes } => {
             let password = line()?;
-            println!("[[user]]\nname = {}", toml::Value::String(name.clone()));
-            println!("argon2 = \"{}\"", hash_password(&password)?);
-            println!("scram = \"{}\"\nscopes = {}", scram_verifier(&password)?, list(scopes));
+            let (argon2, scram) = (hash_password(&password)?, scram_verifier(&password)?);
+            print::line(format_args!("[[user]]\nname = {}", toml::Value::String(name.clone())))?;
+            print::line(format_args!("argon2 = \"{argon2}\"\nscram = \"{scram}\"\nscopes = {}", list(scopes)))
         }
-        User::Hash => println!("{}", hash_password(&line()?)?),
+        User::Hash => print::line(hash_password(&line()?)?),
     }
-    Ok(())
 }
 
 /// The first line of standard input. Arguments can be seen by everybody on the machine.

@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use reqwest::Method;
 
 use crate::client::Server;
+use crate::print;
 
 /// A server that doesn't answer within this time isn't ready.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -23,6 +24,5 @@ pub fn run(server: &Server) -> Result<()> {
         anyhow::Ok((answer.status(), answer.text().await.unwrap_or_default()))
     })?;
     ensure!(status.is_success(), "{} answers {status}: {}", server.address(), text.trim());
-    println!("{}", text.trim());
-    Ok(())
+    print::line(text.trim())
 }

@@ -28,7 +28,8 @@ use chunk::Points;
 use send::{Sent, Target};
 use state::State;
 
-use crate::client::Server;
+use crate::client::{self, Server};
+use crate::print;
 
 /// Batches that are read ahead of what is being sent.
 const READ_AHEAD: usize = 4;
@@ -51,7 +52,7 @@ pub struct Options {
     #[command(flatten)]
     server: Server,
     /// Bearer token for the Prometheus server of a URL, or file:PATH of one.
-    #[arg(long, env = "THALWEG_SOURCE_TOKEN", hide_env_values = true, value_parser = Secret::parse, value_name = "TOKEN")]
+    #[arg(long, env = "THALWEG_SOURCE_TOKEN", hide_env_values = true, value_parser = client::token, value_name = "TOKEN")]
     source_token: Option<Secret>,
     /// Import nothing before this time (seconds since 1970, or RFC 3339). A URL needs it.
     #[arg(long, value_name = "TIME")]
@@ -253,10 +254,10 @@ impl Report {
 
     /// The last lines.
     fn conclude(&self, sent: &Sent) -> Result<()> {
-        println!(
+        print::line(format_args!(
             "imported {} samples and {} histograms: {} series in {} blocks or windows",
             sent.samples, sent.histograms, self.series, self.units
-        );
+        ))?;
         for refusal in &sent.refusals {
             eprintln!("refused by the server: {refusal}");
         }

@@ -12,6 +12,7 @@ mod http;
 mod import;
 mod memory;
 mod notify;
+mod print;
 mod progress;
 mod reload;
 mod serve;
@@ -137,15 +138,12 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<()> {
     match command {
         Command::Serve(sources) => serve::run(&sources.load()?),
-        Command::CheckConfig { reference: true, .. } => {
-            print!("{}", config::page());
-            Ok(())
-        }
+        Command::CheckConfig { reference: true, .. } => print::text(config::page()),
         Command::CheckConfig { sources, .. } => {
-            for (name, value) in sources.load()?.shown() {
-                println!("{name} = {value}");
-            }
-            Ok(())
+            let config = sources.load()?;
+            serve::check(&config)?;
+            let lines = config.shown().into_iter().map(|(name, value)| format!("{name} = {value}\n"));
+            print::text(lines.collect::<String>())
         }
         Command::Catalog(command) => catalog_command::run(&command),
         Command::Backup(arguments) => backup::run(&arguments),
@@ -156,9 +154,6 @@ fn run(command: Command) -> Result<()> {
         Command::Import(import) => import::run(&import),
         Command::Token(command) => credentials::token(&command),
         Command::User(command) => credentials::user(&command),
-        Command::Version => {
-            println!("thalweg {}", env!("CARGO_PKG_VERSION"));
-            Ok(())
-        }
+        Command::Version => print::line(format_args!("thalweg {}", env!("CARGO_PKG_VERSION"))),
     }
 }

@@ -26,7 +26,7 @@ use crate::admin::{self, Gate};
 use crate::config::{Config, Listen, LogFormat, LogPlace};
 use crate::reload::{self, Seen, Watched};
 use crate::tls::{self, Tls};
-use crate::{http, memory, notify};
+use crate::{http, memory, notify, print};
 
 /// What a stop may spend on writing memory to data files; the rest is in the log.
 const FLUSH_WITHIN: Duration = Duration::from_secs(8);
@@ -106,14 +106,15 @@ async fn serve(config: &Config) -> Result<()> {
         let (engine, access, token) = (engine.clone(), access.clone(), stopping.clone());
         let encryption = tls.clone().map(|tls| sql::pg::Encryption {
             acceptor: Box::new(move || tls.postgres()),
-            required: config.postgres_tls_required.0,
+            // A client that does not encrypt shows no certificate.
+            required: config.postgres_tls_required.0 || !config.tls_client_ca.is_empty(),
         });
         tasks.spawn(async move { Ok(sql::pg::serve(listener, engine, access, encryption, token).await?) });
     }
     if let Some(listener) = listeners.grpc {
         tasks.spawn(grpc(listener, sql::flight::routes(&engine)?, access, tls, stopping.clone()));
     }
-    gate.open(routes(&engine, config)?, config);
+    gate.open(engine.clone(), routes(&engine, config)?, config);
     tracing::info!("ready");
     notify::tell(notify::READY);
 
@@ -137,6 +138,19 @@ async fn serve(config: &Config) -> Result<()> {
         None => Ok(()),
         Some(ended) => bail!("a listener ended by itself: {ended:?}"),
     }
+}
+
+/// Refuses settings with which the server would not start, as far as that can be told without opening anything.
+///
+/// # Errors
+/// Those of a start.
+pub fn check(config: &Config) -> Result<()> {
+    let mut watched = Vec::new();
+    access(config, &mut watched)?;
+    encryption(config, &mut watched)?;
+    // The seed belongs to the database and decides nothing here.
+    engine::sql_catalog(&settings(config)?, 0)?;
+    Ok(())
 }
 
 /// Who may use the server, kept up to date with its file.
@@ -306,26 +320,25 @@ impl Listeners {
     fn announce(&self, config: &Config) -> Result<()> {
         let http = self.http.local_addr()?;
         let data_dir = std::fs::canonicalize(&config.data_dir)?;
-        println!("thalweg {}", env!("CARGO_PKG_VERSION"));
+        print::line(format_args!("thalweg {}", env!("CARGO_PKG_VERSION")))?;
         let scheme = if config.tls_cert.is_empty() { "http" } else { "https" };
-        println!("send    Prometheus remote write   {scheme}://{http}/api/v1/write");
-        println!("ask     Prometheus API, Grafana   {scheme}://{http}");
-        println!("        SQL over HTTP             {scheme}://{http}/api/v1/sql");
+        print::line(format_args!("send    Prometheus remote write   {scheme}://{http}/api/v1/write"))?;
+        print::line(format_args!("ask     Prometheus API, Grafana   {scheme}://{http}"))?;
+        print::line(format_args!("        SQL over HTTP             {scheme}://{http}/api/v1/sql"))?;
         if let Some(postgres) = &self.postgres {
             let address = postgres.local_addr()?;
-            println!("        SQL, PostgreSQL clients   postgres://{address}/thalweg");
+            print::line(format_args!("        SQL, PostgreSQL clients   postgres://{address}/thalweg"))?;
         }
         if let Some(grpc) = &self.grpc {
             let address = grpc.local_addr()?;
-            println!("        SQL, Arrow Flight         grpc://{address}");
-            println!("health  gRPC                      {address}");
+            print::line(format_args!("        SQL, Arrow Flight         grpc://{address}"))?;
+            print::line(format_args!("health  gRPC                      {address}"))?;
         }
         let objects = match config.object_store.as_str() {
             "" => data_dir.join("objects").display().to_string(),
             url => catalog::object::location(url)?,
         };
-        println!("data    {} (data files: {objects})", data_dir.display());
-        Ok(())
+        print::line(format_args!("data    {} (data files: {objects})", data_dir.display()))
     }
 }
 

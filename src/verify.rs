@@ -16,7 +16,7 @@ use indicatif::HumanBytes;
 use serde_json::{Value, json};
 
 use crate::progress::Progress;
-use crate::{Sources, backup, serve};
+use crate::{Sources, backup, print, serve};
 
 /// What to check and how to print it.
 #[derive(Debug, Args)]
@@ -76,9 +76,9 @@ pub fn run(verify: &Verify) -> Result<()> {
         .extend(sql.iter().flatten().map(|what| format!("SQL catalog: {what}; `thalweg catalog rebuild` mends it")));
     let findings = Findings { journal: number, report, log, sql, problems };
     if verify.json {
-        println!("{}", findings.json())
+        print::line(findings.json())?;
     } else {
-        print!("{}", findings.text())
+        print::text(findings.text())?;
     }
     match findings.problems.len() {
         0 => Ok(()),

@@ -219,6 +219,12 @@ fn what_can_not_be_restored_well_is_refused() {
     flip(&copied, 50);
     check(&["backup", backups, "--verify"], &file_name(&copied));
     check(&["restore", backups, "--data-dir", target], &file_name(&copied));
+    // Nor is what lies among the data.
+    let objects = data.join("objects");
+    for place in [objects.clone(), objects.join("new/../new"), data.join("wal/../objects"), data.clone()] {
+        check(&["backup", text(&place), "--data-dir", text(&data)], "lie within one another");
+    }
+    assert!(!objects.join("default/backups").exists() && !objects.join("new").exists());
     // A copy of damage is no backup.
     let (stored, ..) = files(&data.join("objects/default/samples")).swap_remove(0);
     flip(&stored, 50);

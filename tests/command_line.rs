@@ -92,6 +92,36 @@ fn check_config_prints_what_holds() {
 }
 
 #[test]
+fn check_config_refuses_what_serve_refuses() {
+    let check = |environment: &[(&str, &str)], expected: &str| {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let data = dir.path().join("data").display().to_string();
+        for command in ["check-config", "serve"] {
+            let flags = ["--data-dir", &data, "--http", "127.0.0.1:0", "--grpc", "off", "--postgres", "off"];
+            let output = thalweg(&[&[command][..], &flags].concat(), environment);
+            let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(!output.status.success() && stderr.contains(expected), "{command}, {environment:?}: {stderr}");
+        }
+    };
+    check(&[("THALWEG_AUTH_FILE", "/nothing")], "cannot read auth_file /nothing");
+    check(&[("THALWEG_TLS_CERT", "/nothing")], "tls_cert and tls_key need each other");
+    check(&[("THALWEG_TLS_KEY", "/nothing")], "tls_cert and tls_key need each other");
+    check(&[("THALWEG_TLS_CLIENT_CA", "/nothing")], "tls_client_ca needs tls_cert and tls_key");
+    let both = [("THALWEG_TLS_CERT", "/nothing"), ("THALWEG_TLS_KEY", "/nothing")];
+    check(&both, "cannot read certificates in /nothing");
+    check(&[("THALWEG_CATALOG", "mysql://x/y")], "catalog is not a URL of the form");
+}
+
+#[test]
+fn a_closed_pipe_is_no_error() {
+    let (read, write) = std::io::pipe().expect("a pipe");
+    drop(read);
+    let output = Command::new(env!("CARGO_BIN_EXE_thalweg")).arg("check-config").stdout(write).output();
+    let output = output.expect("the binary runs");
+    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+}
+
+#[test]
 fn one_data_folder_serves_one_server() {
     let server = Server::start();
     let data_dir = server.data_dir().display().to_string();

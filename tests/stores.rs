@@ -3,7 +3,7 @@
 //! `STORE_SEEDS` sets the number of runs with faults.
 
 use crate::harness::s3::{Proxy, S3};
-use crate::harness::{Down, Random, Series, Server, now_ms, series, wait_for};
+use crate::harness::{Down, Random, Series, Server, Setup, now_ms, series, wait_for};
 
 const SERIES: u64 = 4;
 
@@ -139,4 +139,23 @@ fn faults_of_the_store_lose_nothing() {
         eprintln!("seed {seed}: {hits:?}");
         assert!(hits.values().sum::<usize>() > 20, "seed {seed}: hardly a fault happened: {hits:?}");
     }
+}
+
+#[test]
+fn a_server_that_was_replaced_is_not_ready() {
+    let store = tempfile::tempdir().expect("a temporary folder");
+    let start = || {
+        let arguments = vec!["--object-store".to_owned(), store.path().display().to_string()];
+        // The one says that it has lost the database, the other that the SQL catalog is made anew.
+        Down::new(Setup { arguments, expected: vec![String::new()], ..Setup::default() }).start()
+    };
+    let old = start();
+    old.write(&[series("kept", &[], &[(now_ms(), 1.0)])]);
+    let new = start();
+    let flushed = old.client().post("/api/v1/admin/flush", &[], b"");
+    assert_eq!(flushed.status, 503, "{}", flushed.text());
+    let ready = old.client().get("/-/ready");
+    assert!(ready.status == 503 && ready.text().contains("another server has taken this database over"), "{ready:?}");
+    assert_eq!(old.sql("SELECT value FROM prometheus.kept"), ["1"]);
+    assert_eq!(new.client().get("/-/ready").status, 200);
 }

@@ -502,6 +502,11 @@ impl Engine {
         target.begin(self.inner().components.entropy.as_ref()).await
     }
 
+    /// Whether another server has taken the database over: this one takes no writes any more, and knows no newer ones.
+    pub fn is_replaced(&self) -> bool {
+        self.inner().files.is_fenced()
+    }
+
     /// Decodes a request off the network runtime; dropped when the caller goes away.
     pub async fn decode<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
         on(&self.inner().ingest, async move { work() }).await

@@ -129,6 +129,8 @@ fn mistakes_are_named() {
     check("memory_limit = \"5 parsecs\"", &[], "allowed units are KiB, MiB, GiB, TiB");
     check("memory_limit = \"99999999999TiB\"", &[], "more than 2^64 bytes");
     check("query_timeout = \"-1s\"", &[], "is not a duration");
+    check("query_timeout = \"0s\"", &[], "query_timeout = 0ms leaves no time; it must be at least 1ms");
+    check("ha_failover = 0", &[], "ha_failover = 0ms leaves no time; it must be at least 1ms");
     check("series_limit = -1", &[], "not a whole number");
     check("insecure = 3", &[], "neither true (on) nor false (off)");
     check("x = = 1", &[], "line 1");

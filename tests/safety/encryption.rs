@@ -41,6 +41,7 @@ impl Authority {
 /// A server with TLS; the harness's own client speaks none.
 struct Encrypted {
     address: SocketAddr,
+    postgres: String,
     dir: TempDir,
     _server: Process,
 }
@@ -64,9 +65,10 @@ impl Encrypted {
         let (http, grpc) = (address.to_string(), format!("127.0.0.1:{}", free_port()));
         let data = folder.join("data").display().to_string();
         let arguments = ["serve", "--config", &config, "--data-dir", &data, "--http", &http, "--grpc", &grpc];
-        let arguments = arguments.into_iter().chain(["--postgres", "off"]);
+        let postgres = format!("127.0.0.1:{}", free_port());
+        let arguments = arguments.into_iter().chain(["--postgres", &postgres]);
         let server = Process::start(Path::new(env!("CARGO_BIN_EXE_thalweg")), arguments, &folder.join("log"));
-        let encrypted = Self { address, dir, _server: server };
+        let encrypted = Self { address, postgres, dir, _server: server };
         wait_for("readiness", || encrypted.curl("/-/ready", &encrypted.identity()).status.success().then_some(()));
         encrypted
     }
@@ -161,4 +163,12 @@ fn clients_without_a_certificate_are_not_heard() {
     let query = ["query", "sql", "SELECT 1", "--server", &url, "--ca", &ca, "--client-cert", &client];
     let answer = thalweg(&query, &[("THALWEG_TOKEN", READER)]);
     assert!(answer.status.success(), "{}", String::from_utf8_lossy(&answer.stderr));
+    // Nor does a PostgreSQL client get around it without TLS.
+    let Some(psql) = program("psql") else { return };
+    let url = format!("postgres://reader@{}/thalweg?sslmode=disable", server.postgres);
+    let mut command = Command::new(&psql);
+    command.args(["-w", "-X", "-c", "SELECT 1", &url]).env("PGPASSWORD", READER);
+    let asked = command.output().expect("psql runs");
+    let said = String::from_utf8_lossy(&asked.stderr);
+    assert!(!asked.status.success() && said.contains("only takes connections with TLS"), "{said}");
 }

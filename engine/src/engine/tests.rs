@@ -393,6 +393,7 @@ async fn whoever_opens_a_database_last_has_it() {
     assert_eq!(refused.kind(), catalog::ErrorKind::Unavailable);
     let refused = old.write(request(&old, &[("a", NOW + 1, 1.0)])).await.unwrap_err();
     assert!(refused.message().contains("taken this database over"), "{refused}");
+    assert!(old.is_replaced() && !new.is_replaced());
     new.write(request(&new, &[("b", NOW, 2.0)])).await.unwrap();
     new.flush().await.unwrap();
     // What the old one acknowledged is in its log, until it is opened again.
