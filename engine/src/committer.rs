@@ -25,7 +25,7 @@ use crate::memory::{Kind, Memory, Reservation};
 use crate::telemetry::TableLabel;
 use crate::version::Version;
 use crate::wal::Wal;
-use crate::{MetricMetadata, Write};
+use crate::{LogStore, MetricMetadata, Write};
 
 /// Most requests that wait.
 const QUEUE_REQUESTS_MAX: usize = 4096;
@@ -202,9 +202,11 @@ async fn commit(inner: &Inner, jobs: Vec<Job>) {
     let now_ms = inner.now_ms();
     let mut log = inner.log.lock().await;
     let version = inner.version();
-    let mut staged = Vec::with_capacity(jobs.len());
+    let (mut staged, mut known) = (Vec::with_capacity(jobs.len()), Vec::new());
     for job in jobs {
         match stage(inner, &mut log, &job.write, second(now_ms)) {
+            // Who has a log in a bucket may have lost it, which only a request to the bucket tells.
+            Ok(None) if inner.settings.wal == LogStore::Object => known.push(job),
             Ok(None) => answer(job, Ok(())),
             Ok(Some((ordinals, metadata, position))) => staged.push(Staged { job, ordinals, metadata, position }),
             Err(e) => answer(job, Err(e)),
@@ -230,6 +232,11 @@ async fn commit(inner: &Inner, jobs: Vec<Job>) {
             for (result, job) in answers {
                 answer(job, result);
             }
+            let owned = if bytes > 0 || known.is_empty() { Ok(()) } else { inner.files.confirm().await };
+            for job in known {
+                let again = |e: &Error| Err(Error::new(e.kind(), e.message()));
+                answer(job, owned.as_ref().map_or_else(again, |()| Ok(())));
+            }
         }
         Err(e) => {
             drop(log);
@@ -238,8 +245,8 @@ async fn commit(inner: &Inner, jobs: Vec<Job>) {
                 tracing::error!(error = %e, "log can't be written; requests are refused until it can");
             }
             inner.reserve.suspect();
-            for s in staged {
-                answer(s.job, Err(Error::unavailable(e.to_string())));
+            for job in staged.into_iter().map(|s| s.job).chain(known) {
+                answer(job, Err(Error::unavailable(e.to_string())));
             }
         }
     }

@@ -383,6 +383,28 @@ async fn queries_run_within_their_deadline_and_stop_when_dropped() {
     assert_eq!(crate::error_of(error).kind(), catalog::ErrorKind::Invalid);
 }
 
+/// What is known already needs no place in the log, and tells whoever lost it nothing.
+#[tokio::test]
+async fn whoever_was_replaced_acknowledges_not_even_what_is_known() {
+    let (dir, other, store) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), bucket());
+    let open = async |dir: &Path| {
+        let settings = Settings { wal: LogStore::Object, ..settings(dir) };
+        Engine::open(settings, components(&store), Extensions::default()).await.unwrap()
+    };
+    let described = |help: &str| {
+        let (metric, kind, unit) = ("a".to_owned(), "gauge".to_owned(), String::new());
+        Write { metadata: vec![MetricMetadata { metric, kind, help: help.to_owned(), unit }], ..Write::default() }
+    };
+    let old = open(dir.path()).await;
+    for help in ["1", "2", "2"] {
+        old.write(described(help)).await.unwrap();
+    }
+    let new = open(other.path()).await;
+    assert_eq!(old.write(described("2")).await.unwrap_err().kind(), catalog::ErrorKind::Unavailable);
+    assert!(old.is_replaced());
+    new.write(described("2")).await.unwrap();
+}
+
 #[tokio::test]
 async fn whoever_opens_a_database_last_has_it() {
     let (dir, other, store) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), bucket());
