@@ -761,7 +761,8 @@ async fn replay(inner: Arc<Inner>, mut log: Replay) -> Result<()> {
         let large = version.tables.iter().any(|t| t.active.bytes() >= inner.settings.flush_bytes)
             || version.memory() > inner.memtable_bytes_soft()
             || inner.memory.is_scarce();
-        if if full { version.memory() > inner.memtable_bytes_hard() } else { large } {
+        let due = if full { version.memory() > inner.memtable_bytes_hard() } else { large };
+        if due {
             inner.freeze(|_| true).await;
             // The log is not open yet, so nothing of it is trimmed here.
             if let Err(e) = inner.flush_frozen().await {
