@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 use catalog::fs::Disk;
 use catalog::object::export::Exports;
-use catalog::{Clock as _, Entropy, FileSystem, SystemClock, SystemEntropy};
+use catalog::{Clock as _, Entropy, ErrorKind, FileSystem, SystemClock, SystemEntropy};
 use clap::Args;
 use engine::backup::{self, Manifest, Place, Step};
 use indicatif::HumanBytes;
@@ -65,6 +65,7 @@ pub fn run(arguments: &Backup) -> Result<()> {
         check_apart(&arguments.destination, &config.object_store_url())?;
         let to = to_write(&arguments.destination)?;
         let entropy: Arc<dyn Entropy> = Arc::new(SystemEntropy);
+        no_database_in(&to, &entropy).await?;
         let progress = Progress::new("copying");
         let made = backup::create(&from, &to, &entropy, SystemClock.now_ms(), &steps(&progress)).await;
         drop(progress);
@@ -92,6 +93,16 @@ fn check_apart(destination: &str, store: &str) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// One store has several addresses, so that an address can't tell that it is another one than the database's; a journal can,
+/// which no backup has.
+async fn no_database_in(to: &Place, entropy: &Arc<dyn Entropy>) -> Result<()> {
+    match backup::state(to, entropy).await {
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(e.into()),
+        Ok(_) => bail!("{} holds a database; give backups a place of their own", to.store),
+    }
 }
 
 /// The value of an option of a store's URL.

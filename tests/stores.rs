@@ -2,6 +2,8 @@
 //!
 //! `STORE_SEEDS` sets the number of runs with faults.
 
+use std::process::Command;
+
 use crate::harness::s3::{Proxy, S3};
 use crate::harness::{Down, Random, Series, Server, Setup, now_ms, series, wait_for};
 
@@ -49,6 +51,19 @@ fn an_empty_disk_finds_everything_in_the_bucket() {
     check(&server, 20, "compacted");
     let server = server.stop_and_restart();
     check(&server, 20, "restarted");
+    // The database's own place by another name is no place for its backup.
+    let by_name = S3::url(s3.address).replace("127.0.0.1", "localhost");
+    let backup = |destination: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_thalweg"));
+        command.args(["backup", destination, "--data-dir"]).arg(server.data_dir());
+        let setup = S3::setup(s3.address);
+        let out = command.args(setup.arguments).envs(setup.environment).output().expect("the binary runs");
+        (out.status.success(), String::from_utf8_lossy(&out.stderr).into_owned())
+    };
+    let (done, said) = backup(&by_name);
+    assert!(!done && said.contains("holds a database; give backups a place of their own"), "{said}");
+    let (done, said) = backup(&by_name.replace("prefix", "backups"));
+    assert!(done, "{said}");
     server.write(&request(20, base_ms));
     let down = server.stop();
     let disk = tempfile::tempdir().expect("a temporary folder");
