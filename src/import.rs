@@ -14,6 +14,7 @@ mod send;
 mod state;
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -154,7 +155,8 @@ async fn prometheus(options: &Options) -> Result<()> {
     let range = options.range()?;
     let batcher = options.batcher()?;
     let client = reqwest::Client::builder().build().context("cannot make an HTTP client")?;
-    let target = Target::new(&options.server)?;
+    let report = Report::new();
+    let target = Target::new(&options.server, report.progress.clone())?;
     let url = options.source.contains("://").then(|| remote::Source::new(client, options)).transpose()?;
     let from = match &url {
         Some(url) => url.name(),
@@ -171,7 +173,7 @@ async fn prometheus(options: &Options) -> Result<()> {
         .collect::<String>();
     let mut state = State::open(&options.state, &format!("{from}{what} into {}", target.name()))?;
     let (sender, batches) = mpsc::channel(READ_AHEAD);
-    let mut reading = Reading { batcher, batches: sender, report: Report::new() };
+    let mut reading = Reading { batcher, batches: sender, report };
     let known = state.clone();
     let now_ms = catalog::SystemClock.now_ms();
     let reader = match url {
@@ -220,6 +222,11 @@ impl Reading {
     }
 }
 
+/// A line, whether there is a progress bar or not.
+fn say(progress: &ProgressBar, line: fmt::Arguments<'_>) {
+    progress.suspend(|| eprintln!("{line}"));
+}
+
 /// What was met while reading.
 #[derive(Debug)]
 struct Report {
@@ -242,14 +249,9 @@ impl Report {
         Self { progress, units: 0, series: 0, damaged: 0 }
     }
 
-    /// A line, whether there is a progress bar or not.
-    fn say(&self, line: &str) {
-        self.progress.suspend(|| eprintln!("{line}"));
-    }
-
     fn damage(&mut self, place: &str, what: &str) {
         self.damaged += 1;
-        self.say(&format!("damaged, left out: {place}: {what}"));
+        say(&self.progress, format_args!("damaged, left out: {place}: {what}"));
     }
 
     /// The last lines.

@@ -1,6 +1,7 @@
 //! The history of a real Prometheus is imported: from blocks, from its log, over remote read; and is all there.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -242,6 +243,19 @@ fn everything_of_a_prometheus_is_imported() {
     assert!(out.status.success(), "{}", text(&out));
     check_samples("killed", &expected, &server, source.times);
     check_histograms(&server);
+
+    // A server that is away is waited for, which is said.
+    let away = Server::start();
+    let mut waiting = command(&source, "waiting", &away, &dir);
+    let away = away.stop();
+    let log = source.dir.path().join("waiting.log");
+    let mut waiting = Process(waiting.stderr(File::create(&log).expect("a file")).spawn().expect("the import runs"));
+    wait_for("a line about it", || {
+        let said = std::fs::read_to_string(&log).expect("a log");
+        said.contains("api/v1/write stores nothing yet: ").then_some(())
+    });
+    assert_eq!(waiting.0.try_wait().expect("a process"), None);
+    drop((waiting, away));
 
     // The log as a block.
     let answer = Client::new(source.prometheus).post("/api/v1/admin/tsdb/snapshot", &[], b"").json();

@@ -126,7 +126,7 @@ impl Source {
         for attempt in 1.. {
             match self.ask(body.clone(), range, reading).await {
                 Err(Failure::Later(e)) if attempt < ATTEMPTS => {
-                    reading.report.say(&format!("reading again in {pause:?}: {e:#}"));
+                    super::say(&reading.report.progress, format_args!("reading again in {pause:?}: {e:#}"));
                     tokio::time::sleep(pause).await;
                     pause *= 2;
                 }

@@ -2,10 +2,13 @@
 //! an account of up to where everything is stored.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use catalog::Secret;
+use indicatif::ProgressBar;
 use reqwest::{Client, StatusCode, Url, header};
 use tokio::sync::mpsc::Receiver;
 use tokio::task::JoinSet;
@@ -19,6 +22,8 @@ use crate::client::Server;
 const CONCURRENT: usize = 4;
 /// A server that refuses this long is given up; the next run goes on.
 const GIVE_UP_AFTER: Duration = Duration::from_secs(600);
+/// A server that refuses this long is named, so that an import that waits doesn't look like one that hangs.
+const SAY_AFTER: Duration = Duration::from_secs(5);
 /// The first pause after a failure without Retry-After; it doubles.
 const PAUSE_MIN: Duration = Duration::from_millis(250);
 const PAUSE_MAX: Duration = Duration::from_secs(10);
@@ -33,6 +38,9 @@ pub struct Target {
     client: Client,
     url: Url,
     token: Option<Secret>,
+    progress: ProgressBar,
+    /// It was said that the server stores nothing, and it has stored nothing since.
+    waiting: Arc<AtomicBool>,
 }
 
 /// What was sent.
@@ -49,13 +57,13 @@ pub struct Sent {
 }
 
 impl Target {
-    /// A server at this address.
+    /// A server at this address, and where the progress is shown.
     ///
     /// # Errors
     /// An address that is none, or files that are to be used and can't be read.
-    pub fn new(server: &Server) -> Result<Self> {
+    pub fn new(server: &Server, progress: ProgressBar) -> Result<Self> {
         let (client, url) = (server.client()?, server.url("/api/v1/write")?);
-        Ok(Self { client, url, token: server.token().cloned() })
+        Ok(Self { client, url, token: server.token().cloned(), progress, waiting: Arc::default() })
     }
 
     /// Sends everything that comes until the other side is gone; notes in `state` what is stored.
@@ -111,7 +119,11 @@ impl Target {
         let begun = Instant::now();
         let mut pause = PAUSE_MIN;
         loop {
-            let failure = match self.post(body.clone()).await {
+            let answer = self.post(body.clone()).await;
+            if matches!(answer, Ok(Answer::Stored | Answer::Partly(_))) {
+                self.waiting.store(false, Ordering::Relaxed);
+            }
+            let failure = match answer {
                 Ok(Answer::Stored) => return Ok(None),
                 Ok(Answer::Partly(text)) => return Ok(Some(text)),
                 Ok(Answer::Never(status, text)) => bail!("{} answers {status}: {}", self.name(), text.trim()),
@@ -124,6 +136,13 @@ impl Target {
             };
             if begun.elapsed() + pause > GIVE_UP_AFTER {
                 bail!("{} stores nothing: {}; run the import again to go on", self.name(), failure.trim());
+            }
+            if begun.elapsed() >= SAY_AFTER && !self.waiting.swap(true, Ordering::Relaxed) {
+                let (name, minutes) = (self.name(), GIVE_UP_AFTER.as_secs() / 60);
+                super::say(
+                    &self.progress,
+                    format_args!("{name} stores nothing yet: {}; trying again for {minutes} minutes", failure.trim()),
+                );
             }
             tokio::time::sleep(pause).await;
             pause = (2 * pause).min(PAUSE_MAX);
