@@ -215,6 +215,7 @@ impl Chart {
             r#"printf "%.0f" $value"# => format!("{:.0}", variables["$value"].as_f64().expect("a number")).into(),
             // A setting that is not there is nothing.
             ".Values.settings.TLS_CERT" => self.values["settings"]["TLS_CERT"].clone(),
+            ".Values.settings.TLS_CLIENT_CA" => self.values["settings"]["TLS_CLIENT_CA"].clone(),
             text if text.starts_with('$') => variables[text].clone(),
             text => {
                 let path = text.strip_prefix(".Values.").unwrap_or_else(|| panic!("{text:?} is not known here"));
@@ -317,6 +318,12 @@ fn the_helm_chart_follows_its_settings() {
     let set = &encrypted.render("statefulset.yaml").expect("YAML")[0];
     for probe in ["livenessProbe", "readinessProbe"] {
         assert_eq!(set["spec"]["template"]["spec"]["containers"][0][probe]["httpGet"]["scheme"], "HTTPS", "{probe}");
+    }
+    let mutual = with("TLS_CLIENT_CA").expect("YAML");
+    let set = &mutual.render("statefulset.yaml").expect("YAML")[0];
+    for probe in ["livenessProbe", "readinessProbe"] {
+        let probe = &set["spec"]["template"]["spec"]["containers"][0][probe];
+        assert_eq!((&probe["tcpSocket"]["port"], probe.get("httpGet")), (&"http".into(), None), "{probe}");
     }
     for name in ["HTTP", "POSTGRES", "data_dir"] {
         let chart = with(name).expect("YAML");
