@@ -3,11 +3,12 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use super::hostile::memory;
 use super::{extent, figures};
-use crate::harness::remote_write::{HEADERS, HEADERS_V2, message, message_v2, snappy};
+use crate::harness::remote_write::{HEADERS, HEADERS_V2, field, message, message_v2, snappy, varint};
 use crate::harness::{Client, Random, Server, now_ms, series};
 
 /// A bound against hanging.
@@ -132,6 +133,135 @@ fn send_postgres(server: &Server, bytes: &[u8]) -> Result<u16, String> {
     }
 }
 
+/// Requests of remote read: for samples, and for chunks with all that a query can say.
+fn remote_reads(now: i64) -> Vec<Vec<u8>> {
+    let number = |out: &mut Vec<u8>, number: u8, value: i64| {
+        out.push(number << 3);
+        varint(out, value as u64);
+    };
+    let matchers = [(0, "__name__", "mutated"), (2, "job", "j|k"), (3, "item", "[5-9]"), (1, "other", "x")];
+    let mut query = Vec::new();
+    number(&mut query, 1, now - 3_600_000);
+    number(&mut query, 2, now);
+    for (op, name, value) in matchers {
+        let mut matcher = Vec::new();
+        number(&mut matcher, 1, op);
+        field(&mut matcher, 2, name.as_bytes());
+        field(&mut matcher, 3, value.as_bytes());
+        field(&mut query, 3, &matcher);
+    }
+    let mut samples = Vec::new();
+    field(&mut samples, 1, &query);
+    let mut hints = Vec::new();
+    number(&mut hints, 1, 15_000);
+    field(&mut hints, 2, b"rate");
+    number(&mut hints, 3, now - 3_600_000);
+    number(&mut hints, 4, now);
+    field(&mut hints, 5, b"job");
+    number(&mut hints, 6, 1);
+    number(&mut hints, 7, 300_000);
+    field(&mut query, 4, &hints);
+    let mut chunks = Vec::new();
+    field(&mut chunks, 1, &query);
+    field(&mut chunks, 1, &query);
+    field(&mut chunks, 2, &[1, 0]);
+    vec![samples, chunks]
+}
+
+const READ_HEADERS: [(&str, &str); 3] = [
+    ("Content-Type", "application/x-protobuf"),
+    ("Content-Encoding", "snappy"),
+    ("X-Prometheus-Remote-Read-Version", "0.1.0"),
+];
+
+/// A message of Arrow Flight SQL as `Any` holds it.
+fn any(kind: &str, value: &[u8]) -> Vec<u8> {
+    let mut out = Vec::new();
+    field(&mut out, 1, format!("type.googleapis.com/arrow.flight.protocol.sql.{kind}").as_bytes());
+    field(&mut out, 2, value);
+    out
+}
+
+fn flight_descriptors() -> Vec<Vec<u8>> {
+    let mut statement = Vec::new();
+    field(&mut statement, 1, b"SELECT ts, value FROM samples WHERE metric = 'mutated' LIMIT 3");
+    let mut tables = Vec::new();
+    field(&mut tables, 1, b"thalweg");
+    field(&mut tables, 2, b"pub%");
+    field(&mut tables, 4, b"TABLE");
+    tables.extend_from_slice(&[5 << 3, 1]);
+    let commands =
+        [("CommandStatementQuery", &statement[..]), ("CommandGetTables", &tables), ("CommandGetCatalogs", &[])];
+    let descriptor = |(kind, body): (&str, &[u8])| {
+        // The kind of descriptor that is a command.
+        let mut out = vec![1 << 3, 2];
+        field(&mut out, 2, &any(kind, body));
+        out
+    };
+    commands.map(descriptor).to_vec()
+}
+
+fn flight_tickets() -> Vec<Vec<u8>> {
+    let mut handle = Vec::new();
+    field(&mut handle, 1, b"SELECT job, count(*) FROM prometheus.mutated GROUP BY job");
+    let kinds = [
+        ("TicketStatementQuery", &handle[..]),
+        ("CommandPreparedStatementQuery", &handle),
+        ("CommandGetDbSchemas", &[]),
+    ];
+    let ticket = |(kind, body): (&str, &[u8])| {
+        let mut out = Vec::new();
+        field(&mut out, 1, &any(kind, body));
+        out
+    };
+    kinds.map(ticket).to_vec()
+}
+
+fn flight_actions() -> Vec<Vec<u8>> {
+    let mut text = Vec::new();
+    field(&mut text, 1, b"SELECT 1 AS one, $1::int8");
+    let kinds = [
+        ("CreatePreparedStatement", "ActionCreatePreparedStatementRequest"),
+        ("ClosePreparedStatement", "ActionClosePreparedStatementRequest"),
+    ];
+    let action = |(name, kind): (&str, &str)| {
+        let mut out = Vec::new();
+        field(&mut out, 1, name.as_bytes());
+        field(&mut out, 2, &any(kind, &text));
+        out
+    };
+    kinds.map(action).to_vec()
+}
+
+/// One message to a method of Arrow Flight. An error before the first batch is in the answer's headers.
+fn send_flight(server: &Server, method: &str, message: &[u8]) -> Result<u16, String> {
+    static CALLS: LazyLock<(tokio::runtime::Runtime, reqwest::Client)> = LazyLock::new(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        let client = reqwest::Client::builder().http2_prior_knowledge().timeout(PATIENCE).build();
+        (runtime, client.expect("a client"))
+    });
+    let mut body = vec![0];
+    body.extend_from_slice(&(message.len() as u32).to_be_bytes());
+    body.extend_from_slice(message);
+    let (runtime, client) = &*CALLS;
+    let url = format!("http://{}/arrow.flight.protocol.FlightService/{method}", server.grpc);
+    let call = async {
+        let request = client.post(url).header("content-type", "application/grpc").header("te", "trailers").body(body);
+        let answer = request.send().await?;
+        let header = |name| answer.headers().get(name).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned();
+        let (code, told) = (header("grpc-status"), header("grpc-message"));
+        answer.bytes().await?;
+        Ok::<_, reqwest::Error>((code, told))
+    };
+    match runtime.block_on(call).map_err(|e| format!("no answer: {e:?}"))? {
+        // gRPC's libraries answer so to what is no message.
+        (_, told) if told.contains("failed%20to%20decode%20Protobuf%20message") => Ok(400),
+        // Unknown and internal: nobody thought of it.
+        (code, told) if ["2", "13"].contains(&code.as_str()) => Err(format!("{code} {told:.300}")),
+        (code, _) => Ok(if ["", "0"].contains(&code.as_str()) { 200 } else { 400 }),
+    }
+}
+
 fn targets() -> Vec<Target> {
     let now = now_ms();
     let made: Vec<_> = (0..3)
@@ -191,6 +321,31 @@ fn targets() -> Vec<Target> {
             name: "remote write 2.0 on the wire",
             originals: vec![snappy(&message_v2(&made))],
             send: |_, client, bytes| post(client, "/api/v1/write", &HEADERS_V2, bytes),
+        },
+        Target {
+            name: "remote read on the wire",
+            originals: remote_reads(now).iter().map(|m| snappy(m)).collect(),
+            send: |_, client, bytes| post(client, "/api/v1/read", &READ_HEADERS, bytes),
+        },
+        Target {
+            name: "remote read inflated",
+            originals: remote_reads(now),
+            send: |_, client, bytes| post(client, "/api/v1/read", &READ_HEADERS, &snappy(bytes)),
+        },
+        Target {
+            name: "Flight SQL, descriptors",
+            originals: flight_descriptors(),
+            send: |server, _, bytes| send_flight(server, "GetFlightInfo", bytes),
+        },
+        Target {
+            name: "Flight SQL, tickets",
+            originals: flight_tickets(),
+            send: |server, _, bytes| send_flight(server, "DoGet", bytes),
+        },
+        Target {
+            name: "Flight SQL, actions",
+            originals: flight_actions(),
+            send: |server, _, bytes| send_flight(server, "DoAction", bytes),
         },
         Target {
             name: "PromQL",
