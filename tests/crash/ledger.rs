@@ -284,9 +284,11 @@ impl Ledger {
         self.writers.iter().flat_map(|w| &w.requests).filter(|s| **s == State::Unknown).count()
     }
 
-    /// Whether everything can be read now: it may be refused when memory is short.
+    /// Whether everything can be read now: it may be refused when memory is short, which is printed.
     pub fn is_readable(&self, server: &Server) -> bool {
-        read(&mut server.client()).is_ok()
+        let begun = Instant::now();
+        let rows = read(&mut server.client());
+        rows.inspect_err(|why| println!("not readable after {:?}: {why:.300}", begun.elapsed())).is_ok()
     }
 
     /// Reads everything back and compares; the same totals must come from PromQL.
