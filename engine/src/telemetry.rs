@@ -90,6 +90,8 @@ pub(crate) struct Metrics {
     pub compaction: Histogram,
     pub compaction_failures: Counter,
     pub deletes: Gauge,
+    pub files: Family<TableLabel, Gauge>,
+    pub tag_parts: Gauge,
     pub retention_bytes: Counter,
     pub clock_doubted: Gauge,
     pub orphans: Counter,
@@ -143,6 +145,12 @@ impl Metrics {
                 Counter::default(),
             ),
             deletes: t.register("deletes_waiting", "Deletes that are not folded into all files yet", Gauge::default()),
+            files: t.register("data_files", "Data files that queries may have to look at", Family::default()),
+            tag_parts: t.register(
+                "tag_parts",
+                "Files of tag sets that queries may have to look through",
+                Gauge::default(),
+            ),
             retention_bytes: t.register(
                 "retention_dropped_bytes",
                 "Bytes of data files that retention dropped whole",

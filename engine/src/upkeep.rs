@@ -340,9 +340,13 @@ impl Inner {
         for (cache, bytes) in [("segments", self.segments.cached_bytes()), ("tag_parts", self.parts.cached_bytes())] {
             m.cache.get_or_create(&CacheLabel { cache }).set(bytes as i64);
         }
-        for table in &self.version().tables {
+        let version = self.version();
+        m.tag_parts.set(version.parts.len() as i64);
+        for table in &version.tables {
+            let label = TableLabel { table: table.schema.name };
             let bytes: usize = table.memtables().map(|memtable| memtable.bytes()).sum();
-            m.memtable.get_or_create(&TableLabel { table: table.schema.name }).set(bytes as i64);
+            m.memtable.get_or_create(&label).set(bytes as i64);
+            m.files.get_or_create(&label).set(table.files.len() as i64);
         }
     }
 }
