@@ -4,6 +4,9 @@
 //! merged first. While a day goes on its flushed files are merged a batch at a time, once; when it is over and no late
 //! row has come for a while, all of its files become one.
 //!
+//! A round of this may take long, since days are large and a delete may concern many files. What flushes leave meanwhile is
+//! merged between its steps, so that the number of files and tag parts stays bounded however long the round is.
+//!
 //! Every merge leaves out what deletes and retention take. Files that no merge would touch are written again for them
 //! alone: for deletes once none has come for a while, for retention once a rule has outlived all of their rows.
 
@@ -41,6 +44,13 @@ const BATCH_FILES: usize = 6;
 /// Tag parts of a day that are merged before the day is over.
 const BATCH_PARTS: usize = 8;
 
+/// Files or tag parts of flushes that are merged while a round has other work, after each piece of it.
+const BATCH_BESIDE: usize = 64;
+
+/// While a day goes on, a tag part is merged with smaller ones once it has at most so many times the sets that they have
+/// together: each set is written again a few times in all, however often parts are merged.
+const GROWTH: u64 = 4;
+
 /// A day is left alone for this long after its last flushed file.
 const QUIET_MS: i64 = 10 * 60 * 1000;
 
@@ -69,50 +79,189 @@ pub(crate) async fn all(inner: &Arc<Inner>) -> Result<()> {
 /// Writes all files that deletes concern again, without the deleted rows.
 pub(crate) async fn fold_deletes(inner: &Arc<Inner>) -> Result<()> {
     let _one = inner.days.compacting.lock().await;
-    let days = fold(inner, true).await?;
-    prune(inner, days).await
+    let mut round = Round::new(inner, false);
+    round.fold(true).await?;
+    round.prune().await
 }
 
 async fn run(inner: &Arc<Inner>, all: bool) -> Result<()> {
     let _one = inner.days.compacting.lock().await;
-    let result = round(inner, all).await;
+    let result = Round::new(inner, all).run().await;
     inner.days.tight.store(result.is_err(), Ordering::Relaxed);
     result
 }
 
-async fn round(inner: &Arc<Inner>, all: bool) -> Result<()> {
-    // Files that come while all is compacted would have their days written again and again.
-    let newest = inner.version().tables.iter().flat_map(|t| t.files.iter().map(|f| f.seq_max)).max();
-    let until = if all { newest.unwrap_or(0) } else { u64::MAX };
-    retention::observe(inner);
-    // First what frees space without taking any.
-    clean(inner).await?;
-    retention::drop_files(inner).await?;
-    let mut lost = BTreeSet::new();
-    if inner.days.tight.load(Ordering::Relaxed) {
-        // Perhaps for want of space: what leaves rows out gives back more than it takes.
-        lost.extend(fold(inner, all).await?);
+/// Which files and tag parts are merged, and how far.
+#[derive(Debug, Clone, Copy)]
+struct Scope {
+    /// Those of flushes from this one
+    first: u64,
+    /// to this one. It is set before anything is merged: with what comes meanwhile there would be no end.
+    last: u64,
+    whole: Whole,
+}
+
+/// Of which days files and tag parts become as few as they can.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Whole {
+    All,
+    /// Of those that are over; of others what is worth it.
+    Over,
+    /// Of none: what flushes left is merged among itself once it is many.
+    None,
+}
+
+impl Scope {
+    /// Whether a day's files or parts become as few as they can.
+    fn is_whole(self, over: bool) -> bool {
+        self.whole == Whole::All || self.whole == Whole::Over && over
     }
-    let mut skipped = BTreeSet::new();
-    while let Some((table, files, level)) = next_merge(inner, all, until, &skipped) {
-        match merge(inner, &table, &files, level).await {
-            Ok(true) => lost.extend(files.iter().map(|f| f.day)),
+
+    /// Whether a file with rows of flushes from `first` to `last` belongs to it.
+    fn holds(self, first: u64, last: u64) -> bool {
+        self.first <= first && last <= self.last
+    }
+
+    /// So many of flushes are worth a merge before their day is over.
+    fn batch(self, usual: usize) -> usize {
+        if self.whole == Whole::None { BATCH_BESIDE } else { usual }
+    }
+}
+
+/// The newest flush that left a file.
+fn newest(inner: &Inner) -> u64 {
+    inner.version().tables.iter().flat_map(|t| t.files.iter().map(|f| f.seq_max)).max().unwrap_or(0)
+}
+
+/// A look for work, and what it has met so far.
+struct Round<'a> {
+    inner: &'a Arc<Inner>,
+    /// Whether nothing is to be left to do.
+    all: bool,
+    /// The newest flush when it began.
+    newest: u64,
+    /// Days that lost rows.
+    lost: BTreeSet<i32>,
+    /// Days of tables, by number, that can't be merged.
+    skipped: BTreeSet<(u16, i32)>,
+}
+
+impl<'a> Round<'a> {
+    fn new(inner: &'a Arc<Inner>, all: bool) -> Self {
+        Self { inner, all, newest: newest(inner), lost: BTreeSet::new(), skipped: BTreeSet::new() }
+    }
+
+    async fn run(mut self) -> Result<()> {
+        let inner = self.inner;
+        retention::observe(inner);
+        // First what frees space without taking any.
+        clean(inner).await?;
+        retention::drop_files(inner).await?;
+        let scope = Scope { first: 0, last: self.newest, whole: if self.all { Whole::All } else { Whole::Over } };
+        if inner.days.tight.load(Ordering::Relaxed) {
+            // Perhaps for want of space: what leaves rows out gives back more than it takes.
+            self.fold(self.all).await?;
+        } else {
+            // Whatever leaves rows out looks through all tag parts.
+            while self.merge_parts(scope).await? {}
+        }
+        while self.merge_files(scope).await? {
+            self.keep_up().await?;
+        }
+        self.fold(self.all).await?;
+        self.prune().await?;
+        while self.merge_parts(scope).await? {}
+        orphans::sweep(inner).await
+    }
+
+    /// Merges what flushes have left since it began. One merge may take a while, and many take long: until the last is done
+    /// every query would look through each of those small files and tag parts, and so would every other merge.
+    async fn keep_up(&mut self) -> Result<()> {
+        let scope = Scope { first: self.newest + 1, last: newest(self.inner), whole: Whole::None };
+        while self.merge_files(scope).await? {}
+        while self.merge_parts(scope).await? {}
+        Ok(())
+    }
+
+    /// Merges files that should become one; false when there are none.
+    async fn merge_files(&mut self, scope: Scope) -> Result<bool> {
+        let Some((table, files, level)) = next_merge(self.inner, scope, &self.skipped) else { return Ok(false) };
+        match merge(self.inner, &table, &files, level).await {
+            Ok(true) => self.lost.extend(files.iter().map(|f| f.day)),
             Ok(false) => {}
             Err(e) => {
-                if !set_aside_files(inner, &table, &files, e).await? {
-                    skipped.extend(files.iter().map(|f| (table.id, f.day)));
+                if !set_aside_files(self.inner, &table, &files, e).await? {
+                    self.skipped.extend(files.iter().map(|f| (table.id, f.day)));
                 }
             }
         }
+        Ok(true)
     }
-    lost.extend(fold(inner, all).await?);
-    prune(inner, lost).await?;
-    while let Some(parts) = next_parts(inner, all, until) {
-        if let Err(e) = merge_parts(inner, &parts).await {
-            set_aside_parts(inner, &parts, e).await?;
+
+    /// The same for tag parts.
+    async fn merge_parts(&mut self, scope: Scope) -> Result<bool> {
+        let Some(parts) = next_parts(self.inner, scope) else { return Ok(false) };
+        if let Err(e) = merge_parts(self.inner, &parts).await {
+            set_aside_parts(self.inner, &parts, e).await?;
         }
+        Ok(true)
     }
-    orphans::sweep(inner).await
+
+    /// Writes files of flushes before it began again that hold rows which a delete or retention takes, all of them or so
+    /// many that are due, and forgets deletes that no file needs.
+    async fn fold(&mut self, now: bool) -> Result<()> {
+        let inner = self.inner;
+        let mut looks = if now { usize::MAX } else { FOLD_FILES };
+        let live: HashSet<i64> = inner.version().tables.iter().flat_map(|t| t.files.iter().map(|f| f.id)).collect();
+        inner.days.checked.lock().retain(|id, _| live.contains(id));
+        for table in &inner.version().tables {
+            let quiet = |t: &Arc<Tombstone>| inner.now_ms().abs_diff(t.delete.created_ms) >= FOLD_QUIET_MS;
+            let due = now || table.deletes.len() >= FOLD_WAITING || table.deletes.iter().all(quiet);
+            let mut files: Vec<&Arc<DataFile>> = table.files.iter().filter(|f| f.seq_max <= self.newest).collect();
+            files.sort_by_key(|f| f.bytes);
+            for file in files {
+                let delete = table.deletes.iter().rev().find(|t| due && t.concerns(file)).map_or(0, |t| t.delete.id);
+                let floors = table.floors.passed(file.ts_max);
+                let seen = inner.days.checked.lock().get(&file.id).copied().unwrap_or_default();
+                let done = seen.floors & floors == floors && seen.delete >= delete;
+                if done || looks == 0 || inner.days.is_damaged(file.id) {
+                    continue;
+                }
+                looks -= 1;
+                match fold_file(inner, &table.schema, file).await {
+                    Ok(true) => {
+                        self.lost.insert(file.day);
+                    }
+                    Ok(false) => {
+                        inner.days.checked.lock().insert(file.id, Checked { floors, delete });
+                    }
+                    // It stays as it is, and so do the deletes that concern it.
+                    Err(e) => {
+                        set_aside_files(inner, &table.schema, std::slice::from_ref(file), e).await?;
+                    }
+                }
+                self.keep_up().await?;
+            }
+        }
+        forget_deletes(inner).await
+    }
+
+    /// Writes the tag parts of days that lost rows, or that have none, again without the sets that no row of the day has.
+    async fn prune(&mut self) -> Result<()> {
+        let version = self.inner.version();
+        let mut days = std::mem::take(&mut self.lost);
+        let filled: HashSet<i32> = version.tables.iter().flat_map(|t| t.files.iter().map(|f| f.day)).collect();
+        days.extend(version.parts.iter().map(|p| p.day).filter(|day| !filled.contains(day)));
+        for day in days {
+            if let Err(e) = prune_now(self.inner, &version, day).await {
+                if e.kind() != ErrorKind::Corrupt {
+                    return Err(e);
+                }
+                tracing::warn!(error = %e, day, "tag sets of a day are kept, since it can't be known which ones its rows have");
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Finds out which of the files of a failed merge are damaged, so that the next one goes around them. False when the
@@ -177,12 +326,10 @@ async fn clean(inner: &Inner) -> Result<()> {
 }
 
 /// Files that should become one now, and its level: the fewest bytes first after a round that failed, since outputs and
-/// inputs are there together for a while. Those of flushes after `until` are left alone; `skipped` are days of tables, by
-/// number.
+/// inputs are there together for a while. `skipped` are days of tables, by number.
 fn next_merge(
     inner: &Inner,
-    all: bool,
-    until: u64,
+    scope: Scope,
     skipped: &BTreeSet<(u16, i32)>,
 ) -> Option<(Arc<TableSchema>, Vec<Arc<DataFile>>, u8)> {
     let version = inner.version();
@@ -191,16 +338,17 @@ fn next_merge(
     let mut least_bytes = u64::MAX;
     for table in &version.tables {
         let mut days: BTreeMap<i32, Vec<Arc<DataFile>>> = BTreeMap::new();
-        let wanted = |f: &&Arc<DataFile>| f.seq_max <= until && !skipped.contains(&(table.schema.id, f.day));
+        let holds = |f: &&Arc<DataFile>| scope.holds(f.seq_min, f.seq_max);
+        let wanted = |f: &&Arc<DataFile>| holds(f) && !skipped.contains(&(table.schema.id, f.day));
         for f in table.files.iter().filter(wanted) {
             days.entry(f.day).or_default().push(f.clone());
         }
         for (day, mut files) in days {
             files.sort_by_key(|f| (f.seq_max, f.id));
-            let over = all || day_is_over(inner, table.schema.id, day);
+            let over = scope.is_whole(day_is_over(inner, table.schema.id, day));
             // Only neighbours are merged, so a damaged file parts those before it from those after it.
             for files in files.split(|f| inner.days.is_damaged(f.id) || inner.days.is_wide(f.id)) {
-                let Some(chosen) = choose(files, over, all) else { continue };
+                let Some(chosen) = choose(files, over, scope) else { continue };
                 // Only what holds the whole day is done; the rest is merged once more.
                 let level = if over && chosen.len() == files.len() { 2 } else { 1 };
                 let bytes = chosen.iter().map(|f| f.bytes).sum();
@@ -225,7 +373,7 @@ fn day_is_over(inner: &Inner, table_id: u16, day: i32) -> bool {
 }
 
 /// Which of a day's files, sorted by sequence, to merge.
-fn choose(files: &[Arc<DataFile>], over: bool, all: bool) -> Option<Vec<Arc<DataFile>>> {
+fn choose(files: &[Arc<DataFile>], over: bool, scope: Scope) -> Option<Vec<Arc<DataFile>>> {
     if over {
         // Files of one merge that was cut for size have the same sequence range and disjoint keys.
         let settled =
@@ -235,14 +383,14 @@ fn choose(files: &[Arc<DataFile>], over: bool, all: bool) -> Option<Vec<Arc<Data
         }
         let bytes = |f: &[Arc<DataFile>]| f.iter().map(|f| f.bytes).sum::<u64>();
         let done = files.iter().take_while(|f| f.level == 2).count();
-        if done == 0 || all || bytes(&files[done..]) >= bytes(files) / WORTHWHILE {
+        if done == 0 || scope.whole == Whole::All || bytes(&files[done..]) >= bytes(files) / WORTHWHILE {
             return Some(files.to_vec());
         }
         // A few late rows are not worth writing a large day again; among themselves they are.
         return (files.len() - done >= BATCH_FILES).then(|| files[done..].to_vec());
     }
     let mut runs = files.chunk_by(|a, b| (a.level == 0) == (b.level == 0));
-    let run = runs.find(|run| run[0].level == 0 && run.len() >= BATCH_FILES)?;
+    let run = runs.find(|run| run[0].level == 0 && run.len() >= scope.batch(BATCH_FILES))?;
     Some(run.to_vec())
 }
 
@@ -439,45 +587,6 @@ pub(crate) struct Checked {
     delete: i64,
 }
 
-/// Writes files again that hold rows which a delete or retention takes, and forgets deletes that no file needs. Returns
-/// the days that lost rows.
-async fn fold(inner: &Arc<Inner>, now: bool) -> Result<BTreeSet<i32>> {
-    let mut lost = BTreeSet::new();
-    let mut looks = if now { usize::MAX } else { FOLD_FILES };
-    let live: HashSet<i64> = inner.version().tables.iter().flat_map(|t| t.files.iter().map(|f| f.id)).collect();
-    inner.days.checked.lock().retain(|id, _| live.contains(id));
-    for table in &inner.version().tables {
-        let quiet = |t: &Arc<Tombstone>| inner.now_ms().abs_diff(t.delete.created_ms) >= FOLD_QUIET_MS;
-        let due = now || table.deletes.len() >= FOLD_WAITING || table.deletes.iter().all(quiet);
-        let mut files: Vec<&Arc<DataFile>> = table.files.iter().collect();
-        files.sort_by_key(|f| f.bytes);
-        for file in files {
-            let delete = table.deletes.iter().rev().find(|t| due && t.concerns(file)).map_or(0, |t| t.delete.id);
-            let floors = table.floors.passed(file.ts_max);
-            let seen = inner.days.checked.lock().get(&file.id).copied().unwrap_or_default();
-            let done = seen.floors & floors == floors && seen.delete >= delete;
-            if done || looks == 0 || inner.days.is_damaged(file.id) {
-                continue;
-            }
-            looks -= 1;
-            match fold_file(inner, &table.schema, file).await {
-                Ok(true) => {
-                    lost.insert(file.day);
-                }
-                Ok(false) => {
-                    inner.days.checked.lock().insert(file.id, Checked { floors, delete });
-                }
-                // It stays as it is, and so do the deletes that concern it.
-                Err(e) => {
-                    set_aside_files(inner, &table.schema, std::slice::from_ref(file), e).await?;
-                }
-            }
-        }
-    }
-    forget_deletes(inner).await?;
-    Ok(lost)
-}
-
 /// Writes a file again if it holds rows to leave out; returns whether it did.
 async fn fold_file(inner: &Arc<Inner>, table: &Arc<TableSchema>, file: &Arc<DataFile>) -> Result<bool> {
     let inputs = Inputs::new(inner, table, std::slice::from_ref(file)).await?;
@@ -516,22 +625,6 @@ async fn forget_deletes(inner: &Arc<Inner>) -> Result<()> {
     }
     let waiting: usize = inner.version().tables.iter().map(|t| t.deletes.len()).sum();
     inner.metrics.deletes.set(waiting as i64);
-    Ok(())
-}
-
-/// Writes the tag parts of days that lost rows, or that have none, again without the sets that no row of the day has.
-async fn prune(inner: &Arc<Inner>, mut days: BTreeSet<i32>) -> Result<()> {
-    let version = inner.version();
-    let filled: HashSet<i32> = version.tables.iter().flat_map(|t| t.files.iter().map(|f| f.day)).collect();
-    days.extend(version.parts.iter().map(|p| p.day).filter(|day| !filled.contains(day)));
-    for day in days {
-        if let Err(e) = prune_now(inner, &version, day).await {
-            if e.kind() != ErrorKind::Corrupt {
-                return Err(e);
-            }
-            tracing::warn!(error = %e, day, "tag sets of a day are kept, since it can't be known which ones its rows have");
-        }
-    }
     Ok(())
 }
 
@@ -619,19 +712,22 @@ fn merged_sets_max(memory_limit: usize) -> u64 {
     (memory_limit / 16 / tag_parts::SET_BYTES) as u64
 }
 
-/// Tag parts of a day that should become one now, of flushes up to `until`.
-fn next_parts(inner: &Inner, all: bool, until: u64) -> Option<Vec<Arc<TagPart>>> {
+/// Tag parts of a day that should become one now.
+fn next_parts(inner: &Inner, scope: Scope) -> Option<Vec<Arc<TagPart>>> {
     let today = day_of(inner.now_ms());
     let version = inner.version();
     let mut days: BTreeMap<i32, Vec<Arc<TagPart>>> = BTreeMap::new();
-    for p in version.parts.iter().filter(|p| p.seq <= until && !inner.days.is_damaged(p.id)) {
+    for p in version.parts.iter().filter(|p| scope.holds(p.seq, p.seq) && !inner.days.is_damaged(p.id)) {
         days.entry(p.day).or_default().push(p.clone());
     }
     let max = merged_sets_max(inner.memory.limit());
     days.into_iter().find_map(|(day, parts)| {
         let parts = smallest(parts, max);
-        let over = all || day < today;
-        (parts.len() >= if over { 2 } else { BATCH_PARTS }).then_some(parts)
+        if scope.is_whole(day < today) {
+            return (parts.len() >= 2).then_some(parts);
+        }
+        let parts = grown(parts);
+        (parts.len() >= scope.batch(BATCH_PARTS)).then_some(parts)
     })
 }
 
@@ -645,6 +741,18 @@ fn smallest(mut parts: Vec<Arc<TagPart>>, sets_max: u64) -> Vec<Arc<TagPart>> {
     });
     let fits = fits.count();
     parts.truncate(fits);
+    parts
+}
+
+/// Those of parts, by their size, that are worth a merge with the smaller ones.
+fn grown(mut parts: Vec<Arc<TagPart>>) -> Vec<Arc<TagPart>> {
+    let mut sets: u64 = parts.iter().map(|p| p.sets).sum();
+    while let Some(greatest) = parts.last()
+        && greatest.sets > GROWTH * (sets - greatest.sets)
+    {
+        sets -= greatest.sets;
+        parts.pop();
+    }
     parts
 }
 
@@ -676,7 +784,7 @@ mod tests {
     use super::*;
 
     /// Files as (level, bytes), each of a flush of its own but those in `same`, which are cuts of one merge.
-    fn check(files: &[(u8, u64)], same: usize, over: bool, all: bool, expected: Option<std::ops::Range<usize>>) {
+    fn check(files: &[(u8, u64)], same: usize, over: bool, scope: Scope, expected: Option<std::ops::Range<usize>>) {
         let files: Vec<Arc<DataFile>> = files
             .iter()
             .enumerate()
@@ -686,19 +794,22 @@ mod tests {
                 Arc::new(DataFile { id, level, bytes, seq_min: seq, seq_max: seq, ..DataFile::default() })
             })
             .collect();
-        let chosen = choose(&files, over, all).map(|c| c.iter().map(|f| f.id).collect::<Vec<_>>());
-        assert_eq!(chosen, expected.map(|r| r.map(|i| i as i64).collect()), "{files:?} over={over} all={all}");
+        let chosen = choose(&files, over, scope).map(|c| c.iter().map(|f| f.id).collect::<Vec<_>>());
+        assert_eq!(chosen, expected.map(|r| r.map(|i| i as i64).collect()), "{files:?} over={over} {scope:?}");
     }
 
-    #[test]
-    fn parts_that_would_take_too_much_memory_stay_as_they_are() {
+    fn of_sets(sets: &[u64]) -> Vec<Arc<TagPart>> {
         let part = |(id, sets): (i64, u64)| {
             let (path, bytes, footer_bytes) = (String::new(), 1, 1);
             Arc::new(TagPart { id, path, day: 0, sets, bytes, footer_bytes, seq: 0, crc32: 0 })
         };
+        (0..).zip(sets.iter().copied()).map(part).collect()
+    }
+
+    #[test]
+    fn parts_that_would_take_too_much_memory_stay_as_they_are() {
         let check = |sets: &[u64], expected: &[i64]| {
-            let parts = (0..).zip(sets.iter().copied()).map(part).collect();
-            assert_eq!(smallest(parts, 100).iter().map(|p| p.id).collect::<Vec<_>>(), expected, "{sets:?}");
+            assert_eq!(smallest(of_sets(sets), 100).iter().map(|p| p.id).collect::<Vec<_>>(), expected, "{sets:?}");
         };
         check(&[90, 10, 50, 40], &[1, 3, 2]);
         check(&[101, 60, 41], &[2]);
@@ -707,25 +818,42 @@ mod tests {
     }
 
     #[test]
+    fn parts_wait_until_smaller_ones_have_grown() {
+        let check = |sets: &[u64], expected: usize| assert_eq!(grown(of_sets(sets)).len(), expected, "{sets:?}");
+        check(&[], 0);
+        check(&[7], 0);
+        check(&[7, 7], 2);
+        check(&[1, 1, 1, 12], 4);
+        check(&[1, 1, 1, 13], 3);
+        check(&[1, 1, 9, 45, 46], 5);
+        check(&[1, 1, 9, 45, 225], 2);
+        check(&[1, 1, 8, 40, 200, 1001], 5);
+    }
+
+    #[test]
     fn chooses_neighbours() {
+        let scope = |whole| Scope { first: 0, last: u64::MAX, whole };
+        let (all, due, beside) = (scope(Whole::All), scope(Whole::Over), scope(Whole::None));
         let flushed = [(0, 10); 7];
-        check(&flushed[..1], 0, true, true, None);
-        check(&flushed[..2], 0, true, false, Some(0..2));
-        check(&flushed[..5], 0, false, false, None);
-        check(&flushed, 0, false, false, Some(0..7));
+        check(&flushed[..1], 0, true, all, None);
+        check(&flushed[..2], 0, true, due, Some(0..2));
+        check(&flushed[..5], 0, false, due, None);
+        check(&flushed, 0, false, due, Some(0..7));
+        check(&[(0, 10); 63], 0, false, beside, None);
+        check(&[(0, 10); 64], 0, false, beside, Some(0..64));
         // A merge of the day before and flushed files after it, while the day goes on.
         let mixed = [(1, 60), (0, 10), (0, 10), (0, 10), (0, 10), (0, 10), (0, 10)];
-        check(&mixed[..6], 0, false, false, None);
-        check(&mixed, 0, false, false, Some(1..7));
-        check(&mixed, 0, true, false, Some(0..7));
+        check(&mixed[..6], 0, false, due, None);
+        check(&mixed, 0, false, due, Some(1..7));
+        check(&mixed, 0, true, due, Some(0..7));
         // Late rows of a day that was done: few are not worth it, unless asked for; many are merged among themselves.
         let late = [(2, 10_000), (0, 10), (0, 10), (0, 10), (0, 10), (0, 10), (0, 10)];
-        check(&late[..3], 0, true, false, None);
-        check(&late[..3], 0, true, true, Some(0..3));
-        check(&late, 0, true, false, Some(1..7));
-        check(&[(2, 100), (0, 90)], 0, true, false, Some(0..2));
+        check(&late[..3], 0, true, due, None);
+        check(&late[..3], 0, true, all, Some(0..3));
+        check(&late, 0, true, due, Some(1..7));
+        check(&[(2, 100), (0, 90)], 0, true, due, Some(0..2));
         // One merge that was cut for size is settled.
-        check(&[(2, 100), (2, 100), (2, 30)], 2, true, true, None);
-        check(&[(2, 100), (2, 100), (0, 90)], 1, true, true, Some(0..3));
+        check(&[(2, 100), (2, 100), (2, 30)], 2, true, all, None);
+        check(&[(2, 100), (2, 100), (0, 90)], 1, true, all, Some(0..3));
     }
 }

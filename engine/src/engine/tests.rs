@@ -470,6 +470,86 @@ async fn a_full_compaction_leaves_alone_what_comes_while_it_runs() {
     assert_eq!(engine.files().unwrap().len(), 1);
 }
 
+/// Files of days before today, and files and tag parts of today.
+fn counts(engine: &Engine) -> (usize, usize, usize) {
+    let (version, today) = (engine.inner().version(), crate::segment::day_of(NOW));
+    let files = &version.table(SAMPLES.id).unwrap().files;
+    let new = files.iter().filter(|f| f.day == today).count();
+    (files.len() - new, new, version.parts.iter().filter(|p| p.day == today).count())
+}
+
+/// Flushes a new series so many times before each merge of a compaction, until it is done or there are 400. Gives how many
+/// there were, and the most files and tag parts of today.
+async fn flush_beside(
+    engine: &Engine,
+    flushes_a_merge: usize,
+    compaction: impl Future<Output = Result<()>> + Send + 'static,
+) -> (usize, usize, usize) {
+    let compacting = tokio::spawn(compaction);
+    let (mut flushes, mut files, mut parts) = (0, 0, 0);
+    while !compacting.is_finished() && flushes < 400 {
+        // A merge that begins waits for this one.
+        let deleting = engine.inner().days.deleting.lock().await;
+        for _ in 0..flushes_a_merge {
+            let name = format!("new_{flushes}");
+            engine.write(request(engine, &[(&name, NOW, 1.0)])).await.unwrap();
+            engine.flush().await.unwrap();
+            flushes += 1;
+        }
+        let before = counts(engine);
+        (files, parts) = (files.max(before.1), parts.max(before.2));
+        drop(deleting);
+        while !compacting.is_finished() && counts(engine) == before {
+            tokio::task::yield_now().await;
+        }
+    }
+    compacting.await.unwrap().unwrap();
+    (flushes, files, parts)
+}
+
+#[tokio::test]
+async fn a_long_compaction_keeps_up_with_flushes() {
+    const DAYS: usize = 24;
+    let (dir, store) = (tempfile::tempdir().unwrap(), bucket());
+    let engine = open(dir.path(), &store).await;
+    engine.inner().stopping.cancel();
+    // Each of these days is merged by itself.
+    for i in 0..2 {
+        let ts = |day: usize| NOW + i - (2 + day as i64) * 86_400_000;
+        let rows: Vec<_> = (0..DAYS).map(|day| ("old", ts(day), 1.0)).collect();
+        engine.write(request(&engine, &rows)).await.unwrap();
+        engine.flush().await.unwrap();
+    }
+    let compaction = {
+        let engine = engine.clone();
+        async move { engine.compact().await }
+    };
+    let (flushes, files, parts) = flush_beside(&engine, 15, compaction).await;
+    assert!(flushes > 180, "{flushes} flushes in one round");
+    assert!(files < 120 && parts < 120, "up to {files} files and {parts} tag parts of {flushes} flushes");
+    engine.compact().await.unwrap();
+    assert_eq!(counts(&engine), (DAYS, 1, 1));
+    assert_eq!(all(&engine).await.len(), 2 * DAYS + flushes);
+}
+
+#[tokio::test]
+async fn a_round_of_compaction_ends_however_many_flushes_come() {
+    let (dir, store) = (tempfile::tempdir().unwrap(), bucket());
+    let engine = open(dir.path(), &store).await;
+    engine.inner().stopping.cancel();
+    for i in 0..6 {
+        engine.write(request(&engine, &[("old", NOW + i, 1.0)])).await.unwrap();
+        engine.flush().await.unwrap();
+    }
+    let round = {
+        let inner = engine.inner().clone();
+        async move { crate::compact::due(&inner).await }
+    };
+    let (flushes, ..) = flush_beside(&engine, 8, round).await;
+    assert!(flushes < 100, "{flushes} flushes in one round");
+    assert_eq!(all(&engine).await.len(), 6 + flushes);
+}
+
 #[tokio::test]
 async fn deletes_are_folded_in_while_more_come() {
     let (dir, store) = (tempfile::tempdir().unwrap(), bucket());
