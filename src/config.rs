@@ -176,7 +176,7 @@ settings! {
     /// them, with all that is below. Credentials are those of `object_store`. `export.locations` in the file is the same. Empty
     /// means nowhere. The data of the server must not be there.
     export_locations: Texts = Texts::default();
-    /// Threads for queries, flush and compaction. Zero means one per processor.
+    /// Threads for queries, and as many for decoding. Zero means one per processor.
     cpu_threads: u64 = 0;
     /// Which log lines are written to standard error: a level (`error`, `warn`, `info`, `debug`, `trace`), or filters
     /// such as `warn,engine=debug`.

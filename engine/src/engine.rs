@@ -80,11 +80,41 @@ struct Running {
     inner: Arc<Inner>,
     committer: Mutex<Option<Committer>>,
     tasks: TaskTracker,
-    /// For queries, flush and compaction; `None` once it was shut down, and when all runs on the caller's runtime.
-    cpu: Option<Runtime>,
-    /// As `cpu`, for decoding: neither waits behind the other, the kernel shares the processors out.
-    ingest: Option<Runtime>,
+    _runtimes: Runtimes,
 }
+
+/// Runtimes of the engine's own, one for each kind of work: none waits behind another, the kernel shares the processors
+/// out. A merge of a day that took turns with queries that look at everything took minutes instead of seconds. Their
+/// threads are not waited for when this is dropped.
+#[derive(Debug, Default)]
+struct Runtimes(Vec<Runtime>);
+
+impl Runtimes {
+    /// Starts one; the caller's without threads of its own.
+    fn start(&mut self, settings: &Settings, name: &str, threads: usize) -> Result<Handle> {
+        if !settings.own_threads {
+            return Ok(Handle::current());
+        }
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(threads)
+            .thread_name(name)
+            .thread_stack_size(CPU_STACK_BYTES)
+            .enable_all()
+            .build()?;
+        let handle = runtime.handle().clone();
+        self.0.push(runtime);
+        Ok(handle)
+    }
+}
+
+impl Drop for Runtimes {
+    fn drop(&mut self) {
+        self.0.drain(..).for_each(Runtime::shutdown_background);
+    }
+}
+
+/// Threads for upkeep: one thing is flushed and one merged at a time.
+const UPKEEP_THREADS: usize = 2;
 
 /// What turns requests into rows until the queue is closed.
 #[derive(Debug)]
@@ -160,10 +190,12 @@ pub(crate) struct Inner {
     pub exports: Exports,
     /// Which queries may run.
     pub turns: Turns,
-    /// The runtime for everything that takes CPU time.
+    /// The runtime for queries.
     pub cpu: Handle,
     /// The runtime for decoding.
     pub ingest: Handle,
+    /// The runtime for flush, compaction and deletes.
+    pub upkeep: Handle,
     pub stopping: CancellationToken,
 }
 
@@ -210,8 +242,10 @@ impl Engine {
         let registry = Arc::new(registry.with_bytes_max(memory.tag_sets_max()));
         let session = session::state(&settings, memory.clone(), extensions)
             .map_err(|e| Error::internal("query session can't be made").with_source(e))?;
-        let runtime = |name| settings.own_threads.then(|| cpu_runtime(&settings, name)).transpose();
-        let (cpu, ingest) = (runtime("thalweg-cpu")?, runtime("thalweg-ingest")?);
+        let (mut runtimes, threads) = (Runtimes::default(), settings.cpu_threads.max(1));
+        let cpu = runtimes.start(&settings, "thalweg-cpu", threads)?;
+        let ingest = runtimes.start(&settings, "thalweg-ingest", threads)?;
+        let upkeep = runtimes.start(&settings, "thalweg-upkeep", UPKEEP_THREADS)?;
         let cache = settings.memory_limit / CACHE_PARTS;
         let inner = Arc::new(Inner {
             metrics: Arc::new(Metrics::new(&components.telemetry)),
@@ -238,24 +272,24 @@ impl Engine {
             flushing: tokio::sync::Mutex::new(()),
             session,
             exports,
-            cpu: cpu.as_ref().map_or_else(Handle::current, |cpu| cpu.handle().clone()),
-            ingest: ingest.as_ref().map_or_else(Handle::current, |ingest| ingest.handle().clone()),
+            cpu,
+            ingest,
+            upkeep,
             stopping: CancellationToken::new(),
             registry,
             settings,
             components,
         });
-        // From here on dropping `running` stops the runtime without blocking this one.
-        let mut running =
-            Running { inner: inner.clone(), committer: Mutex::new(None), tasks: TaskTracker::new(), cpu, ingest };
+        let tasks = TaskTracker::new();
+        let mut running = Running { inner: inner.clone(), committer: Mutex::new(None), tasks, _runtimes: runtimes };
         on(&inner.cpu, read_logs(inner.clone())).await?;
         crate::retention::observe(&inner);
         *running.committer.get_mut() = Some(Committer::start(inner.clone())?);
-        running.tasks.spawn_on(upkeep::run_flusher(inner.clone()), &inner.cpu);
-        running.tasks.spawn_on(upkeep::run_compactor(inner.clone()), &inner.cpu);
-        running.tasks.spawn_on(upkeep::run_follower(inner.clone()), &inner.cpu);
+        running.tasks.spawn_on(upkeep::run_flusher(inner.clone()), &inner.upkeep);
+        running.tasks.spawn_on(upkeep::run_compactor(inner.clone()), &inner.upkeep);
+        running.tasks.spawn_on(upkeep::run_follower(inner.clone()), &inner.upkeep);
         if inner.settings.own_threads {
-            running.tasks.spawn_on(upkeep::warm(inner.clone()), &inner.cpu);
+            running.tasks.spawn_on(upkeep::warm(inner.clone()), &inner.upkeep);
         }
         running.tasks.close();
         Ok(Self { running: Arc::new(running), snapshot: None })
@@ -554,7 +588,7 @@ impl Engine {
     /// Storage errors; nothing is lost then.
     pub async fn flush(&self) -> Result<()> {
         let inner = self.inner().clone();
-        on(&self.inner().cpu, async move {
+        on(&self.inner().upkeep, async move {
             inner.freeze(|_| true).await;
             inner.flush_frozen().await
         })
@@ -567,7 +601,7 @@ impl Engine {
     /// Storage errors; nothing is lost then.
     pub async fn compact(&self) -> Result<()> {
         let inner = self.inner().clone();
-        on(&self.inner().cpu, async move { crate::compact::all(&inner).await }).await
+        on(&self.inner().upkeep, async move { crate::compact::all(&inner).await }).await
     }
 
     /// The first time of a table's rows that retention keeps of any series; rows before it need not be written.
@@ -583,7 +617,7 @@ impl Engine {
     /// deleted.
     pub async fn delete(&self, selections: Vec<Selection>) -> Result<()> {
         let inner = self.inner().clone();
-        on(&self.inner().cpu, async move { crate::delete::delete(&inner, selections).await }).await
+        on(&self.inner().upkeep, async move { crate::delete::delete(&inner, selections).await }).await
     }
 
     /// Writes all files that deletes concern again, without the deleted rows.
@@ -592,7 +626,7 @@ impl Engine {
     /// Storage errors; nothing is lost then.
     pub async fn fold_deletes(&self) -> Result<()> {
         let inner = self.inner().clone();
-        on(&self.inner().cpu, async move { crate::compact::fold_deletes(&inner).await }).await
+        on(&self.inner().upkeep, async move { crate::compact::fold_deletes(&inner).await }).await
     }
 
     /// Refuses further writes, flushes what fits within `flush_within` and stops all tasks. What was not flushed is
@@ -638,20 +672,7 @@ impl Drop for Running {
     fn drop(&mut self) {
         self.inner.queue.close();
         self.inner.stopping.cancel();
-        for runtime in [self.cpu.take(), self.ingest.take()].into_iter().flatten() {
-            runtime.shutdown_background();
-        }
     }
-}
-
-/// A runtime for work that takes processor time.
-fn cpu_runtime(settings: &Settings, name: &str) -> Result<Runtime> {
-    Ok(tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(settings.cpu_threads.max(1))
-        .thread_name(name)
-        .thread_stack_size(CPU_STACK_BYTES)
-        .enable_all()
-        .build()?)
 }
 
 /// The SQL catalog that the settings name.

@@ -73,7 +73,7 @@ pub struct Settings {
     pub query_series_max: usize,
     /// Where results may be exported to; see [`catalog::object::export::Exports::open`].
     pub export_locations: Vec<String>,
-    /// Threads for queries, flush and compaction.
+    /// Threads for queries, and as many for decoding.
     pub cpu_threads: usize,
     /// Whether work has threads of its own. Without, all of it runs on the runtime that opens the engine, as
     /// simulations need.
