@@ -526,12 +526,21 @@ impl FileCatalog {
     /// Makes sure that no other process has taken the database over.
     ///
     /// # Errors
-    /// `Unavailable` when one has, or when the store can't be reached.
+    /// `Unavailable` when one has, when the store can't be reached, or when the catalog is closed.
     pub async fn confirm(&self) -> Result<()> {
-        let mut journal = self.journal.lock().await;
-        let confirmed = journal.confirm().await;
-        self.fenced.store(journal.is_fenced(), Ordering::Relaxed);
-        confirmed
+        let mut closing = self.closing.subscribe();
+        let confirm = async {
+            let mut journal = self.journal.lock().await;
+            let confirmed = journal.confirm().await;
+            self.fenced.store(journal.is_fenced(), Ordering::Relaxed);
+            confirmed
+        };
+        tokio::select! {
+            biased;
+            // A commit may have the journal for as long as the store can't be reached.
+            _ = closing.wait_for(|closing| *closing) => Err(Error::unavailable("file catalog is closed")),
+            confirmed = confirm => confirmed,
+        }
     }
 
     /// Brings the SQL catalog up to date if it is not; call it every second or so. Failures are logged, once.
@@ -607,15 +616,17 @@ impl FileCatalog {
     }
 
     /// Expires what outside readers can see from before `older_than_ms` and returns the paths that left before then. The
-    /// caller deletes the objects and then calls [`FileCatalog::forget`].
+    /// caller deletes the objects and then calls [`FileCatalog::forget`]. The clock may have been wrong for a while: what
+    /// comes before something old is old, whatever its time says.
     ///
     /// # Errors
     /// `Unavailable` when fenced.
     pub async fn purge(&self, older_than_ms: i64) -> Result<Vec<String>> {
         let paths = {
             let journal = self.journal.lock().await;
-            let old = journal.state().superseded.iter().filter(|(_, removed_ms)| *removed_ms < older_than_ms);
-            old.map(|(path, _)| path.clone()).collect()
+            let superseded = &journal.state().superseded;
+            let old = superseded.iter().rposition(|(_, removed_ms)| *removed_ms < older_than_ms).map_or(0, |i| i + 1);
+            superseded[..old].iter().map(|(path, _)| path.clone()).collect()
         };
         let mut follower = self.follower.lock().await;
         let at = follower.at.take();

@@ -481,7 +481,8 @@ async fn end(tx: &mut Connection, snapshot: i64, id: i64) -> Result<i64> {
     Ok(table)
 }
 
-/// Drops snapshots from before a time, except the last one, with the files that only they show, within a transaction.
+/// Drops snapshots from before a time, except the last one, with the files that only they show, within a transaction. By
+/// their order: one that was made while the clock was ahead must not keep those that came after it.
 pub(super) async fn expire(tx: &mut Connection, older_than_ms: i64) -> Result<()> {
     if super::timestamp_text(older_than_ms).is_none() {
         return Ok(());
@@ -489,7 +490,8 @@ pub(super) async fn expire(tx: &mut Connection, older_than_ms: i64) -> Result<()
     // As a text, too, a time sorts as it does.
     let gone = tx
         .execute(
-            "DELETE FROM ducklake_snapshot WHERE snapshot_time < $1
+            "DELETE FROM ducklake_snapshot
+                 WHERE snapshot_id <= (SELECT max(snapshot_id) FROM ducklake_snapshot WHERE snapshot_time < $1)
                  AND snapshot_id < (SELECT max(snapshot_id) FROM ducklake_snapshot)",
             values![Value::Time(older_than_ms)],
         )

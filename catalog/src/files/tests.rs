@@ -199,6 +199,39 @@ async fn replaced_files_leave_in_steps() {
     assert!(catalog.superseded().await.unwrap().is_empty());
 }
 
+/// Whatever the clock said for a while, what left before something that is old is old.
+#[tokio::test]
+async fn what_left_while_the_clock_was_ahead_goes_with_what_leaves_later() {
+    const YEAR_2100: i64 = 4_102_444_800_000;
+    let f = Fixture::new();
+    let (catalog, _) = f.open().await.unwrap();
+    catalog.commit(&Commit { add: vec![file(1, 1)], ..Commit::default() }, 2 * HOUR).await.unwrap();
+    for i in 1..20 {
+        let now_ms = if i == 2 { YEAR_2100 } else { (2 + i) * HOUR };
+        let commit = Commit { add: vec![file(i + 1, 1)], remove: vec![i], ..Commit::default() };
+        catalog.commit(&commit, now_ms).await.unwrap();
+        let old = catalog.purge(now_ms.min((2 + i) * HOUR)).await.unwrap();
+        catalog.forget(&old).await.unwrap();
+        let superseded = catalog.superseded().await.unwrap().len();
+        let files: i64 = f.sql("SELECT count(*) FROM ducklake_data_file").await;
+        let snapshots: i64 = f.sql("SELECT count(*) FROM ducklake_snapshot").await;
+        assert!(superseded <= 2 && files <= 3 && snapshots <= 2, "{i}: {superseded}, {files}, {snapshots}");
+    }
+}
+
+#[tokio::test]
+async fn whoever_waits_to_know_the_owner_is_told_when_the_catalog_closes() {
+    let f = Fixture::new();
+    let (catalog, _) = f.open().await.unwrap();
+    catalog.confirm().await.unwrap();
+    // As a commit does while the store can't be reached.
+    let journal = catalog.journal.lock().await;
+    let both = async { tokio::join!(catalog.confirm(), catalog.close()) };
+    let (confirmed, ()) = tokio::time::timeout(Duration::from_secs(10), both).await.expect("an answer");
+    assert_eq!(confirmed.unwrap_err().kind(), crate::ErrorKind::Unavailable);
+    drop(journal);
+}
+
 #[tokio::test]
 async fn a_refused_commit_changes_nothing() {
     let f = Fixture::new();
