@@ -105,6 +105,20 @@ impl Place {
         object::put(&self.store, &self.at(path), bytes).await.map_err(|e| e.context(self.at(path)))
     }
 
+    /// Puts an object under a name that is given once: it may be there already, but nothing else may.
+    async fn put_once(&self, path: &str, bytes: Bytes) -> Result<()> {
+        match self.get(path).await {
+            Ok(found) if found == bytes => Ok(()),
+            Ok(_) => Err(Error::invalid(format!(
+                "{} is there and holds other bytes: it is damaged, or of another history of this database, which went on \
+                 from a backup that was restored; back up to a place where there is none",
+                self.at(path)
+            ))),
+            Err(e) if e.kind() == ErrorKind::NotFound => self.put(path, bytes).await,
+            Err(e) => Err(e),
+        }
+    }
+
     /// Sizes of all objects, by name below the database's.
     async fn sizes(&self) -> Result<HashMap<String, u64>> {
         let folder = Path::from(self.database.as_str());
@@ -143,8 +157,9 @@ pub async fn state(place: &Place, entropy: &Arc<dyn Entropy>) -> Result<(u64, St
 /// Makes a backup of `from` in `to`, copying what is not there yet. Every object that is copied is checked first.
 ///
 /// # Errors
-/// `Corrupt` naming a damaged object, `Invalid` when `to` holds backups of another database; store errors. What was
-/// copied by then is not copied again the next time.
+/// `Corrupt` naming a damaged object, `Invalid` when `to` holds backups of another database, or of another history of this
+/// one, which has given the same names to other objects; store errors. What was copied by then is not copied again the
+/// next time, and what was there stays as it is.
 pub async fn create(
     from: &Place,
     to: &Place,
@@ -154,12 +169,9 @@ pub async fn create(
 ) -> Result<Manifest> {
     same_database(from, to).await?;
     let known = match names(to).await?.last() {
-        Some(newest) => load(to, newest).await?.objects,
-        None => vec![],
+        Some(newest) => known(&load(to, newest).await?, &to.sizes().await?)?,
+        None => Known::new(),
     };
-    let sizes = to.sizes().await?;
-    let known: HashMap<String, Object> =
-        known.into_iter().filter(|o| sizes.get(&o.path) == Some(&o.bytes)).map(|o| (o.path.clone(), o)).collect();
     let mut tries = 0;
     loop {
         let (journal, state) = state(from, entropy).await?;
@@ -215,6 +227,14 @@ impl Named<'_> {
         }
     }
 
+    /// What the catalog has to check it by: all of its bytes, or those that have the checks of the others.
+    fn crc32(&self) -> u32 {
+        match self {
+            Self::File(f) => f.crc32,
+            Self::Part(p) => p.crc32,
+        }
+    }
+
     /// The name that an object of this table, day and id has: nothing else is read or written, whatever a manifest says.
     fn expected(&self) -> Result<String> {
         match self {
@@ -239,18 +259,23 @@ fn named(state: &State) -> Result<Vec<Named<'_>>> {
     Ok(all)
 }
 
-async fn copy_all(
-    from: &Place,
-    to: &Place,
-    state: &State,
-    known: &HashMap<String, Object>,
-    report: Report<'_>,
-) -> Result<Vec<Object>> {
+/// Objects of a backup by their names, each with its size and its [`Named::crc32`].
+type Known = HashMap<String, (u64, u32, Object)>;
+
+/// Those of a backup that are still there.
+fn known(manifest: &Manifest, sizes: &HashMap<String, u64>) -> Result<Known> {
+    let objects = checked(manifest)?;
+    let all = named(&manifest.state)?.into_iter().zip(objects);
+    let there = all.filter(|(_, object)| sizes.get(&object.path) == Some(&object.bytes));
+    Ok(there.map(|(one, object)| (object.path.clone(), (one.bytes(), one.crc32(), object.clone()))).collect())
+}
+
+async fn copy_all(from: &Place, to: &Place, state: &State, known: &Known, report: Report<'_>) -> Result<Vec<Object>> {
     let all = named(state)?;
     report(Step::Total(all.iter().map(Named::bytes).sum()));
     let copies = all.into_iter().map(|one| async move {
         let object = match known.get(one.path()) {
-            Some(known) if known.bytes == one.bytes() => known.clone(),
+            Some((bytes, crc32, known)) if (*bytes, *crc32) == (one.bytes(), one.crc32()) => known.clone(),
             _ => copy(from, to, state.seed, one).await?,
         };
         report(Step::Done(object.bytes));
@@ -264,7 +289,7 @@ async fn copy(from: &Place, to: &Place, seed: u64, one: Named<'_>) -> Result<Obj
     let bytes = from.get(one.path()).await?;
     check_object(seed, one, &bytes).await?;
     let object = Object { path: one.path().to_owned(), bytes: bytes.len() as u64, crc32: crc32fast::hash(&bytes) };
-    to.put(one.path(), bytes).await?;
+    to.put_once(one.path(), bytes).await?;
     Ok(object)
 }
 
