@@ -7,6 +7,11 @@
 //! A round of this may take long, since days are large and a delete may concern many files. What flushes leave meanwhile is
 //! merged between its steps, so that the number of files and tag parts stays bounded however long the round is.
 //!
+//! A *run* is the files of one merge, which was cut for size: they stand for the same flushes and have no key in common.
+//! A file of a flush is a run by itself. A merge takes runs as a whole, two at least, so their number falls with each
+//! merge, which bounds the work. A run that is too much for a merge together with the next one is left as it is from then
+//! on, and parts what is before it from what is after it.
+//!
 //! Every merge leaves out what deletes and retention take. Files that no merge would touch are written again for them
 //! alone: for deletes once none has come for a while, for retention once a rule has outlived all of their rows.
 
@@ -14,18 +19,20 @@ use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::hash::BuildHasherDefault;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use catalog::files::{Commit, DataFile, TagPart};
 use catalog::registry::PassThrough;
 use catalog::tag_parts::MetricSets;
 use catalog::{Error, ErrorKind, MetricFilter, PartHeader, Result, Series, TableSchema, tag_parts};
+use tokio::time::Instant;
 
 use crate::cut::Taken;
 use crate::delete::Tombstone;
 use crate::engine::Inner;
 use crate::flush::{publish, store, with_files, with_parts};
 use crate::memory::{Kind, Reservation};
-use crate::memtable::read_schema;
+use crate::memtable::{Memtable, read_schema};
 use crate::scan::merge::{Merge, Source};
 use crate::segment::{Cursor, Description, Key, Request, Writer, day_of, day_start_ms};
 use crate::version::{TableVersion, Version};
@@ -38,7 +45,7 @@ fn file_bytes_max(inner: &Inner) -> usize {
     FILE_BYTES_MAX.min(inner.settings.memory_limit / 16)
 }
 
-/// Flushed files of a day that are merged before the day is over.
+/// Runs that flushes left of a day that are merged before the day is over.
 const BATCH_FILES: usize = 6;
 
 /// Tag parts of a day that are merged before the day is over.
@@ -54,7 +61,7 @@ const GROWTH: u64 = 4;
 /// A day is left alone for this long after its last flushed file.
 const QUIET_MS: i64 = 10 * 60 * 1000;
 
-/// Files smaller than this fraction of their day wait for more of them.
+/// Runs smaller than this fraction of their day wait for more of them.
 const WORTHWHILE: u64 = 16;
 
 /// A table's deletes are folded in together when none has come for this long.
@@ -65,6 +72,9 @@ const FOLD_WAITING: usize = 1000;
 
 /// Files that are looked at in one round for rows to leave out: the first look reads a file's index.
 const FOLD_FILES: usize = 256;
+
+/// How often superseded objects are deleted during a round.
+const CLEAN_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Compacts what is due and deletes superseded objects whose grace has passed.
 pub(crate) async fn due(inner: &Arc<Inner>) -> Result<()> {
@@ -79,9 +89,9 @@ pub(crate) async fn all(inner: &Arc<Inner>) -> Result<()> {
 /// Writes all files that deletes concern again, without the deleted rows.
 pub(crate) async fn fold_deletes(inner: &Arc<Inner>) -> Result<()> {
     let _one = inner.days.compacting.lock().await;
-    let mut round = Round::new(inner, false);
-    round.fold(true).await?;
-    round.prune().await
+    let mut round = Round::new(inner, true);
+    let folded = round.fold().await;
+    folded.and(round.prune().await)
 }
 
 async fn run(inner: &Arc<Inner>, all: bool) -> Result<()> {
@@ -93,7 +103,7 @@ async fn run(inner: &Arc<Inner>, all: bool) -> Result<()> {
 
 /// Which files and tag parts are merged, and how far.
 #[derive(Debug, Clone, Copy)]
-struct Scope {
+pub(crate) struct Scope {
     /// Those of flushes from this one
     first: u64,
     /// to this one. It is set before anything is merged: with what comes meanwhile there would be no end.
@@ -133,22 +143,45 @@ fn newest(inner: &Inner) -> u64 {
     inner.version().tables.iter().flat_map(|t| t.files.iter().map(|f| f.seq_max)).max().unwrap_or(0)
 }
 
+/// The present version without its memtables: what is looked at for minutes must not keep them in memory.
+fn stored(inner: &Inner) -> Version {
+    let mut version = Version::clone(&inner.version());
+    for table in &mut version.tables {
+        table.active = Arc::new(Memtable::new(table.schema.clone()));
+        table.flushing.clear();
+    }
+    version
+}
+
 /// A look for work, and what it has met so far.
-struct Round<'a> {
+pub(crate) struct Round<'a> {
     inner: &'a Arc<Inner>,
     /// Whether nothing is to be left to do.
     all: bool,
+    /// Files that are looked at for rows to leave out.
+    pub folds_max: usize,
     /// The newest flush when it began.
     newest: u64,
-    /// Days that lost rows.
-    lost: BTreeSet<i32>,
+    /// When superseded objects were last deleted.
+    cleaned: Instant,
     /// Days of tables, by number, that can't be merged.
     skipped: BTreeSet<(u16, i32)>,
 }
 
+/// A file that may hold rows which a delete or retention takes.
+struct Fold {
+    table: Arc<TableSchema>,
+    file: Arc<DataFile>,
+    /// What it is looked at for.
+    checked: Checked,
+    /// The last number up to which it is known to hold no row of any delete.
+    known: i64,
+}
+
 impl<'a> Round<'a> {
-    fn new(inner: &'a Arc<Inner>, all: bool) -> Self {
-        Self { inner, all, newest: newest(inner), lost: BTreeSet::new(), skipped: BTreeSet::new() }
+    pub fn new(inner: &'a Arc<Inner>, all: bool) -> Self {
+        let folds_max = if all { usize::MAX } else { FOLD_FILES };
+        Self { inner, all, folds_max, newest: newest(inner), cleaned: Instant::now(), skipped: BTreeSet::new() }
     }
 
     async fn run(mut self) -> Result<()> {
@@ -157,10 +190,23 @@ impl<'a> Round<'a> {
         // First what frees space without taking any.
         clean(inner).await?;
         retention::drop_files(inner).await?;
-        let scope = Scope { first: 0, last: self.newest, whole: if self.all { Whole::All } else { Whole::Over } };
-        if inner.days.tight.load(Ordering::Relaxed) {
+        let merged = self.merge_and_fold().await;
+        // Also when that failed: tag sets of which the last row is gone would be shown for as long as it fails.
+        merged.and(self.prune().await)?;
+        while self.merge_parts(self.scope()).await? {}
+        orphans::sweep(inner).await
+    }
+
+    /// What was flushed before the round began.
+    pub fn scope(&self) -> Scope {
+        Scope { first: 0, last: self.newest, whole: if self.all { Whole::All } else { Whole::Over } }
+    }
+
+    async fn merge_and_fold(&mut self) -> Result<()> {
+        let scope = self.scope();
+        if self.inner.days.tight.load(Ordering::Relaxed) {
             // Perhaps for want of space: what leaves rows out gives back more than it takes.
-            self.fold(self.all).await?;
+            self.fold().await?;
         } else {
             // Whatever leaves rows out looks through all tag parts.
             while self.merge_parts(scope).await? {}
@@ -168,15 +214,17 @@ impl<'a> Round<'a> {
         while self.merge_files(scope).await? {
             self.keep_up().await?;
         }
-        self.fold(self.all).await?;
-        self.prune().await?;
-        while self.merge_parts(scope).await? {}
-        orphans::sweep(inner).await
+        self.fold().await
     }
 
     /// Merges what flushes have left since it began. One merge may take a while, and many take long: until the last is done
-    /// every query would look through each of those small files and tag parts, and so would every other merge.
-    async fn keep_up(&mut self) -> Result<()> {
+    /// every query would look through each of those small files and tag parts, and so would every other merge. What was
+    /// superseded is deleted meanwhile, so that a long round needs no more space than short ones.
+    pub async fn keep_up(&mut self) -> Result<()> {
+        if self.cleaned.elapsed() >= CLEAN_INTERVAL {
+            clean(self.inner).await?;
+            self.cleaned = Instant::now();
+        }
         let scope = Scope { first: self.newest + 1, last: newest(self.inner), whole: Whole::None };
         while self.merge_files(scope).await? {}
         while self.merge_parts(scope).await? {}
@@ -184,16 +232,12 @@ impl<'a> Round<'a> {
     }
 
     /// Merges files that should become one; false when there are none.
-    async fn merge_files(&mut self, scope: Scope) -> Result<bool> {
+    pub async fn merge_files(&mut self, scope: Scope) -> Result<bool> {
         let Some((table, files, level)) = next_merge(self.inner, scope, &self.skipped) else { return Ok(false) };
-        match merge(self.inner, &table, &files, level).await {
-            Ok(true) => self.lost.extend(files.iter().map(|f| f.day)),
-            Ok(false) => {}
-            Err(e) => {
-                if !set_aside_files(self.inner, &table, &files, e).await? {
-                    self.skipped.extend(files.iter().map(|f| (table.id, f.day)));
-                }
-            }
+        if let Err(e) = merge(self.inner, &table, &files, level).await
+            && !set_aside_files(self.inner, &table, &files, e).await?
+        {
+            self.skipped.extend(files.iter().map(|f| (table.id, f.day)));
         }
         Ok(true)
     }
@@ -209,56 +253,66 @@ impl<'a> Round<'a> {
 
     /// Writes files of flushes before it began again that hold rows which a delete or retention takes, all of them or so
     /// many that are due, and forgets deletes that no file needs.
-    async fn fold(&mut self, now: bool) -> Result<()> {
+    pub async fn fold(&mut self) -> Result<()> {
         let inner = self.inner;
-        let mut looks = if now { usize::MAX } else { FOLD_FILES };
-        let live: HashSet<i64> = inner.version().tables.iter().flat_map(|t| t.files.iter().map(|f| f.id)).collect();
-        inner.days.checked.lock().retain(|id, _| live.contains(id));
-        for table in &inner.version().tables {
-            let quiet = |t: &Arc<Tombstone>| inner.now_ms().abs_diff(t.delete.created_ms) >= FOLD_QUIET_MS;
-            let due = now || table.deletes.len() >= FOLD_WAITING || table.deletes.iter().all(quiet);
-            let mut files: Vec<&Arc<DataFile>> = table.files.iter().filter(|f| f.seq_max <= self.newest).collect();
-            files.sort_by_key(|f| f.bytes);
-            for file in files {
-                let delete = table.deletes.iter().rev().find(|t| due && t.concerns(file)).map_or(0, |t| t.delete.id);
-                let floors = table.floors.passed(file.ts_max);
-                let seen = inner.days.checked.lock().get(&file.id).copied().unwrap_or_default();
-                let done = seen.floors & floors == floors && seen.delete >= delete;
-                if done || looks == 0 || inner.days.is_damaged(file.id) {
-                    continue;
+        for Fold { table, file, checked, .. } in self.to_fold() {
+            match fold_file(inner, &table, &file).await {
+                Ok(true) => {}
+                Ok(false) => {
+                    inner.days.checked.lock().insert(file.id, checked);
                 }
-                looks -= 1;
-                match fold_file(inner, &table.schema, file).await {
-                    Ok(true) => {
-                        self.lost.insert(file.day);
-                    }
-                    Ok(false) => {
-                        inner.days.checked.lock().insert(file.id, Checked { floors, delete });
-                    }
-                    // It stays as it is, and so do the deletes that concern it.
-                    Err(e) => {
-                        set_aside_files(inner, &table.schema, std::slice::from_ref(file), e).await?;
-                    }
+                // It stays as it is, and so do the deletes that concern it.
+                Err(e) => {
+                    set_aside_files(inner, &table, std::slice::from_ref(&file), e).await?;
                 }
-                self.keep_up().await?;
             }
+            self.keep_up().await?;
         }
         forget_deletes(inner).await
     }
 
+    /// Files that are to be looked at for rows to leave out, the smallest first.
+    fn to_fold(&self) -> Vec<Fold> {
+        let inner = self.inner;
+        let version = inner.version();
+        inner.days.keep_files(&version.tables.iter().flat_map(|t| t.files.iter().map(|f| f.id)).collect());
+        let mut found = Vec::new();
+        for table in &version.tables {
+            let quiet = |t: &Arc<Tombstone>| inner.now_ms().abs_diff(t.delete.created_ms) >= FOLD_QUIET_MS;
+            let due = self.all || table.deletes.len() >= FOLD_WAITING || table.deletes.iter().all(quiet);
+            for file in table.files.iter().filter(|f| f.seq_max <= self.newest && !inner.days.is_damaged(f.id)) {
+                let delete = table.deletes.iter().rev().find(|t| due && t.concerns(file)).map_or(0, |t| t.delete.id);
+                let floors = table.floors.passed(file.ts_max);
+                let seen = inner.days.checked.lock().get(&file.id).copied().unwrap_or_default();
+                if seen.floors & floors == floors && seen.delete >= delete {
+                    continue;
+                }
+                let (table, file, checked) = (table.schema.clone(), file.clone(), Checked { floors, delete });
+                found.push(Fold { known: seen.delete.max(file.id), table, file, checked });
+            }
+        }
+        // Each has its turn while deletes keep coming, of which the first could never be forgotten otherwise.
+        found.sort_by_key(|f| f.known);
+        found.truncate(self.folds_max);
+        found.sort_by_key(|f| f.file.bytes);
+        found
+    }
+
     /// Writes the tag parts of days that lost rows, or that have none, again without the sets that no row of the day has.
     async fn prune(&mut self) -> Result<()> {
-        let version = self.inner.version();
-        let mut days = std::mem::take(&mut self.lost);
+        let inner = self.inner;
+        let version = stored(inner);
+        let mut days = inner.days.lost.lock().clone();
         let filled: HashSet<i32> = version.tables.iter().flat_map(|t| t.files.iter().map(|f| f.day)).collect();
         days.extend(version.parts.iter().map(|p| p.day).filter(|day| !filled.contains(day)));
         for day in days {
-            if let Err(e) = prune_now(self.inner, &version, day).await {
+            if let Err(e) = prune_now(inner, &version, day).await {
                 if e.kind() != ErrorKind::Corrupt {
                     return Err(e);
                 }
                 tracing::warn!(error = %e, day, "tag sets of a day are kept, since it can't be known which ones its rows have");
             }
+            inner.days.lost.lock().remove(&day);
         }
         Ok(())
     }
@@ -343,12 +397,10 @@ fn next_merge(
         for f in table.files.iter().filter(wanted) {
             days.entry(f.day).or_default().push(f.clone());
         }
-        for (day, mut files) in days {
-            files.sort_by_key(|f| (f.seq_max, f.id));
+        for (day, files) in days {
             let over = scope.is_whole(day_is_over(inner, table.schema.id, day));
-            // Only neighbours are merged, so a damaged file parts those before it from those after it.
-            for files in files.split(|f| inner.days.is_damaged(f.id) || inner.days.is_wide(f.id)) {
-                let Some(chosen) = choose(files, over, scope) else { continue };
+            for files in neighbours(files, |f| inner.days.is_damaged(f.id) || inner.days.is_wide(f.id)) {
+                let Some(chosen) = choose(&files, over, scope) else { continue };
                 // Only what holds the whole day is done; the rest is merged once more.
                 let level = if over && chosen.len() == files.len() { 2 } else { 1 };
                 let bytes = chosen.iter().map(|f| f.bytes).sum();
@@ -372,32 +424,46 @@ fn day_is_over(inner: &Inner, table_id: u16, day: i32) -> bool {
         && inner.days.changed(table_id, day).is_none_or(|t| now_ms - t >= QUIET_MS)
 }
 
-/// Which of a day's files, sorted by sequence, to merge.
+/// Whether two files are of one run.
+fn of_one_run(a: &Arc<DataFile>, b: &Arc<DataFile>) -> bool {
+    (a.seq_min, a.seq_max) == (b.seq_min, b.seq_max)
+}
+
+/// A day's files, sorted by sequence, in the groups that may be merged. Only neighbours are, so a file that has to stay
+/// as it is parts those before it from those after it. Its run stays with it: a merge of the others would count as newer
+/// than it, and might hold older rows.
+fn neighbours(mut files: Vec<Arc<DataFile>>, stays: impl Fn(&Arc<DataFile>) -> bool) -> Vec<Vec<Arc<DataFile>>> {
+    files.sort_by_key(|f| (f.seq_max, f.id));
+    let runs: Vec<&[Arc<DataFile>]> = files.chunk_by(of_one_run).collect();
+    runs.split(|run| run.iter().any(&stays)).map(|runs| runs.concat()).collect()
+}
+
+/// Which of a day's files, sorted by sequence, to merge: two runs or more.
 fn choose(files: &[Arc<DataFile>], over: bool, scope: Scope) -> Option<Vec<Arc<DataFile>>> {
+    let runs: Vec<&[Arc<DataFile>]> = files.chunk_by(of_one_run).collect();
     if over {
-        // Files of one merge that was cut for size have the same sequence range and disjoint keys.
-        let settled =
-            files.windows(2).all(|w| w[0].level == 2 && (w[0].seq_min, w[0].seq_max) == (w[1].seq_min, w[1].seq_max));
-        if settled {
+        if runs.len() < 2 {
             return None;
         }
-        let bytes = |f: &[Arc<DataFile>]| f.iter().map(|f| f.bytes).sum::<u64>();
-        let done = files.iter().take_while(|f| f.level == 2).count();
-        if done == 0 || scope.whole == Whole::All || bytes(&files[done..]) >= bytes(files) / WORTHWHILE {
+        let bytes = |runs: &[&[Arc<DataFile>]]| runs.iter().copied().flatten().map(|f| f.bytes).sum::<u64>();
+        let done = runs.iter().take_while(|run| run[0].level == 2).count();
+        if done == 0 || scope.whole == Whole::All || bytes(&runs[done..]) >= bytes(&runs) / WORTHWHILE {
             return Some(files.to_vec());
         }
         // A few late rows are not worth writing a large day again; among themselves they are.
-        return (files.len() - done >= BATCH_FILES).then(|| files[done..].to_vec());
+        return (runs.len() - done >= BATCH_FILES).then(|| runs[done..].concat());
     }
-    let mut runs = files.chunk_by(|a, b| (a.level == 0) == (b.level == 0));
-    let run = runs.find(|run| run[0].level == 0 && run.len() >= scope.batch(BATCH_FILES))?;
-    Some(run.to_vec())
+    let mut alike = runs.chunk_by(|a, b| (a[0].level == 0) == (b[0].level == 0));
+    let flushed = alike.find(|runs| runs[0][0].level == 0 && runs.len() >= scope.batch(BATCH_FILES))?;
+    Some(flushed.concat())
 }
 
 /// A merge that is about to begin.
 struct Inputs<'a> {
     table: &'a Arc<TableSchema>,
-    /// The first of those asked for, as many as have few enough series and take little enough memory to read.
+    /// The first run of those asked for, and as many more as have few enough series with it and take little enough
+    /// memory to read. A run is taken whole: what was left of it would count as older than the output, which might hold
+    /// older rows.
     files: &'a [Arc<DataFile>],
     /// For the keys, and for what is held of each file while it is read.
     _held: Reservation,
@@ -412,23 +478,30 @@ impl<'a> Inputs<'a> {
         let (ids, version) = {
             let _ids = inner.days.deleting.lock().await;
             let outputs = 4 + files.iter().map(|f| f.bytes).sum::<u64>() / (file_bytes_max(inner) as u64 / 2).max(1);
-            ((0..outputs).map(|_| inner.files.next_id()).collect(), inner.version())
+            ((0..outputs).map(|_| inner.files.next_id()).collect(), stored(inner))
         };
         let max = merged_keys_max(inner.memory.limit());
         let mut held = inner.memory.reserve(Kind::Files);
         let mut keys: Vec<Key> = Vec::new();
         let (mut taken, mut reading) = (0, 0);
-        for f in files {
-            let (more, bytes) = inner.segments.keys(table, f).await?;
-            reading += bytes;
-            if taken > 0 && keys.len() + more.len() > max || taken > 1 && reading > inner.memory.limit() / 8 {
-                break;
+        'runs: for run in files.chunk_by(of_one_run) {
+            let (mut more, mut bytes) = (Vec::new(), 0);
+            for (i, f) in run.iter().enumerate() {
+                let (keys_of_file, bytes_of_file) = inner.segments.keys(table, f).await?;
+                more.extend(keys_of_file);
+                bytes += bytes_of_file;
+                // Two files can always be read.
+                let too_much = reading + bytes > inner.memory.limit() / 8 && taken + i >= 2;
+                if taken > 0 && (too_much || keys.len() + more.len() > max) {
+                    break 'runs;
+                }
             }
             held.force(more.len() * (size_of::<Key>() + size_of::<u32>()) + bytes);
+            reading += bytes;
             keys.extend(more);
             keys.sort_unstable();
             keys.dedup();
-            taken += 1;
+            taken += run.len();
         }
         let files = &files[..taken];
         let (mut taken, mut start_ms) = (None, i64::MIN);
@@ -508,6 +581,10 @@ impl<'a> Inputs<'a> {
         if let Some(writer) = writer {
             commit.add.push(store(inner, table, writer).await?);
         }
+        if self.taken.is_some() {
+            // First, so that it is known whoever goes away while the commit is under way.
+            inner.days.lost.lock().insert(first.day);
+        }
         let table_id = table.id;
         let commit = publish(inner, commit, move |_, version, commit| {
             version.with_table(table_id, |t| t.files = with_files(&t.files, &commit.add, &commit.remove))
@@ -525,21 +602,17 @@ fn merged_keys_max(memory_limit: usize) -> usize {
     memory_limit / 16 / size_of::<Key>()
 }
 
-/// Merges files, or the first ones if all have too many series; returns whether deletes or retention may have taken rows
-/// out.
-async fn merge(inner: &Arc<Inner>, table: &Arc<TableSchema>, files: &[Arc<DataFile>], level: u8) -> Result<bool> {
+/// Merges files, or the first runs if all are too much. The first run is left as it is from now on when it is too much
+/// together with the second.
+async fn merge(inner: &Arc<Inner>, table: &Arc<TableSchema>, files: &[Arc<DataFile>], level: u8) -> Result<()> {
     let inputs = Inputs::new(inner, table, files).await?;
-    let level = match inputs.files {
-        [wide] if files.len() > 1 => {
-            inner.days.set_wide(wide.id);
-            return Ok(false);
-        }
-        some if some.len() < files.len() => level.min(1),
-        _ => level,
-    };
-    let lost = inputs.taken.is_some();
-    inputs.merge(inner, level).await?;
-    Ok(lost)
+    if inputs.files.chunk_by(of_one_run).count() < 2 {
+        tracing::debug!(table = table.name, day = files[0].day, files = inputs.files.len(), "files too many to merge");
+        inner.days.set_wide(inputs.files);
+        return Ok(());
+    }
+    let level = if inputs.files.len() < files.len() { level.min(1) } else { level };
+    inputs.merge(inner, level).await
 }
 
 /// What deletes and rules take from one day's files with these keys.
@@ -599,7 +672,7 @@ async fn fold_file(inner: &Arc<Inner>, table: &Arc<TableSchema>, file: &Arc<Data
 
 /// Takes deletes out of the catalog that no file needs.
 async fn forget_deletes(inner: &Arc<Inner>) -> Result<()> {
-    let version = inner.version();
+    let version = stored(inner);
     let done: Vec<i64> = {
         let checked = inner.days.checked.lock();
         let free = |file: &DataFile, id: i64| checked.get(&file.id).is_some_and(|c| c.delete >= id);
@@ -649,7 +722,7 @@ async fn prune_now(inner: &Arc<Inner>, version: &Version, day: i32) -> Result<()
 }
 
 async fn prune_day(inner: &Arc<Inner>, day: i32) -> Result<()> {
-    let version = inner.version();
+    let version = stored(inner);
     let parts: Vec<_> = version.parts.iter().filter(|p| p.day == day).cloned().collect();
     let codes = codes(inner, &version, day).await?;
     let mut commit = Commit::default();
@@ -781,21 +854,21 @@ async fn merge_parts(inner: &Arc<Inner>, parts: &[Arc<TagPart>]) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
-    /// Files as (level, bytes), each of a flush of its own but those in `same`, which are cuts of one merge.
-    fn check(files: &[(u8, u64)], same: usize, over: bool, scope: Scope, expected: Option<std::ops::Range<usize>>) {
-        let files: Vec<Arc<DataFile>> = files
-            .iter()
-            .enumerate()
-            .map(|(i, (level, bytes))| {
-                let seq = i.saturating_sub(same) as u64;
-                let (id, level, bytes) = (i as i64, *level, *bytes);
-                Arc::new(DataFile { id, level, bytes, seq_min: seq, seq_max: seq, ..DataFile::default() })
-            })
-            .collect();
-        let chosen = choose(&files, over, scope).map(|c| c.iter().map(|f| f.id).collect::<Vec<_>>());
-        assert_eq!(chosen, expected.map(|r| r.map(|i| i as i64).collect()), "{files:?} over={over} {scope:?}");
+    /// Files of runs that are (level, bytes of a file, files).
+    fn of_runs(runs: &[(u8, u64, usize)]) -> Vec<Arc<DataFile>> {
+        let files = (0..).zip(runs).flat_map(|(seq, run)| std::iter::repeat_n((seq, run.0, run.1), run.2));
+        let file =
+            |(id, (seq, level, bytes))| DataFile { id, level, bytes, seq_min: seq, seq_max: seq, ..<_>::default() };
+        (0..).zip(files).map(file).map(Arc::new).collect()
+    }
+
+    fn check(runs: &[(u8, u64, usize)], over: bool, scope: Scope, expected: Option<std::ops::Range<i64>>) {
+        let chosen = choose(&of_runs(runs), over, scope).map(|c| c.iter().map(|f| f.id).collect::<Vec<_>>());
+        assert_eq!(chosen, expected.map(|ids| ids.collect()), "{runs:?} over={over} {scope:?}");
     }
 
     fn of_sets(sets: &[u64]) -> Vec<Arc<TagPart>> {
@@ -830,30 +903,104 @@ mod tests {
         check(&[1, 1, 8, 40, 200, 1001], 5);
     }
 
+    fn scope(whole: Whole) -> Scope {
+        Scope { first: 0, last: u64::MAX, whole }
+    }
+
     #[test]
     fn chooses_neighbours() {
-        let scope = |whole| Scope { first: 0, last: u64::MAX, whole };
         let (all, due, beside) = (scope(Whole::All), scope(Whole::Over), scope(Whole::None));
-        let flushed = [(0, 10); 7];
-        check(&flushed[..1], 0, true, all, None);
-        check(&flushed[..2], 0, true, due, Some(0..2));
-        check(&flushed[..5], 0, false, due, None);
-        check(&flushed, 0, false, due, Some(0..7));
-        check(&[(0, 10); 63], 0, false, beside, None);
-        check(&[(0, 10); 64], 0, false, beside, Some(0..64));
+        let flushed = [(0, 10, 1); 7];
+        check(&flushed[..1], true, all, None);
+        check(&flushed[..2], true, due, Some(0..2));
+        check(&flushed[..5], false, due, None);
+        check(&flushed, false, due, Some(0..7));
+        check(&[(0, 10, 1); 63], false, beside, None);
+        check(&[(0, 10, 1); 64], false, beside, Some(0..64));
         // A merge of the day before and flushed files after it, while the day goes on.
-        let mixed = [(1, 60), (0, 10), (0, 10), (0, 10), (0, 10), (0, 10), (0, 10)];
-        check(&mixed[..6], 0, false, due, None);
-        check(&mixed, 0, false, due, Some(1..7));
-        check(&mixed, 0, true, due, Some(0..7));
+        let mixed = [(1, 60, 1), (0, 10, 1), (0, 10, 1), (0, 10, 1), (0, 10, 1), (0, 10, 1), (0, 10, 1)];
+        check(&mixed[..6], false, due, None);
+        check(&mixed, false, due, Some(1..7));
+        check(&mixed, true, due, Some(0..7));
         // Late rows of a day that was done: few are not worth it, unless asked for; many are merged among themselves.
-        let late = [(2, 10_000), (0, 10), (0, 10), (0, 10), (0, 10), (0, 10), (0, 10)];
-        check(&late[..3], 0, true, due, None);
-        check(&late[..3], 0, true, all, Some(0..3));
-        check(&late, 0, true, due, Some(1..7));
-        check(&[(2, 100), (0, 90)], 0, true, due, Some(0..2));
-        // One merge that was cut for size is settled.
-        check(&[(2, 100), (2, 100), (2, 30)], 2, true, all, None);
-        check(&[(2, 100), (2, 100), (0, 90)], 1, true, all, Some(0..3));
+        let late = [(2, 10_000, 1), (0, 10, 1), (0, 10, 1), (0, 10, 1), (0, 10, 1), (0, 10, 1), (0, 10, 1)];
+        check(&late[..3], true, due, None);
+        check(&late[..3], true, all, Some(0..3));
+        check(&late, true, due, Some(1..7));
+        check(&[(2, 100, 1), (0, 90, 1)], true, due, Some(0..2));
+        // One merge that was cut for size is settled, whatever it was a merge of; how often it was cut means nothing.
+        check(&[(2, 100, 3)], true, all, None);
+        check(&[(1, 100, 3)], true, all, None);
+        check(&[(2, 100, 2), (0, 90, 1)], true, all, Some(0..3));
+        check(&[(2, 10_000, 4), (1, 10, 6)], true, due, None);
+        check(&[(0, 10, 6)], false, due, None);
+        // What could not be merged for want of memory before the start is not looked at without being asked for.
+        check(&[(2, 100, 3), (2, 100, 3)], true, due, None);
+        check(&[(2, 100, 3), (2, 100, 3)], true, all, Some(0..6));
+    }
+
+    #[test]
+    fn a_run_stays_as_a_whole() {
+        let check = |stays: &[i64], expected: &[&[i64]]| {
+            let files = of_runs(&[(0, 1, 1), (1, 1, 3), (0, 1, 1), (0, 1, 1)]);
+            let groups = neighbours(files, |f| stays.contains(&f.id));
+            let ids: Vec<Vec<i64>> = groups.iter().map(|g| g.iter().map(|f| f.id).collect()).collect();
+            assert_eq!(ids, expected, "{stays:?}");
+        };
+        check(&[], &[&[0, 1, 2, 3, 4, 5]]);
+        check(&[2], &[&[0], &[4, 5]]);
+        check(&[1, 3], &[&[0], &[4, 5]]);
+        check(&[0, 4], &[&[], &[1, 2, 3], &[5]]);
+    }
+
+    proptest! {
+        /// Merges that have room for some files only, until there are none: each makes fewer runs or leaves one alone,
+        /// and what they make are neighbours that were merged whole.
+        #[test]
+        fn merges_end(
+            runs in prop::collection::vec((0u8..3, 1u64..100, 1usize..6), 1..12),
+            damaged in prop::collection::btree_set(0i64..12, 0..3),
+            room in 1usize..12,
+            over in any::<bool>(),
+            whole in prop::sample::select(vec![Whole::All, Whole::Over, Whole::None]),
+        ) {
+            let mut files = of_runs(&runs);
+            let (bytes, mut next_id) = (files.iter().map(|f| f.bytes).sum::<u64>(), files.len() as i64);
+            let mut wide = HashSet::new();
+            let mut steps = 0;
+            loop {
+                let stays = |f: &Arc<DataFile>| damaged.contains(&f.id) || wide.contains(&f.id);
+                let over = scope(whole).is_whole(over);
+                let next = neighbours(files.clone(), stays).iter().find_map(|f| choose(f, over, scope(whole)));
+                let Some(chosen) = next else { break };
+                steps += 1;
+                let mut taken = vec![];
+                for run in chosen.chunk_by(of_one_run) {
+                    if !taken.is_empty() && taken.len() + run.len() > room {
+                        break;
+                    }
+                    taken.extend_from_slice(run);
+                }
+                if taken.chunk_by(of_one_run).count() < 2 {
+                    wide.extend(taken.iter().map(|f| f.id));
+                    continue;
+                }
+                files.retain(|f| !taken.iter().any(|t| t.id == f.id));
+                let cuts = (taken.len() as u64).div_ceil(2);
+                let sum = taken.iter().map(|f| f.bytes).sum::<u64>();
+                for cut in 0..cuts {
+                    let bytes = sum / cuts + if cut == 0 { sum % cuts } else { 0 };
+                    let (seq_min, seq_max) = (taken[0].seq_min, taken[taken.len() - 1].seq_max);
+                    files.push(Arc::new(DataFile { id: next_id, level: 1, bytes, seq_min, seq_max, ..<_>::default() }));
+                    next_id += 1;
+                }
+            }
+            prop_assert!(steps <= 2 * runs.len(), "{steps} steps");
+            prop_assert_eq!(files.iter().map(|f| f.bytes).sum::<u64>(), bytes);
+            files.sort_by_key(|f| (f.seq_max, f.id));
+            for (a, b) in files.iter().zip(&files[1..]) {
+                prop_assert!(of_one_run(a, b) || a.seq_max < b.seq_min, "{a:?} {b:?}");
+            }
+        }
     }
 }

@@ -41,6 +41,8 @@ pub(crate) struct Days {
     written: Mutex<HashMap<i32, Codes>>,
     /// Files that are too much for a merge.
     wide: Mutex<HashSet<i64>>,
+    /// Days that deletes or retention may have taken rows out of, whose tag sets have not been looked through since.
+    pub lost: Mutex<BTreeSet<i32>>,
     /// When a table's day last got a file by a flush, milliseconds since the epoch.
     changed: Mutex<HashMap<(u16, i32), i64>>,
     /// Ids of files and tag parts that failed their checks; they are left out of merges.
@@ -102,14 +104,20 @@ impl Days {
         self.written.lock().remove(&day);
     }
 
-    /// Whether a file has so many series that no merge can have it.
+    /// Whether a file is too much for a merge with the next ones.
     pub fn is_wide(&self, id: i64) -> bool {
         self.wide.lock().contains(&id)
     }
 
-    /// Leaves a file out of merges from now on, since it has too many series.
-    pub fn set_wide(&self, id: i64) {
-        self.wide.lock().insert(id);
+    /// Leaves files out of merges from now on, since they are too much for one with the next ones.
+    pub fn set_wide(&self, files: &[Arc<DataFile>]) {
+        self.wide.lock().extend(files.iter().map(|f| f.id));
+    }
+
+    /// Forgets what is known of files that are gone.
+    pub fn keep_files(&self, live: &HashSet<i64>) {
+        self.wide.lock().retain(|id| live.contains(id));
+        self.checked.lock().retain(|id, _| live.contains(id));
     }
 
     /// Whether a file or tag part failed its checks since the start.
