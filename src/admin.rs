@@ -92,11 +92,12 @@ fn described(routes: Routes, config: &Config) -> Routes {
 async fn ready(State(gate): State<Gate>) -> Response {
     match (gate.closed(), gate.behind.get()) {
         (Some(closed), _) => closed,
-        // Queries go on, but whoever sends data or expects the newest must go to the other server.
-        (None, Some(behind)) if behind.engine.is_replaced() => {
-            unavailable("another server has taken this database over; this one takes no writes")
-        }
-        (None, _) => "ready\n".into_response(),
+        // Queries go on, but whoever sends data or expects the newest must go to another server.
+        (None, Some(behind)) => match behind.engine.check_writable() {
+            Ok(()) => "ready\n".into_response(),
+            Err(e) => unavailable(e.message()),
+        },
+        (None, None) => "ready\n".into_response(),
     }
 }
 

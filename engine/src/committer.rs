@@ -7,6 +7,7 @@
 //! block, or as a task beside all else when [`crate::Settings::own_threads`] is off.
 
 use std::collections::{HashSet, VecDeque};
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -17,6 +18,7 @@ use arrow::datatypes::UInt32Type;
 use catalog::encoder::EncodedSet;
 use catalog::tables::Role;
 use catalog::{Error, Ordinal, Result};
+use futures::FutureExt;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, oneshot};
 
@@ -31,6 +33,9 @@ use crate::{LogStore, MetricMetadata, Write};
 const QUEUE_REQUESTS_MAX: usize = 4096;
 /// A group takes no further request beyond this, so that the first one does not wait for long.
 const GROUP_BYTES: usize = 32 << 20;
+/// How long to wait for whether another server has the database. A commit may keep that from being asked for as long as
+/// the store can't be reached.
+const CONFIRM_MAX: Duration = Duration::from_secs(10);
 /// How long to wait for requests before looking after the rest.
 const IDLE: Duration = Duration::from_secs(5);
 /// How often idle tag sets are looked for.
@@ -39,6 +44,11 @@ const RETIRE_INTERVAL_MS: i64 = 60_000;
 const RETIRE_SECONDS: u32 = 7200;
 /// How often that is done while new sets find little room, whatever has been idle for longest leaving then.
 const PRESSED_INTERVAL_MS: i64 = 5_000;
+
+/// Why nothing is written: the database stops, or did a piece of work that it can't go on from.
+const STOPPING: &str = "the database is stopping";
+pub(crate) const BROKEN: &str =
+    "a group of writes ended in a panic, which is a bug; a restart reads the log and takes writes again";
 
 /// Requests on their way to the log.
 #[derive(Debug, Default)]
@@ -50,7 +60,8 @@ pub(crate) struct Queue {
 #[derive(Debug, Default)]
 struct State {
     jobs: VecDeque<Job>,
-    closed: bool,
+    /// Why no further request is taken.
+    closed: Option<&'static str>,
 }
 
 #[derive(Debug)]
@@ -77,8 +88,8 @@ impl Queue {
         let (size, mut bytes) = (bytes_of(&write), memory.reserve(Kind::Queue));
         let (ack, answer) = oneshot::channel();
         let mut state = self.state.lock();
-        if state.closed {
-            return Err(Error::unavailable("the database is stopping"));
+        if let Some(why) = state.closed {
+            return Err(Error::unavailable(why));
         }
         if state.jobs.len() >= QUEUE_REQUESTS_MAX {
             return Err(Error::unavailable(format!(
@@ -100,8 +111,32 @@ impl Queue {
 
     /// Refuses further requests; those queued are still stored.
     pub(crate) fn close(&self) {
-        self.state.lock().closed = true;
+        self.state.lock().closed.get_or_insert(STOPPING);
         self.wake.notify_one();
+    }
+
+    /// Refuses further requests and those queued.
+    pub(crate) fn refuse(&self, why: &'static str) {
+        let jobs = {
+            let mut state = self.state.lock();
+            state.closed = Some(why);
+            std::mem::take(&mut state.jobs)
+        };
+        jobs.into_iter().for_each(|job| answer(job, Err(Error::unavailable(why))));
+        self.wake.notify_one();
+    }
+
+    /// Refuses those queued as well once no further request is taken, since there is no time to try each.
+    fn refuse_if_closed(&self) {
+        let closed = self.state.lock().closed;
+        if let Some(why) = closed {
+            self.refuse(why);
+        }
+    }
+
+    /// Why no further request is taken, if none is.
+    pub(crate) fn closed(&self) -> Option<&'static str> {
+        self.state.lock().closed
     }
 
     /// Requests that wait.
@@ -111,7 +146,7 @@ impl Queue {
 
     fn is_idle(&self) -> bool {
         let state = self.state.lock();
-        state.jobs.is_empty() && !state.closed
+        state.jobs.is_empty() && state.closed.is_none()
     }
 
     /// The next group, empty after some seconds without any; `None` once closed and empty.
@@ -121,7 +156,7 @@ impl Queue {
             let _ = tokio::time::timeout(IDLE, self.wake.notified()).await;
         }
         let mut state = self.state.lock();
-        if state.jobs.is_empty() && state.closed {
+        if state.jobs.is_empty() && state.closed.is_some() {
             return None;
         }
         let mut group = vec![];
@@ -147,7 +182,7 @@ fn bytes_of(write: &Write) -> usize {
             _ => 8,
         })
         .sum();
-    rows + sets + 128 * write.metadata.len()
+    rows + sets + write.metadata.iter().map(crate::metadata::bytes_of).sum::<usize>()
 }
 
 /// Checks that a request's rows are in their tables' schemas and refer to its tag sets.
@@ -176,19 +211,28 @@ pub(crate) fn check(write: &Write) -> Result<()> {
     Ok(())
 }
 
-/// Commits groups; returns once the queue is closed and empty.
+/// Commits groups; returns once the queue is closed and empty. After a panic, which may have left the log and memtables
+/// different, nothing is written any more: all that was acknowledged is in the log.
 pub(crate) async fn run(inner: Arc<Inner>) {
+    if AssertUnwindSafe(groups(&inner)).catch_unwind().await.is_err() {
+        inner.metrics.wal_failures.inc();
+        tracing::error!("{BROKEN}");
+        inner.queue.refuse(BROKEN);
+    }
+}
+
+async fn groups(inner: &Inner) {
     let mut retired_ms = inner.now_ms();
     while let Some(jobs) = inner.queue.take().await {
         if !jobs.is_empty() {
-            commit(&inner, jobs).await;
+            commit(inner, jobs).await;
         }
         let now_ms = inner.now_ms();
         let interval_ms = if inner.registry.is_pressed() { PRESSED_INTERVAL_MS } else { RETIRE_INTERVAL_MS };
         // A clock that was set back must not put it off for longer.
         if !(retired_ms..retired_ms.saturating_add(interval_ms)).contains(&now_ms) {
             retired_ms = now_ms;
-            retire(&inner, second(now_ms)).await;
+            retire(inner, second(now_ms)).await;
         }
     }
 }
@@ -201,6 +245,7 @@ async fn commit(inner: &Inner, jobs: Vec<Job>) {
     }
     let now_ms = inner.now_ms();
     let mut log = inner.log.lock().await;
+    log.in_group = true;
     let version = inner.version();
     let (mut staged, mut known) = (Vec::with_capacity(jobs.len()), Vec::new());
     for job in jobs {
@@ -226,19 +271,21 @@ async fn commit(inner: &Inner, jobs: Vec<Job>) {
             let applying = inner.applying.lock().await;
             let answers: Vec<_> = staged.into_iter().map(|s| (apply(inner, &version, &s, now_ms), s.job)).collect();
             drop(applying);
+            log.in_group = false;
             drop(log);
             inner.note_memory();
             crate::retention::begin(inner);
             for (result, job) in answers {
                 answer(job, result);
             }
-            let owned = if bytes > 0 || known.is_empty() { Ok(()) } else { inner.files.confirm().await };
+            let owned = if bytes > 0 || known.is_empty() { Ok(()) } else { confirm(inner).await };
             for job in known {
                 let again = |e: &Error| Err(Error::new(e.kind(), e.message()));
                 answer(job, owned.as_ref().map_or_else(again, |()| Ok(())));
             }
         }
         Err(e) => {
+            log.in_group = false;
             drop(log);
             inner.metrics.wal_failures.inc();
             if !inner.log_failing.swap(true, Ordering::Relaxed) {
@@ -248,8 +295,15 @@ async fn commit(inner: &Inner, jobs: Vec<Job>) {
             for job in staged.into_iter().map(|s| s.job).chain(known) {
                 answer(job, Err(Error::unavailable(e.to_string())));
             }
+            inner.queue.refuse_if_closed();
         }
     }
+}
+
+async fn confirm(inner: &Inner) -> Result<()> {
+    let late =
+        |_| Error::unavailable(format!("whether another server has this database was not told in {CONFIRM_MAX:?}"));
+    tokio::time::timeout(CONFIRM_MAX, inner.files.confirm()).await.map_err(late)?
 }
 
 fn answer(job: Job, result: Result<()>) {
@@ -264,7 +318,7 @@ type Encoded = (Vec<Ordinal>, Vec<MetricMetadata>, u64);
 
 /// Publishes a request's tag sets and encodes its record; `None` when there is nothing to store.
 fn stage(inner: &Inner, log: &mut Wal, write: &Write, second: u32) -> Result<Option<Encoded>> {
-    let metadata = inner.metadata.lock().news(&write.metadata, || inner.metrics.limit("metadata_metrics"));
+    let metadata = inner.metadata.lock().news(&write.metadata, || inner.metrics.limit("metadata"));
     if write.rows() == 0 && metadata.is_empty() {
         return Ok(None);
     }

@@ -13,12 +13,13 @@ use catalog::object::export::{Export, Exports, Target};
 use catalog::{
     Clock, Entropy, Error, FileSystem, Registry, Result, Series, TableSchema, TagHasher, TagParts, TagSet, TagValues,
 };
-use datafusion::execution::{SendableRecordBatchStream, SessionState};
+use datafusion::execution::{SendableRecordBatchStream, SessionState, TaskContext};
 use datafusion::logical_expr::LogicalPlan;
 use datafusion::prelude::SessionContext;
 use object_store::ObjectStore;
 use parking_lot::Mutex;
 use tokio::runtime::{Handle, Runtime};
+use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
@@ -67,12 +68,17 @@ pub struct Engine {
 const OBSERVE_MIN: Duration = Duration::from_millis(2);
 const OBSERVE_MAX: Duration = Duration::from_millis(100);
 
+/// What a stop may take beyond the time for writes and flush.
+const END_WITHIN: Duration = Duration::from_secs(1);
+
 /// Stack of a thread of the CPU runtime: plans are walked by recursion, and one level of an expression takes up to 20 KiB
 /// in a build without optimisation. Only what is used takes memory.
 const CPU_STACK_BYTES: usize = 16 << 20;
 
 /// Each of the two caches may take this part of the memory limit.
 pub(crate) const CACHE_PARTS: usize = 16;
+/// The part of the memory limit that metric metadata may take.
+const METADATA_PARTS: usize = 64;
 
 /// What runs while any handle lives.
 #[derive(Debug)]
@@ -133,11 +139,12 @@ impl Committer {
         Ok(Self::Thread(thread.spawn(move || runtime.block_on(committer::run(inner)))?))
     }
 
-    /// Waits until it ends; false when it panicked.
-    async fn join(self) -> bool {
+    /// Waits until it ends.
+    async fn join(self) {
+        // It has told of a panic.
         match self {
-            Self::Thread(thread) => matches!(tokio::task::spawn_blocking(move || thread.join()).await, Ok(Ok(()))),
-            Self::Task(task) => task.await.is_ok(),
+            Self::Thread(thread) => drop(tokio::task::spawn_blocking(move || thread.join()).await),
+            Self::Task(task) => drop(task.await),
         }
     }
 }
@@ -263,7 +270,7 @@ impl Engine {
             queue: Queue::default(),
             log: tokio::sync::Mutex::new(Wal::new(local_log(&settings, &components), 0)),
             reserve,
-            metadata: Mutex::new(Metadata::new(&state.metadata)),
+            metadata: Mutex::new(Metadata::new(&state.metadata, settings.memory_limit / METADATA_PARTS)),
             views: Views::new(&state.views),
             log_failing: AtomicBool::new(false),
             trim_due: AtomicBool::new(false),
@@ -465,6 +472,12 @@ impl Engine {
         SessionContext::new_with_state(state)
     }
 
+    /// What nodes run with that a query runs by itself, without a logical plan: its stop ends them, and what they hold
+    /// counts as the query's.
+    pub fn task_context(&self, query: &Query) -> Arc<TaskContext> {
+        Arc::new(session::task_context(&self.inner().session, query))
+    }
+
     /// Waits for a query's turn.
     ///
     /// # Errors
@@ -536,9 +549,13 @@ impl Engine {
         target.begin(self.inner().components.entropy.as_ref()).await
     }
 
-    /// Whether another server has taken the database over: this one takes no writes any more, and knows no newer ones.
-    pub fn is_replaced(&self) -> bool {
-        self.inner().files.is_fenced()
+    /// Fails when this server takes no writes any more, whoever waits: another one has taken the database over, or a
+    /// panic has left it unfit to write. Queries go on, but know no newer rows.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub fn check_writable(&self) -> Result<()> {
+        self.inner().check_writable()
     }
 
     /// Decodes a request off the network runtime; dropped when the caller goes away.
@@ -589,8 +606,13 @@ impl Engine {
     pub async fn flush(&self) -> Result<()> {
         let inner = self.inner().clone();
         on(&self.inner().upkeep, async move {
-            inner.freeze(|_| true).await;
-            inner.flush_frozen().await
+            let flush = async {
+                inner.freeze(|_| true).await?;
+                inner.flush_frozen().await
+            };
+            flush.await.inspect_err(|_| {
+                inner.metrics.flush_failures.inc();
+            })
         })
         .await
     }
@@ -629,23 +651,25 @@ impl Engine {
         on(&self.inner().upkeep, async move { crate::compact::fold_deletes(&inner).await }).await
     }
 
-    /// Refuses further writes, flushes what fits within `flush_within` and stops all tasks. What was not flushed is
-    /// in the synced log.
+    /// Refuses further writes, stores those that wait and flushes what fits within `within`, and stops all tasks, in a
+    /// second more at most. What was not flushed is in the synced log; writes that were not stored are refused.
     ///
     /// # Errors
     /// Storage errors of the last flush.
-    pub async fn shutdown(&self, flush_within: Duration) -> Result<()> {
+    pub async fn shutdown(&self, within: Duration) -> Result<()> {
         let inner = self.inner();
+        let deadline = Instant::now() + within;
         inner.queue.close();
         let committer = self.running.committer.lock().take();
         // It ends by itself once the queue is empty.
         if let Some(committer) = committer
-            && !committer.join().await
+            && timeout_at(deadline, committer.join()).await.is_err()
         {
-            tracing::error!("the log's committer ended in a panic");
+            tracing::warn!("the log took no more writes in time; those that wait are refused");
+            inner.queue.refuse("the database stopped before the request was stored");
         }
         inner.stopping.cancel();
-        let result = match tokio::time::timeout(flush_within, self.flush()).await {
+        let result = match timeout_at(deadline, self.flush()).await {
             Ok(result) => result,
             Err(_) => {
                 tracing::info!("flush at shutdown ran out of time; the rest stays in the log");
@@ -653,8 +677,14 @@ impl Engine {
             }
         };
         // A flush or compaction that is under way either commits or leaves nothing behind but unnamed objects.
-        let _ = tokio::time::timeout(Duration::from_secs(1), self.running.tasks.wait()).await;
-        inner.files.close().await;
+        let end = Instant::now() + END_WITHIN;
+        let under_way = async {
+            self.running.tasks.wait().await;
+            drop(inner.flushing.lock().await);
+        };
+        let _ = timeout_at(end, under_way).await;
+        // Though there be no time left, what waits for the store is told.
+        let _ = timeout_at(end, inner.files.close()).await;
         result
     }
 }
@@ -784,7 +814,7 @@ async fn replay(inner: Arc<Inner>, mut log: Replay) -> Result<()> {
             || inner.memory.is_scarce();
         let due = if full { version.memory() > inner.memtable_bytes_hard() } else { large };
         if due {
-            inner.freeze(|_| true).await;
+            inner.freeze(|_| true).await?;
             // The log is not open yet, so nothing of it is trimmed here.
             if let Err(e) = inner.flush_frozen().await {
                 inner.reserve.suspect();

@@ -7,7 +7,8 @@
 //!
 //! When memory gets scarce caches shrink and memtables are flushed early ([`Memory::is_scarce`]); then queries are
 //! refused, the running one that asks for more first of all, and those that hold the most are ended
-//! ([`Memory::is_short`]); then writes. What gives memory back, flushes above all, is never refused. An account is a few atomic counters; a request changes them some times, a sample never.
+//! ([`Memory::is_short`]); then writes. What gives memory back, flushes above all, is never refused. An
+//! account is a few atomic counters; a request changes them some times, a sample never.
 
 use std::fmt;
 use std::sync::Arc;
@@ -28,7 +29,7 @@ pub enum Kind {
     Memtables,
     /// What is held for snapshots alone.
     Snapshots,
-    /// Active tag sets.
+    /// Active tag sets, and metric metadata.
     TagSets,
     /// What caches hold.
     Caches,

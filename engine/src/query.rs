@@ -79,8 +79,8 @@ impl Stop {
         options.extensions.get::<Self>().cloned().unwrap_or_default()
     }
 
-    /// The query's view of memory, of which `all` is without one.
-    pub(crate) fn memory<'a>(&'a self, all: &'a Memory) -> &'a Memory {
+    /// The query's view of memory; `all` for one that never stops.
+    pub fn memory<'a>(&'a self, all: &'a Memory) -> &'a Memory {
         self.0.as_ref().map_or(all, |state| &state.memory)
     }
 

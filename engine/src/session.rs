@@ -131,6 +131,18 @@ fn runtime(shared: &RuntimeEnv, memory: &Memory) -> RuntimeEnv {
     RuntimeEnv { memory_pool: pool(memory.clone()), ..shared.clone() }
 }
 
+/// What nodes run with that a query runs without a logical plan: its stop, and its view of memory.
+pub(crate) fn task_context(state: &SessionState, query: &Query) -> TaskContext {
+    let mut config = state.config().clone();
+    config.options_mut().extensions.insert(query.stop().clone());
+    if let Some(activity) = query.activity() {
+        config.set_extension(activity.clone());
+    }
+    let context = TaskContext::from(state).with_session_config(config);
+    let runtime = runtime(&context.runtime_env(), query.memory());
+    context.with_runtime(Arc::new(runtime))
+}
+
 fn pool(memory: Memory) -> Arc<dyn MemoryPool> {
     // Errors name the greatest consumers, so that a user sees which part of a query to change.
     const CONSUMERS_NAMED: NonZeroUsize = NonZeroUsize::new(3).unwrap();
@@ -215,10 +227,12 @@ pub(crate) async fn execute(
                 outcome.label = outcome_of(&e);
                 match schema_to.take() {
                     Some(to) => drop(to.send(Err(e))),
-                    None => drop(batches_to.send(Err(e)).await),
+                    // Found after what waits for the reader. A reader that pauses must not keep the query's turn until then.
+                    None => return Some(e),
                 }
             }
         }
+        None
     };
     let task = AbortOnDropHandle::new(cpu.spawn(task));
     // Work that does not wait can't notice the deadline in time, but whoever asked is told.
@@ -229,7 +243,7 @@ pub(crate) async fn execute(
 }
 
 /// Gives a batch to the reader; false when there is none any more. A slow one holds no other query up.
-async fn hand_over(to: &mpsc::Sender<DfResult<RecordBatch>>, batch: RecordBatch, query: &mut Query) -> bool {
+async fn hand_over(to: &mpsc::Sender<RecordBatch>, batch: RecordBatch, query: &mut Query) -> bool {
     let permit = match tokio::time::timeout(READER_PATIENCE, to.reserve()).await {
         Ok(permit) => permit,
         Err(_) => {
@@ -239,7 +253,7 @@ async fn hand_over(to: &mpsc::Sender<DfResult<RecordBatch>>, batch: RecordBatch,
             permit
         }
     };
-    permit.map(|permit| permit.send(Ok(batch))).is_ok()
+    permit.map(|permit| permit.send(batch)).is_ok()
 }
 
 fn external(e: Error) -> DataFusionError {
@@ -280,8 +294,9 @@ impl Drop for Outcome {
 /// The rows of a running query. Dropping it aborts the query.
 struct QueryStream {
     schema: SchemaRef,
-    batches: mpsc::Receiver<DfResult<RecordBatch>>,
-    task: AbortOnDropHandle<()>,
+    batches: mpsc::Receiver<RecordBatch>,
+    /// Gives what it failed of after its first batch.
+    task: AbortOnDropHandle<Option<DataFusionError>>,
     stop: Stop,
     deadline: Pin<Box<Sleep>>,
     done: bool,
@@ -297,7 +312,7 @@ impl Stream for QueryStream {
             return Poll::Ready(None);
         }
         match self.batches.poll_recv(cx) {
-            Poll::Ready(Some(item)) => return Poll::Ready(Some(item)),
+            Poll::Ready(Some(batch)) => return Poll::Ready(Some(Ok(batch))),
             Poll::Ready(None) => {}
             Poll::Pending => {
                 std::task::ready!(self.deadline.as_mut().poll(cx));
@@ -309,7 +324,7 @@ impl Stream for QueryStream {
         let joined = std::task::ready!(Pin::new(&mut self.task).poll(cx));
         self.done = true;
         self.guard.take().into_iter().for_each(Guard::release);
-        Poll::Ready(joined.err().map(|e| Err(DataFusionError::ExecutionJoin(Box::new(e)))))
+        Poll::Ready(joined.unwrap_or_else(|e| Some(DataFusionError::ExecutionJoin(Box::new(e)))).map(Err))
     }
 }
 

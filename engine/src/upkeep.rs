@@ -7,14 +7,18 @@
 //! A failed write leaves the memtable where it is, readable, and is tried again.
 
 use std::cmp::Reverse;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use catalog::files::Commit;
 use catalog::{Error, MetricFilter, Result};
+use futures::FutureExt;
+use tokio::sync::MutexGuard;
 use tokio::time::Instant;
 
+use crate::committer;
 use crate::engine::CACHE_PARTS;
 use crate::engine::Inner;
 use crate::memory::Kind;
@@ -90,9 +94,25 @@ impl Inner {
         self.version.store(Arc::new(change(&self.version.load())));
     }
 
+    /// Takes the log.
+    ///
+    /// # Errors
+    /// `Unavailable` once a group was left half done by a panic: what is in memtables is no longer what is in the log,
+    /// and only a start, which reads the log, puts that right.
+    pub(crate) async fn lock_log(&self) -> Result<MutexGuard<'_, Wal>> {
+        let log = self.log.lock().await;
+        if log.in_group {
+            return Err(Error::unavailable(committer::BROKEN));
+        }
+        Ok(log)
+    }
+
     /// Freezes the tables for which `which` holds and that have rows.
-    pub(crate) async fn freeze(&self, which: impl Fn(&Memtable) -> bool + Send) {
-        let mut log = self.log.lock().await;
+    ///
+    /// # Errors
+    /// Those of [`Inner::lock_log`].
+    pub(crate) async fn freeze(&self, which: impl Fn(&Memtable) -> bool + Send) -> Result<()> {
+        let mut log = self.lock_log().await?;
         let version = self.version();
         let mut any = false;
         for table in &version.tables {
@@ -110,21 +130,25 @@ impl Inner {
         if any || self.metadata.lock().first_position().is_some() {
             log.roll();
         }
+        Ok(())
     }
 
-    /// Writes all frozen memtables to files, oldest first, then trims the log.
+    /// Writes all frozen memtables to files, oldest first, then trims the log. It goes on when the caller goes away:
+    /// whoever holds `flushing` next counts on no flush being half way, with files that no version names yet and rows
+    /// whose tag sets would be taken for unused.
     ///
     /// # Errors
     /// Storage errors; what could not be written stays frozen.
     pub(crate) async fn flush_frozen(self: &Arc<Self>) -> Result<()> {
-        let _one = self.flushing.lock().await;
-        let result = self.write_frozen().await;
-        if result.is_err() {
-            self.metrics.flush_failures.inc();
-        }
-        // What was written before a failure needs the log no more.
-        self.trim().await?;
-        result
+        let inner = self.clone();
+        let work = tokio::spawn(async move {
+            let _one = inner.flushing.lock().await;
+            let result = inner.write_frozen().await;
+            // What was written before a failure needs the log no more.
+            inner.trim().await?;
+            result
+        });
+        work.await.map_err(|e| Error::internal("flush did not end").with_source(e))?
     }
 
     /// Writes every row that was applied before to files and deletes what the log held of them. The caller holds
@@ -135,14 +159,14 @@ impl Inner {
     pub(crate) async fn flush_all_of_log(self: &Arc<Self>) -> Result<()> {
         // What comes from here on is in segments of its own, which nothing before it keeps.
         let end = {
-            let mut log = self.log.lock().await;
+            let mut log = self.lock_log().await?;
             log.roll();
             log.position()
         };
-        self.freeze(|_| true).await;
+        self.freeze(|_| true).await?;
         self.write_frozen().await?;
         self.trim().await?;
-        let begin = self.log.lock().await.oldest();
+        let begin = self.lock_log().await?.oldest();
         if begin < end {
             return Err(Error::unavailable(format!(
                 "the log still holds records from {begin} on that are in files; those before {end} should be gone"
@@ -153,14 +177,18 @@ impl Inner {
 
     async fn write_frozen(self: &Arc<Self>) -> Result<()> {
         self.save_metadata().await?;
-        for table in &self.version().tables {
-            for memtable in &table.flushing {
-                let begun = Instant::now();
-                crate::flush::write(self, &table.schema, memtable)
-                    .await
-                    .map_err(|e| e.context(format_args!("flush of table {}", table.schema.name)))?;
-                self.metrics.flush.observe(begun.elapsed().as_secs_f64());
-            }
+        let frozen: Vec<_> = {
+            let version = self.version();
+            let tables = version.tables.iter();
+            tables.flat_map(|t| t.flushing.iter().map(|m| (t.schema.clone(), m.clone())).collect::<Vec<_>>()).collect()
+        };
+        // Each goes as soon as it is in files; a version that were held here would keep all of them.
+        for (table, memtable) in frozen {
+            let begun = Instant::now();
+            crate::flush::write(self, &table, &memtable)
+                .await
+                .map_err(|e| e.context(format_args!("flush of table {}", table.name)))?;
+            self.metrics.flush.observe(begun.elapsed().as_secs_f64());
         }
         Ok(())
     }
@@ -168,7 +196,7 @@ impl Inner {
     async fn save_metadata(&self) -> Result<()> {
         // Under the log's lock no record is durable but not applied.
         let (position, rows) = {
-            let log = self.log.lock().await;
+            let log = self.lock_log().await?;
             (log.position(), self.metadata.lock().unsaved())
         };
         if rows.is_empty() {
@@ -182,7 +210,7 @@ impl Inner {
 
     /// Deletes what no memtable needs of the log.
     async fn trim(&self) -> Result<()> {
-        let mut log = self.log.lock().await;
+        let mut log = self.lock_log().await?;
         let pinned = self.pins().into_iter().map(|(position, _)| position).min();
         let position = pinned.unwrap_or_else(|| log.position());
         let garbage = log.trim(position).await;
@@ -248,7 +276,8 @@ impl Inner {
         2 * self.wal_bytes_soft() + (64 << 20)
     }
 
-    /// Freezes what is due; returns whether anything waits to be written.
+    /// Freezes what is due; returns whether anything waits to be written. What could not be frozen waits as well: whoever
+    /// flushes is told why.
     pub(crate) async fn freeze_due(&self) -> bool {
         let now_ms = self.now_ms();
         let interval_ms = self.settings.flush_interval.as_millis() as i64;
@@ -264,26 +293,36 @@ impl Inner {
         let metadata_due = pin.is_some_and(|(_, table)| table.is_none());
         // A tag set stays as long as a memtable has rows of it.
         let holding = self.registry.is_pressed();
+        let waits = |table_id: u16| version.table(table_id).is_some_and(|t| !t.flushing.is_empty());
         let due = |m: &Memtable| {
-            m.bytes() >= self.settings.flush_bytes
-                || holding && m.first_ms().is_some_and(|first| now_ms - first >= HOLDING_MS)
+            let wanted = holding && m.first_ms().is_some_and(|first| now_ms - first >= HOLDING_MS)
                 || m.first_ms().is_some_and(|first| now_ms - first >= interval_ms || now_ms < first - CLOCK_STEP_MS)
                 || (pressed && m.bytes() == greatest)
-                || pinning == Some(m.table().id)
+                || pinning == Some(m.table().id);
+            // Of a table that can't be flushed no more is frozen than memory has room for: what waits is written first,
+            // and many small memtables would be no sooner in files than one.
+            m.bytes() >= self.settings.flush_bytes || wanted && !waits(m.table().id)
         };
-        if metadata_due || version.tables.iter().any(|t| t.active.rows() > 0 && due(&t.active)) {
-            self.freeze(due).await;
+        let any_due = metadata_due || version.tables.iter().any(|t| t.active.rows() > 0 && due(&t.active));
+        if any_due && self.freeze(due).await.is_err() {
+            return true;
         }
         // Without rows nothing would come by here, and while the log is too long there are none.
         let trim_due = self.trim_due.load(Ordering::Relaxed);
         metadata_due || trim_due || self.version().tables.iter().any(|t| !t.flushing.is_empty())
     }
 
-    /// Refuses when memory or log are beyond what a flush could free in time, and when nothing can be flushed any more.
-    pub(crate) fn check_room(&self) -> Result<()> {
+    /// Refuses when no write will be taken any more.
+    pub(crate) fn check_writable(&self) -> Result<()> {
         if self.files.is_fenced() {
             return Err(Error::unavailable("another server has taken this database over; this one takes no writes"));
         }
+        self.queue.closed().map_or(Ok(()), |why| Err(Error::unavailable(why)))
+    }
+
+    /// Refuses when memory or log are beyond what a flush could free in time, and when nothing can be flushed any more.
+    pub(crate) fn check_room(&self) -> Result<()> {
+        self.check_writable()?;
         self.check_disk()?;
         self.memory.check(Kind::Queue).inspect_err(|_| self.metrics.limit("memory"))?;
         let memory = self.version().memory();
@@ -305,10 +344,10 @@ impl Inner {
         Ok(())
     }
 
-    /// Notes what memtables and tag sets hold.
+    /// Notes what memtables, tag sets and metric metadata hold.
     pub(crate) fn note_memory(&self) {
         self.memory.note(Kind::Memtables, self.version().memory());
-        self.memory.note(Kind::TagSets, self.registry.bytes());
+        self.memory.note(Kind::TagSets, self.registry.bytes() + self.metadata.lock().bytes());
     }
 
     /// Gives caches less memory while it is scarce.
@@ -351,22 +390,19 @@ impl Inner {
     }
 }
 
+/// Runs a piece of upkeep. A panic in it, which is a bug, becomes an error: were the loop to end of which it is a part,
+/// nobody would notice before memory is full.
+async fn caught(work: impl Future<Output = Result<()>>) -> Result<()> {
+    let ended = AssertUnwindSafe(work).catch_unwind().await;
+    ended.unwrap_or_else(|_| Err(Error::internal("a panic, which is a bug")))
+}
+
 /// Flushes what is due until `inner.stopping`.
 pub(crate) async fn run_flusher(inner: Arc<Inner>) {
     let mut retry = Instant::now();
     while inner.stopping.run_until_cancelled(tokio::time::sleep(TICK)).await.is_some() {
-        inner.note_memory();
-        inner.snapshots.relieve(&inner);
-        inner.bound_caches();
-        inner.set_gauges();
-        if inner.reserve.is_full() && !inner.reserve.refill() && inner.metrics.wal_size.get() > 0 {
-            // What is in files needs the log no more, which gives room back.
-            inner.freeze(|_| true).await;
-        }
-        if inner.freeze_due().await
-            && Instant::now() >= retry
-            && let Err(e) = inner.flush_frozen().await
-        {
+        if let Err(e) = caught(tick(&inner, retry)).await {
+            inner.metrics.flush_failures.inc();
             tracing::error!(error = %e, "flush failed and will be tried again");
             retry = Instant::now() + RETRY;
             inner.reserve.suspect();
@@ -374,11 +410,28 @@ pub(crate) async fn run_flusher(inner: Arc<Inner>) {
     }
 }
 
+/// Looks after memory, and from `retry` on flushes what is due.
+pub(crate) async fn tick(inner: &Arc<Inner>, retry: Instant) -> Result<()> {
+    inner.note_memory();
+    inner.snapshots.relieve(inner);
+    inner.bound_caches();
+    inner.set_gauges();
+    let full = inner.reserve.is_full() && !inner.reserve.refill();
+    if Instant::now() < retry {
+        return Ok(());
+    }
+    if full && inner.metrics.wal_size.get() > 0 {
+        // What is in files needs the log no more, which gives room back.
+        inner.freeze(|_| true).await?;
+    }
+    if inner.freeze_due().await { inner.flush_frozen().await } else { Ok(()) }
+}
+
 /// Compacts now and then until `inner.stopping`.
 pub(crate) async fn run_compactor(inner: Arc<Inner>) {
     while inner.stopping.run_until_cancelled(tokio::time::sleep(COMPACT_INTERVAL)).await.is_some() {
         let begun = Instant::now();
-        match inner.stopping.run_until_cancelled(crate::compact::due(&inner)).await {
+        match inner.stopping.run_until_cancelled(caught(crate::compact::due(&inner))).await {
             None => {}
             Some(Ok(())) => inner.metrics.compaction.observe(begun.elapsed().as_secs_f64()),
             Some(Err(e)) => {
@@ -393,7 +446,13 @@ pub(crate) async fn run_compactor(inner: Arc<Inner>) {
 /// Brings the SQL catalog up to date after an outage, until `inner.stopping`.
 pub(crate) async fn run_follower(inner: Arc<Inner>) {
     while inner.stopping.run_until_cancelled(tokio::time::sleep(FOLLOW_INTERVAL)).await.is_some() {
+        let follow = async {
+            inner.files.follow().await;
+            Ok(())
+        };
         // Given up in between, it begins anew the next time.
-        inner.stopping.run_until_cancelled(inner.files.follow()).await;
+        if let Some(Err(e)) = inner.stopping.run_until_cancelled(caught(follow)).await {
+            tracing::error!(error = %e, "SQL catalog was not brought up to date");
+        }
     }
 }

@@ -179,6 +179,9 @@ pub(crate) struct Wal {
     writer: Writer,
     /// Records encoded and not yet written.
     pending: Vec<u8>,
+    /// Whether a group is being encoded, written and applied to memtables. Whoever takes the log and finds it so knows
+    /// that a panic left the group half done.
+    pub(crate) in_group: bool,
 }
 
 impl Wal {
@@ -194,6 +197,7 @@ impl Wal {
             owner,
             writer: Writer::default(),
             pending: vec![],
+            in_group: false,
         }
     }
 

@@ -1,7 +1,10 @@
 //! Opening, writing, restarting, and reading while memtables are frozen.
 
+mod backups;
+mod compaction;
 mod faults;
 mod snapshots;
+mod stores;
 mod views;
 
 use std::collections::BTreeMap;
@@ -199,7 +202,7 @@ async fn freezing_under_writes_hides_nothing() {
         })
         .collect();
     for _ in 0..30 {
-        engine.inner().freeze(|_| true).await;
+        engine.inner().freeze(|_| true).await.unwrap();
         tokio::task::yield_now().await;
     }
     for writer in writers {
@@ -383,6 +386,31 @@ async fn queries_run_within_their_deadline_and_stop_when_dropped() {
     assert_eq!(crate::error_of(error).kind(), catalog::ErrorKind::Invalid);
 }
 
+/// One that ended while its reader paused holds nobody up.
+#[tokio::test]
+async fn a_paused_reader_of_a_failed_query_keeps_no_turn() {
+    let dir = tempfile::tempdir().unwrap();
+    let settings = Settings { queries_max: 1, query_wait_max: Duration::from_secs(5), ..settings(dir.path()) };
+    let engine = Engine::open(settings, components(&bucket()), Extensions::default()).await.unwrap();
+    let session = engine.session();
+    let plan = session.state().create_logical_plan("select * from generate_series(1, 100000000000)").await.unwrap();
+    let short = QueryLimits { timeout: Duration::from_millis(300) };
+    let query = engine.begin(short).await.unwrap();
+    let mut stream = engine.execute(&session.state(), plan, query).await.unwrap();
+    assert!(stream.try_next().await.unwrap().is_some());
+    let other = engine.begin(QueryLimits { timeout: Duration::from_secs(60) }).await;
+    assert!(other.is_ok(), "{other:?}");
+    // What it had given comes first, then why there is no more.
+    let error = loop {
+        match stream.try_next().await {
+            Ok(batch) => assert!(batch.is_some(), "an end without an error"),
+            Err(e) => break e,
+        }
+    };
+    assert_eq!(crate::error_of(error).kind(), catalog::ErrorKind::Timeout);
+    assert!(stream.try_next().await.unwrap().is_none());
+}
+
 /// What is known already needs no place in the log, and tells whoever lost it nothing.
 #[tokio::test]
 async fn whoever_was_replaced_acknowledges_not_even_what_is_known() {
@@ -401,7 +429,7 @@ async fn whoever_was_replaced_acknowledges_not_even_what_is_known() {
     }
     let new = open(other.path()).await;
     assert_eq!(old.write(described("2")).await.unwrap_err().kind(), catalog::ErrorKind::Unavailable);
-    assert!(old.is_replaced());
+    assert!(old.check_writable().is_err());
     new.write(described("2")).await.unwrap();
 }
 
@@ -415,7 +443,7 @@ async fn whoever_opens_a_database_last_has_it() {
     assert_eq!(refused.kind(), catalog::ErrorKind::Unavailable);
     let refused = old.write(request(&old, &[("a", NOW + 1, 1.0)])).await.unwrap_err();
     assert!(refused.message().contains("taken this database over"), "{refused}");
-    assert!(old.is_replaced() && !new.is_replaced());
+    assert!(old.check_writable().is_err() && new.check_writable().is_ok());
     new.write(request(&new, &[("b", NOW, 2.0)])).await.unwrap();
     new.flush().await.unwrap();
     // What the old one acknowledged is in its log, until it is opened again.
