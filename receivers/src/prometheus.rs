@@ -48,8 +48,12 @@ const VALUE_BYTES_MAX: usize = 16 << 10;
 const EXEMPLAR_BYTES_MAX: usize = 1024;
 /// Most metadata entries of a request.
 const METADATA_MAX: usize = 50_000;
-/// Most bytes of a help text or a unit.
+/// Most bytes of the texts of these: version 2.0 can name one help text with every metric.
+const METADATA_BYTES_MAX: usize = 16 << 20;
+/// Most bytes of a help text.
 const HELP_BYTES_MAX: usize = 16 << 10;
+/// Most bytes of a unit.
+const UNIT_BYTES_MAX: usize = 256;
 /// Rejections that are kept with their text; all are counted.
 const REJECTIONS_KEPT: usize = 10;
 /// Most bytes of a series in a message.
@@ -177,6 +181,8 @@ struct Request<'r> {
     rows: Rows,
     rejected: Rejected,
     metadata: Vec<engine::MetricMetadata>,
+    /// Bytes of their texts.
+    metadata_bytes: usize,
     histogram: Histogram,
     json: String,
     limits: Limits<'r>,
@@ -199,6 +205,7 @@ impl<'r> Request<'r> {
             rows: Rows::with_capacity(series),
             rejected: Rejected::default(),
             metadata: Vec::new(),
+            metadata_bytes: 0,
             histogram: Histogram::default(),
             json: String::new(),
             limits,
@@ -253,7 +260,14 @@ impl<'r> Request<'r> {
     fn resolve(&mut self, labels: &mut Vec<(&str, &str)>, mut wire: Option<u128>) -> Result<bool> {
         if let Some(sources) = &mut self.sources {
             let raw = labels.iter().map(|(name, value)| (name.as_bytes(), value.as_bytes()));
-            if let Some(source) = sources.replicas().source(raw) {
+            let source = match sources.replicas().source(raw) {
+                Ok(source) => source,
+                Err(message) => {
+                    self.refuse(Reason::Labels, "labels", || series_text(labels), message);
+                    return Ok(false);
+                }
+            };
+            if let Some(source) = source {
                 if !sources.stored(source)? {
                     self.leave_out();
                     return Ok(false);
@@ -322,8 +336,10 @@ impl<'r> Request<'r> {
             Some("metric name is empty".to_owned())
         } else if metric.len() > NAME_BYTES_MAX {
             Some(format!("metric name has {} bytes; {NAME_BYTES_MAX} are allowed", metric.len()))
-        } else if help.len() > HELP_BYTES_MAX || unit.len() > HELP_BYTES_MAX {
-            Some(format!("help or unit has {} bytes; {HELP_BYTES_MAX} are allowed", help.len().max(unit.len())))
+        } else if help.len() > HELP_BYTES_MAX {
+            Some(format!("help has {} bytes; {HELP_BYTES_MAX} are allowed", help.len()))
+        } else if unit.len() > UNIT_BYTES_MAX {
+            Some(format!("unit has {} bytes; {UNIT_BYTES_MAX} are allowed", unit.len()))
         } else {
             None
         };
@@ -340,6 +356,12 @@ impl<'r> Request<'r> {
         if self.metadata.len() >= METADATA_MAX {
             return Err(Error::limit_exceeded(format!(
                 "request holds more than {METADATA_MAX} metadata entries; send less at a time"
+            )));
+        }
+        self.metadata_bytes += metric.len() + help.len() + unit.len();
+        if self.metadata_bytes > METADATA_BYTES_MAX {
+            return Err(Error::limit_exceeded(format!(
+                "request holds metadata of more than {METADATA_BYTES_MAX} bytes; send less at a time"
             )));
         }
         self.metadata.push(engine::MetricMetadata {
@@ -385,6 +407,15 @@ fn check_labels(labels: &mut [(&str, &str)]) -> Result<(), String> {
     if labels.len() > LABELS_MAX {
         return Err(format!("series has over {LABELS_MAX} labels; {LABELS_MAX} are allowed"));
     }
+    // First of all: sorting compares names.
+    for (name, value) in labels.iter() {
+        if name.len() > NAME_BYTES_MAX {
+            return Err(long_name(name));
+        }
+        if value.len() > VALUE_BYTES_MAX {
+            return Err(long_value(name, value.len()));
+        }
+    }
     if !labels.is_sorted_by(|a, b| a.0 < b.0) {
         labels.sort_by(|a, b| a.0.cmp(b.0));
         if let Some(w) = labels.windows(2).find(|w| w[0].0 == w[1].0) {
@@ -396,27 +427,33 @@ fn check_labels(labels: &mut [(&str, &str)]) -> Result<(), String> {
         if name.is_empty() {
             return Err("a label name is empty; names must have at least one character".to_owned());
         }
-        if name.len() > NAME_BYTES_MAX {
-            return Err(format!("label name {:?} has {} bytes; {NAME_BYTES_MAX} are allowed", cut(name), name.len()));
-        }
-        if value.len() > VALUE_BYTES_MAX {
-            return Err(format!("value of label {name:?} has {} bytes; {VALUE_BYTES_MAX} are allowed", value.len()));
-        }
         metric |= *name == METRIC_NAME && !value.is_empty();
     }
     if metric { Ok(()) } else { Err(format!("label {METRIC_NAME:?} is missing or empty; it must name the metric")) }
 }
 
+/// What is wrong with a label name of more than [`NAME_BYTES_MAX`] bytes.
+fn long_name(name: impl AsRef<[u8]>) -> String {
+    let bytes = name.as_ref().len();
+    format!("label name {:?} has {bytes} bytes; {NAME_BYTES_MAX} are allowed", cut(name))
+}
+
+/// What is wrong with the value of a label that has more than [`VALUE_BYTES_MAX`] bytes.
+fn long_value(name: impl AsRef<[u8]>, bytes: usize) -> String {
+    format!("value of label {:?} has {bytes} bytes; {VALUE_BYTES_MAX} are allowed", cut(name))
+}
+
 /// Writes an exemplar's labels as a JSON object with sorted keys.
 fn exemplar_labels(labels: &mut [(&str, &str)], out: &mut String) -> Result<(), String> {
     out.clear();
-    labels.sort_by(|a, b| a.0.cmp(b.0));
-    if let Some(w) = labels.windows(2).find(|w| w[0].0 == w[1].0) {
-        return Err(format!("label name {:?} occurs twice", cut(w[0].0)));
-    }
+    // First of all: sorting compares names.
     let bytes: usize = labels.iter().map(|(k, v)| k.len() + v.len()).sum();
     if bytes > EXEMPLAR_BYTES_MAX {
         return Err(format!("labels have {bytes} bytes; {EXEMPLAR_BYTES_MAX} are allowed"));
+    }
+    labels.sort_by(|a, b| a.0.cmp(b.0));
+    if let Some(w) = labels.windows(2).find(|w| w[0].0 == w[1].0) {
+        return Err(format!("label name {:?} occurs twice", cut(w[0].0)));
     }
     out.push('{');
     for (i, (name, value)) in labels.iter().enumerate() {
@@ -462,8 +499,8 @@ fn keep<'a>(labels: &mut Vec<RawLabel<'a>>, label: RawLabel<'a>) {
 fn utf8<'a>(raw: &[RawLabel<'a>]) -> Result<Vec<(&'a str, &'a str)>, String> {
     raw.iter()
         .map(|(name, value)| {
-            let name = std::str::from_utf8(name)
-                .map_err(|e| format!("label name {:?} is not UTF-8: {e}", cut(&String::from_utf8_lossy(name))))?;
+            let name =
+                std::str::from_utf8(name).map_err(|e| format!("label name {:?} is not UTF-8: {e}", cut(name)))?;
             let value =
                 std::str::from_utf8(value).map_err(|e| format!("value of label {:?} is not UTF-8: {e}", cut(name)))?;
             Ok((name, value))
@@ -471,15 +508,8 @@ fn utf8<'a>(raw: &[RawLabel<'a>]) -> Result<Vec<(&'a str, &'a str)>, String> {
         .collect()
 }
 
-/// A series as PromQL writes it, from labels that need not be UTF-8.
-fn lossy_text(raw: &[RawLabel<'_>]) -> String {
-    let owned: Vec<_> = raw.iter().map(|(k, v)| (String::from_utf8_lossy(k), String::from_utf8_lossy(v))).collect();
-    let labels: Vec<_> = owned.iter().map(|(k, v)| (&**k, &**v)).collect();
-    series_text(&labels)
-}
-
-/// A series as PromQL writes it.
-fn series_text(labels: &[(&str, &str)]) -> String {
+/// A series as PromQL writes it; its labels need not be UTF-8.
+fn series_text<T: AsRef<[u8]>>(labels: &[(T, T)]) -> String {
     let mut out = String::from("{");
     for (i, (name, value)) in labels.iter().enumerate() {
         if i > 0 {
@@ -488,17 +518,20 @@ fn series_text(labels: &[(&str, &str)]) -> String {
         // Writing into a String does not fail.
         let _ = write!(out, "{}={:?}", cut(name), cut(value));
         if out.len() > SERIES_TEXT_MAX {
-            return cut(&out);
+            return cut(out);
         }
     }
     out.push('}');
     out
 }
 
-/// A text, cut after [`SERIES_TEXT_MAX`] bytes.
-fn cut(text: &str) -> String {
-    if text.len() <= SERIES_TEXT_MAX {
-        return text.to_owned();
+/// A text, which need not be UTF-8, cut after [`SERIES_TEXT_MAX`] bytes. No more of it is looked at than a character
+/// beyond.
+fn cut(text: impl AsRef<[u8]>) -> String {
+    let text = text.as_ref();
+    let start = String::from_utf8_lossy(&text[..text.len().min(SERIES_TEXT_MAX + 4)]);
+    if start.len() <= SERIES_TEXT_MAX {
+        return start.into_owned();
     }
-    format!("{}...", &text[..text.floor_char_boundary(SERIES_TEXT_MAX)])
+    format!("{}...", &start[..start.floor_char_boundary(SERIES_TEXT_MAX)])
 }

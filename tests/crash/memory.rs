@@ -10,7 +10,7 @@ use super::group::Group;
 use super::hostile;
 use super::ledger::Ledger;
 use super::{extent, figures};
-use crate::harness::remote_write::HEADERS;
+use crate::harness::remote_write::{HEADERS, HEADERS_V2, snappy};
 use crate::harness::{Client, Down, Random, Series, Server, Setup, now_ms, series, wait_for};
 
 const WRITERS: u64 = 2;
@@ -169,6 +169,23 @@ fn declared(mut length: u64) -> Vec<u8> {
     out
 }
 
+/// A request of remote write 2.0 whose series refer to one symbol of 8 MiB, over and over: a byte for each time.
+fn references(symbol: u8, series: usize) -> Vec<u8> {
+    let mut message = vec![0x22, 0, 0x22];
+    let varint = |out: &mut Vec<u8>, length: usize| out.extend(declared(length as u64));
+    varint(&mut message, 8 << 20);
+    message.resize(message.len() + (8 << 20), symbol);
+    let mut one = vec![0x0a];
+    varint(&mut one, 512);
+    one.resize(one.len() + 512, 1);
+    for _ in 0..series {
+        message.push(0x2a);
+        varint(&mut message, one.len());
+        message.extend_from_slice(&one);
+    }
+    snappy(&message)
+}
+
 #[test]
 fn bombs_are_refused_before_they_go_off() {
     let server = Server::start();
@@ -194,6 +211,12 @@ fn bombs_are_refused_before_they_go_off() {
             }
         });
     }
+    let refer = |body: &[u8]| {
+        let answer = Client::new(address).request("POST", "/api/v1/write", &HEADERS_V2, body).expect("an answer");
+        assert!(answer.status == 400 && answer.text().contains("1024 are allowed"), "{}", answer.text());
+    };
+    refer(&references(0xff, 1));
+    refer(&references(b'x', 16_000));
     // Just small enough to be let in by its size on the wire.
     send(&bomb(300 << 20));
     let peak = hostile::memory(server.pid(), "VmHWM:");

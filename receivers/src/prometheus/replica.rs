@@ -6,20 +6,26 @@
 //! came from the elected replica for the failover time, the next one that sends is elected.
 //!
 //! What always holds: a series without both labels is stored as it is; the first replica that is met after a start is
-//! elected, so never are all left out; a clock that jumps back delays no failover.
+//! elected, so never are all left out; a clock that jumps back delays no failover; what is remembered is bounded, and
+//! forgotten when its cluster has been silent for long.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use catalog::tag::METRIC_NAME;
 use catalog::{Error, Result};
 use engine::Telemetry;
 use parking_lot::Mutex;
 use prometheus_client::metrics::counter::Counter;
 
-use super::{RawLabel, VALUE_BYTES_MAX};
+use super::{RawLabel, cut};
 
 /// Most clusters with an elected replica.
 const CLUSTERS_MAX: usize = 10_000;
+/// Most bytes of the name of a cluster or a replica.
+const NAME_BYTES_MAX: usize = 256;
+/// A cluster is forgotten after this long without its elected replica, unless the failover takes longer.
+const FORGOTTEN_AFTER_MS: i64 = 3_600_000;
 /// Sources of a request whose decision is remembered; beyond, the elections are asked for every series.
 const SOURCES_KEPT: usize = 16;
 
@@ -58,33 +64,59 @@ impl Replicas {
         &self.replica_label
     }
 
-    /// The cluster and the replica that labels name, in any order; none unless both are there once and not empty.
-    pub(super) fn source<'a>(&self, labels: impl IntoIterator<Item = RawLabel<'a>>) -> Option<RawLabel<'a>> {
-        let (mut cluster, mut replica) = (None, None);
+    /// The cluster and the replica that labels name, in any order; none unless both are there once and not empty, and a
+    /// metric is named, without which the series is refused and must not elect anybody.
+    ///
+    /// # Errors
+    /// The name of either is too long; the error says which.
+    pub(super) fn source<'a>(
+        &self,
+        labels: impl IntoIterator<Item = RawLabel<'a>>,
+    ) -> Result<Option<RawLabel<'a>>, String> {
+        let (mut cluster, mut replica, mut metric) = (None, None, false);
         for (name, value) in labels {
             let place = if name == self.replica_label.as_bytes() {
                 &mut replica
             } else if name == self.cluster_label.as_bytes() {
                 &mut cluster
             } else {
+                metric |= name == METRIC_NAME.as_bytes() && !value.is_empty();
                 continue;
             };
             if place.replace(value).is_some() {
-                return None;
+                return Ok(None);
             }
         }
-        // Longer ones are refused with their series.
-        let usable = |value: &[u8]| (1..=VALUE_BYTES_MAX).contains(&value.len());
-        cluster.zip(replica).filter(|(cluster, replica)| usable(cluster) && usable(replica))
+        let Some((cluster, replica)) = cluster.zip(replica).filter(|(c, r)| metric && !c.is_empty() && !r.is_empty())
+        else {
+            return Ok(None);
+        };
+        for (label, value) in [(&self.cluster_label, cluster), (&self.replica_label, replica)] {
+            if value.len() > NAME_BYTES_MAX {
+                return Err(format!(
+                    "value of label {label:?} has {} bytes; {NAME_BYTES_MAX} are allowed where it tells replicas apart",
+                    value.len()
+                ));
+            }
+        }
+        Ok(Some((cluster, replica)))
     }
 
     /// Whether what a replica sent now is stored.
     ///
     /// # Errors
     /// `LimitExceeded` for one cluster too many.
-    fn elect(&self, (cluster, replica): RawLabel<'_>, now_ms: i64) -> Result<bool> {
+    fn elect(&self, source: RawLabel<'_>, now_ms: i64) -> Result<bool> {
         let mut elections = self.elections.lock();
         let now = elections.pass(now_ms);
+        let stored = self.decide(&mut elections, source, now);
+        if now - elections.tidied_ms >= FORGOTTEN_AFTER_MS {
+            elections.forget(now, self.failover_ms.max(FORGOTTEN_AFTER_MS));
+        }
+        stored
+    }
+
+    fn decide(&self, elections: &mut Elections, (cluster, replica): RawLabel<'_>, now: i64) -> Result<bool> {
         if let Some(elected) = elections.by_cluster.get_mut(cluster) {
             let is_elected = elected.replica == replica;
             if !is_elected && now - elected.seen_ms <= self.failover_ms {
@@ -92,9 +124,9 @@ impl Replicas {
             }
             if !is_elected {
                 tracing::info!(
-                    cluster = %String::from_utf8_lossy(cluster),
-                    from = %String::from_utf8_lossy(&elected.replica),
-                    to = %String::from_utf8_lossy(replica),
+                    cluster = %cut(cluster),
+                    from = %cut(&elected.replica),
+                    to = %cut(replica),
                     silent_ms = now - elected.seen_ms,
                     "another replica is elected"
                 );
@@ -105,8 +137,7 @@ impl Replicas {
             return Ok(true);
         }
         if elections.by_cluster.len() >= CLUSTERS_MAX {
-            let failover_ms = self.failover_ms;
-            elections.by_cluster.retain(|_, elected| now - elected.seen_ms <= failover_ms);
+            elections.forget(now, self.failover_ms);
         }
         if elections.by_cluster.len() >= CLUSTERS_MAX {
             return Err(Error::limit_exceeded(format!(
@@ -126,6 +157,8 @@ struct Elections {
     clock_ms: Option<i64>,
     /// Milliseconds that passed: the sum of what the clock went forward.
     passed_ms: i64,
+    /// When silent clusters were forgotten last, in `passed_ms`.
+    tidied_ms: i64,
     by_cluster: BTreeMap<Vec<u8>, Elected>,
 }
 
@@ -142,6 +175,12 @@ impl Elections {
         let before = self.clock_ms.replace(clock_ms).unwrap_or(clock_ms);
         self.passed_ms = self.passed_ms.saturating_add(clock_ms.saturating_sub(before).max(0));
         self.passed_ms
+    }
+
+    /// Forgets clusters whose elected replica has sent nothing for so long.
+    fn forget(&mut self, now: i64, silent_ms: i64) {
+        self.by_cluster.retain(|_, elected| now - elected.seen_ms <= silent_ms);
+        self.tidied_ms = now;
     }
 }
 
@@ -208,19 +247,22 @@ mod tests {
         fn check(labels: &[(&str, &str)], expected: Option<(&str, &str)>) {
             let raw = labels.iter().map(|(k, v)| (k.as_bytes(), v.as_bytes()));
             let got = replicas().source(raw);
-            assert_eq!(got, expected.map(|(c, r)| (c.as_bytes(), r.as_bytes())), "{labels:?}");
+            assert_eq!(got, Ok(expected.map(|(c, r)| (c.as_bytes(), r.as_bytes()))), "{labels:?}");
         }
-        let (cluster, replica) = (("cluster", "c"), ("__replica__", "a"));
-        check(&[cluster, replica], Some(("c", "a")));
-        check(&[replica, ("job", "j"), cluster], Some(("c", "a")));
-        check(&[cluster], None);
-        check(&[replica], None);
+        let (up, cluster, replica) = (("__name__", "up"), ("cluster", "c"), ("__replica__", "a"));
+        check(&[up, cluster, replica], Some(("c", "a")));
+        check(&[replica, ("job", "j"), cluster, up], Some(("c", "a")));
+        check(&[up, cluster], None);
+        check(&[up, replica], None);
         check(&[], None);
-        check(&[cluster, replica, replica], None);
-        check(&[cluster, cluster, replica], None);
-        check(&[cluster, ("__replica__", "")], None);
-        check(&[("cluster", ""), replica], None);
-        check(&[("cluster", &"x".repeat(VALUE_BYTES_MAX + 1)), replica], None);
+        check(&[up, cluster, replica, replica], None);
+        check(&[up, cluster, cluster, replica], None);
+        check(&[up, cluster, ("__replica__", "")], None);
+        check(&[up, ("cluster", ""), replica], None);
+        check(&[cluster, replica], None);
+        check(&[("__name__", ""), cluster, replica], None);
+        let longest = "x".repeat(NAME_BYTES_MAX);
+        check(&[up, ("cluster", &longest), ("__replica__", &longest)], Some((&longest, &longest)));
     }
 
     /// Steps are the clock in seconds, cluster, replica, and whether it is stored.
@@ -288,6 +330,21 @@ mod tests {
         assert!(!elect(5, "b", 1000).unwrap(), "known clusters go on");
         assert!(elect(CLUSTERS_MAX, "a", 31_000).unwrap());
         assert_eq!(replicas.elections.lock().by_cluster.len(), 1);
+    }
+
+    #[test]
+    fn a_cluster_that_is_silent_for_long_is_forgotten() {
+        let replicas = replicas();
+        let elect = |cluster: &str, replica: &str, seconds: i64| {
+            replicas.elect((cluster.as_bytes(), replica.as_bytes()), seconds * 1000).unwrap()
+        };
+        let kept = || replicas.elections.lock().by_cluster.len();
+        assert!(elect("c", "a", 0) && elect("d", "a", 0) && elect("d", "a", 3599));
+        assert_eq!(kept(), 2);
+        assert!(elect("d", "a", 7000));
+        assert_eq!(kept(), 1, "nothing came from c for more than an hour");
+        assert!(elect("c", "b", 7001));
+        assert_eq!(replicas.failovers.get(), 0, "what was forgotten is no failover");
     }
 
     #[test]

@@ -2,13 +2,17 @@
 
 use catalog::{Encoder, Result, TagHasher, TagRef};
 
-use super::{Counts, Decoded, Limits, RawLabel, Reason, Request, Sources, check_series_count, keep, lossy_text, utf8};
+use super::{
+    Counts, Decoded, Limits, RawLabel, Reason, Request, Sources, check_series_count, cut, keep, series_text, utf8,
+};
 use crate::wire::{self, Cursor, fixed64_key, len_key, varint_key};
 
 /// The wire forms of this version in the encoder.
 const DOMAIN: u8 = 1;
 /// The wire forms of series that are stored without their replica label.
 const REPLICA_DOMAIN: u8 = 4;
+/// In place of a hash: nothing is found under it.
+const UNKNOWN: u128 = 0;
 /// The last field of a 1.0 histogram.
 const HISTOGRAM_FIELDS: u32 = 16;
 
@@ -97,25 +101,28 @@ fn forms(body: &[u8], hasher: &TagHasher, mut sources: Option<&mut Sources<'_>>)
         }
         let len = message.rest().len() - rest.rest().len();
         let labels = &message.rest()[..len];
-        let mut domain = DOMAIN;
+        let mut wire = hasher.wire(DOMAIN, labels);
         if let Some(sources) = &mut sources
             && (forms.wires.is_empty() || forms.replicas.is_some())
         {
             raw.clear();
             read_labels(Cursor::new(labels), &mut raw)?;
-            let source = sources.replicas().source(raw.iter().copied());
-            if source.is_some() {
-                domain = REPLICA_DOMAIN;
-                forms.replicas.get_or_insert_default();
+            let mut stored = true;
+            match sources.replicas().source(raw.iter().copied()) {
+                Ok(None) => {}
+                Ok(Some(source)) => {
+                    wire = hasher.wire(REPLICA_DOMAIN, labels);
+                    forms.replicas.get_or_insert_default();
+                    stored = sources.stored(source)?;
+                }
+                // It is refused, whatever its form was known as before.
+                Err(_) => wire = UNKNOWN,
             }
             if let Some(left_out) = &mut forms.replicas {
-                left_out.push(match source {
-                    Some(source) => !sources.stored(source)?,
-                    None => false,
-                });
+                left_out.push(!stored);
             }
         }
-        forms.wires.push(hasher.wire(domain, labels));
+        forms.wires.push(wire);
         // A body of 4 GiB is refused long before.
         forms.labels.push(len as u32);
     }
@@ -202,7 +209,7 @@ fn unknown(request: &mut Request<'_>, message: &Cursor<'_>, wire: Option<u128>) 
         Ok(mut labels) => {
             request.resolve(&mut labels, wire)?;
         }
-        Err(what) => request.refuse(Reason::Labels, "labels", || lossy_text(&raw), what),
+        Err(what) => request.refuse(Reason::Labels, "labels", || series_text(&raw), what),
     }
     Ok(())
 }
@@ -265,8 +272,12 @@ fn metadata(request: &mut Request<'_>, mut c: Cursor<'_>) -> Result<()> {
     match (std::str::from_utf8(metric), std::str::from_utf8(help), std::str::from_utf8(unit)) {
         (Ok(metric), Ok(help), Ok(unit)) => request.metadata(metric, kind, help, unit),
         _ => {
-            let name = || super::cut(&String::from_utf8_lossy(metric));
-            request.rejected.add(Reason::Metadata, "metadata", name, "metric, help or unit is not UTF-8".to_owned());
+            request.rejected.add(
+                Reason::Metadata,
+                "metadata",
+                || cut(metric),
+                "metric, help or unit is not UTF-8".to_owned(),
+            );
             Ok(())
         }
     }
@@ -306,5 +317,5 @@ fn read_labels<'a>(mut series: Cursor<'a>, labels: &mut Vec<RawLabel<'a>>) -> wi
 
 /// The series for a message about it.
 fn text_of(series: &Cursor<'_>) -> String {
-    raw_labels(series.clone()).map_or_else(|e| e.to_string(), |raw| lossy_text(&raw))
+    raw_labels(series.clone()).map_or_else(|e| e.to_string(), |raw| series_text(&raw))
 }

@@ -3,6 +3,9 @@
 //! Texts are in a symbol table and series hold references into it, so equal series differ in bytes between requests. Each
 //! symbol is hashed once per request; the hashes of a series' symbols, one after another, are what the encoder knows the
 //! series by.
+//!
+//! A reference takes a byte of the body and can stand for a text of many. So each symbol is checked for UTF-8 once, its
+//! length is looked at before its text, and what the references of a request stand for is bounded as a whole.
 
 use std::collections::HashSet;
 
@@ -10,8 +13,8 @@ use catalog::tag::METRIC_NAME;
 use catalog::{Encoder, Error, Result, TagHasher, TagRef};
 
 use super::{
-    Counts, Decoded, LABELS_MAX, Limits, RawLabel, Reason, Replicas, Request, Sources, check_series_count, cut, keep,
-    lossy_text, utf8,
+    Counts, Decoded, LABELS_MAX, Limits, RawLabel, Reason, Replicas, Request, Sources, VALUE_BYTES_MAX,
+    check_series_count, cut, keep, kind_name, long_name, long_value, series_text,
 };
 use crate::wire::{self, Cursor, fixed64_key, len_key, varint_key};
 
@@ -23,8 +26,10 @@ const REPLICA_DOMAIN: u8 = 5;
 const SYMBOL_DOMAIN: u8 = 3;
 /// The last field of a 2.0 histogram.
 const HISTOGRAM_FIELDS: u32 = 17;
-/// Most symbols of a request. A symbol can take two bytes of a body and takes 32 here.
+/// Most symbols of a request. A symbol can take two bytes of a body and takes 40 here.
 const SYMBOLS_MAX: usize = 1_000_000;
+/// Most bytes of the labels of all series of a request that were not met before: what a body of 1.0 has room for.
+const LABEL_BYTES_MAX: usize = 64 << 20;
 
 const SYMBOL: u32 = len_key(4);
 const TIMESERIES: u32 = len_key(5);
@@ -36,8 +41,16 @@ const EXEMPLAR: u32 = len_key(4);
 
 #[derive(Clone, Copy)]
 struct Symbol<'a> {
-    text: &'a [u8],
-    hash: u128,
+    /// Its bytes when they are not UTF-8.
+    text: Result<&'a str, &'a [u8]>,
+    /// As the bytes that are hashed again with those of other symbols.
+    hash: [u8; 16],
+}
+
+impl<'a> Symbol<'a> {
+    fn bytes(&self) -> &'a [u8] {
+        self.text.map_or_else(|bytes| bytes, str::as_bytes)
+    }
 }
 
 /// What the series of a request share.
@@ -48,7 +61,9 @@ struct Symbols<'a> {
     /// Hashes of their symbols.
     hashes: Vec<u8>,
     /// Metadata met so far: metric, kind, help and unit.
-    described: HashSet<(u32, u64, u32, u32)>,
+    described: HashSet<(u32, &'static str, u32, u32)>,
+    /// Bytes of the labels that were decoded so far.
+    label_bytes: usize,
 }
 
 /// Decodes an uncompressed request of remote write 2.0.
@@ -59,12 +74,13 @@ struct Symbols<'a> {
 pub fn decode_v2(body: &[u8], encoder: Encoder<'_>, limits: Limits<'_>) -> Result<Decoded> {
     let (table, series_count) = symbols(body, encoder.hasher())?;
     let empty_request = table.is_empty() && series_count == 0;
-    if !empty_request && table.first().is_none_or(|s| !s.text.is_empty()) {
+    if !empty_request && table.first().is_none_or(|s| !s.bytes().is_empty()) {
         return Err(Error::invalid("symbols: the first symbol must be the empty text"));
     }
-    let mut symbols = Symbols { table, refs: Vec::new(), hashes: Vec::new(), described: HashSet::new() };
+    let mut symbols =
+        Symbols { table, refs: Vec::new(), hashes: Vec::new(), described: HashSet::new(), label_bytes: 0 };
     // Without the symbol no series can name a replica.
-    let replicas = limits.replicas.filter(|r| symbols.table.iter().any(|s| s.text == r.replica_label().as_bytes()));
+    let replicas = limits.replicas.filter(|r| symbols.table.iter().any(|s| s.bytes() == r.replica_label().as_bytes()));
     let mut sources = replicas.map(|replicas| Sources::new(replicas, limits.now_ms));
     let Forms { wires, left_out } = forms(body, &mut symbols, series_count, encoder.hasher(), sources.as_mut())?;
     let mut request = Request::new(encoder, limits, sources, series_count);
@@ -103,7 +119,8 @@ fn symbols<'a>(body: &'a [u8], hasher: &TagHasher) -> Result<(Vec<Symbol<'a>>, u
                         "request holds more than {SYMBOLS_MAX} symbols; send less at a time"
                     )));
                 }
-                table.push(Symbol { text, hash: hasher.wire(SYMBOL_DOMAIN, text) });
+                let hash = hasher.wire(SYMBOL_DOMAIN, text).to_le_bytes();
+                table.push(Symbol { text: std::str::from_utf8(text).map_err(|_| text), hash });
             }
             TIMESERIES => {
                 c.bytes()?;
@@ -143,15 +160,14 @@ fn forms(
                     message.key()?;
                     read_refs(message.message()?, &mut symbols.refs)?;
                 }
-                let hashed = symbols.hash().is_ok();
-                let source = sources.as_ref().filter(|_| hashed).and_then(|s| symbols.source(s.replicas()));
+                let known = symbols.hash().and_then(|()| symbols.source(sources.as_ref().map(|s| s.replicas())));
                 if let Some(sources) = &mut sources {
-                    forms.left_out.push(match source {
-                        Some(source) => !sources.stored(source)?,
-                        None => false,
+                    forms.left_out.push(match known {
+                        Ok(Some(source)) => !sources.stored(source)?,
+                        _ => false,
                     });
                 }
-                forms.wires.push(if hashed { hasher.wire(domain(source), &symbols.hashes) } else { 0 });
+                forms.wires.push(known.map_or(0, |source| hasher.wire(domain(source), &symbols.hashes)));
             }
             SYMBOL => drop(c.bytes()?),
             key => c.skip(key, 4..=5)?,
@@ -183,10 +199,10 @@ fn leave_out(request: &mut Request<'_>, mut c: Cursor<'_>) -> Result<()> {
 
 impl<'a> Symbols<'a> {
     fn text(&self, r: u32) -> Option<&'a [u8]> {
-        self.table.get(r as usize).map(|s| s.text)
+        self.table.get(r as usize).map(Symbol::bytes)
     }
 
-    /// Fills `hashes` from `refs`; the error says which is wrong.
+    /// Fills `hashes` from `refs`; the error says which is wrong. What passes has no text longer than a value may be.
     fn hash(&mut self) -> Result<(), String> {
         self.hashes.clear();
         if self.refs.len() > 2 * LABELS_MAX {
@@ -195,19 +211,52 @@ impl<'a> Symbols<'a> {
         if !self.refs.len().is_multiple_of(2) {
             return Err(format!("{} references are an odd number; names and values come in pairs", self.refs.len()));
         }
-        for r in &self.refs {
+        for (at, r) in self.refs.iter().enumerate() {
             let Some(symbol) = self.table.get(*r as usize) else {
                 return Err(format!("reference {r} is beyond the {} symbols", self.table.len()));
             };
-            self.hashes.extend_from_slice(&symbol.hash.to_le_bytes());
+            if symbol.bytes().len() > VALUE_BYTES_MAX {
+                return Err(self.too_long(at));
+            }
+            self.hashes.extend_from_slice(&symbol.hash);
         }
         Ok(())
     }
 
-    /// The cluster and the replica that `refs` name.
-    fn source(&self, replicas: &Replicas) -> Option<RawLabel<'a>> {
+    /// What is wrong with a series whose reference at this place is to a symbol that is too long for a label.
+    #[cold]
+    fn too_long(&self, at: usize) -> String {
+        let text = |at: usize| self.text(self.refs[at]).unwrap_or_default();
+        if at.is_multiple_of(2) { long_name(text(at)) } else { long_value(text(at - 1), text(at).len()) }
+    }
+
+    /// The cluster and the replica that `refs` name, when replicas are told apart; the error says what is wrong with them.
+    fn source(&self, replicas: Option<&Replicas>) -> Result<Option<RawLabel<'a>>, String> {
         let label = |pair: &[u32]| Some((self.text(pair[0])?, self.text(pair[1])?));
-        replicas.source(self.refs.chunks_exact(2).filter_map(label))
+        replicas.map_or(Ok(None), |replicas| replicas.source(self.refs.chunks_exact(2).filter_map(label)))
+    }
+
+    /// The labels that references name, which come in pairs and are in the table; the error says which is not UTF-8.
+    fn texts(&self, refs: &[u32]) -> Result<Vec<(&'a str, &'a str)>, String> {
+        let symbol = |r: u32| self.table[r as usize].text;
+        refs.chunks_exact(2)
+            .map(|pair| {
+                let name = symbol(pair[0]).map_err(|name| format!("label name {:?} is not UTF-8", cut(name)))?;
+                let value = symbol(pair[1]).map_err(|_| format!("value of label {:?} is not UTF-8", cut(name)))?;
+                Ok((name, value))
+            })
+            .collect()
+    }
+
+    /// Counts the labels that `refs` name among those of the request.
+    fn count_labels(&mut self) -> Result<()> {
+        self.label_bytes += self.refs.iter().filter_map(|r| self.text(*r)).map(<[u8]>::len).sum::<usize>();
+        if self.label_bytes > LABEL_BYTES_MAX {
+            return Err(Error::limit_exceeded(format!(
+                "request holds new series with labels of more than {LABEL_BYTES_MAX} bytes; send less at a time"
+            )));
+        }
+        Ok(())
     }
 
     /// The labels that references name; those out of range as text that says so.
@@ -227,7 +276,7 @@ impl<'a> Symbols<'a> {
     }
 
     fn series_text(&self) -> String {
-        lossy_text(&self.labels(&self.refs))
+        series_text(&self.labels(&self.refs))
     }
 }
 
@@ -321,11 +370,14 @@ fn series<'a>(
 /// A series whose labels were not met in this form when the request began; false when it is refused or left out.
 #[cold]
 fn unknown(request: &mut Request<'_>, symbols: &mut Symbols<'_>) -> Result<bool> {
-    if let Err(what) = symbols.hash() {
-        request.refuse(Reason::Labels, "labels_refs", || symbols.series_text(), what);
-        return Ok(false);
-    }
-    let source = request.sources.as_ref().and_then(|s| symbols.source(s.replicas()));
+    let replicas = request.sources.as_ref().map(Sources::replicas);
+    let source = match symbols.hash().and_then(|()| symbols.source(replicas)) {
+        Ok(source) => source,
+        Err(what) => {
+            request.refuse(Reason::Labels, "labels_refs", || symbols.series_text(), what);
+            return Ok(false);
+        }
+    };
     if let (Some(sources), Some(source)) = (&mut request.sources, source)
         && !sources.stored(source)?
     {
@@ -337,11 +389,11 @@ fn unknown(request: &mut Request<'_>, symbols: &mut Symbols<'_>) -> Result<bool>
         request.rows.commit(series);
         return Ok(true);
     }
-    let raw = symbols.labels(&symbols.refs);
-    match utf8(&raw) {
+    symbols.count_labels()?;
+    match symbols.texts(&symbols.refs) {
         Ok(mut labels) => request.resolve(&mut labels, Some(wire)),
         Err(what) => {
-            request.refuse(Reason::Labels, "labels_refs", || lossy_text(&raw), what);
+            request.refuse(Reason::Labels, "labels_refs", || symbols.series_text(), what);
             Ok(false)
         }
     }
@@ -395,7 +447,7 @@ fn exemplar(request: &mut Request<'_>, symbols: &Symbols<'_>, mut c: Cursor<'_>,
     let labels = if !refs.len().is_multiple_of(2) || refs.iter().any(|r| symbols.text(*r).is_none()) {
         Err("references are odd in number or beyond the symbol table".to_owned())
     } else {
-        utf8(&symbols.labels(&refs))
+        symbols.texts(&refs)
     };
     match labels {
         Ok(mut labels) => request.exemplar(ts, value, &mut labels, || text_of(symbols, series)),
@@ -427,10 +479,10 @@ fn read_metadata(mut c: Cursor<'_>, m: &mut Metadata) -> wire::Result<()> {
 fn describe(request: &mut Request<'_>, symbols: &mut Symbols<'_>, m: Metadata) -> Result<()> {
     let is_name = |pair: &&[u32]| symbols.text(pair[0]) == Some(METRIC_NAME.as_bytes());
     let Some(name) = symbols.refs.chunks_exact(2).find(is_name).map(|pair| pair[1]) else { return Ok(()) };
-    if !symbols.described.insert((name, m.kind, m.help, m.unit)) {
+    if !symbols.described.insert((name, kind_name(m.kind), m.help, m.unit)) {
         return Ok(());
     }
-    let text = |r| symbols.text(r).and_then(|t| std::str::from_utf8(t).ok());
+    let text = |r: u32| symbols.table.get(r as usize).and_then(|s| s.text.ok());
     let (Some(name), Some(help), Some(unit)) = (text(name), text(m.help), text(m.unit)) else {
         let what = "help_ref or unit_ref is beyond the symbol table or names a text that is not UTF-8";
         request.rejected.add(Reason::Metadata, "metadata", || symbols.series_text(), what.to_owned());
@@ -467,7 +519,7 @@ fn all_refs(series: &Cursor<'_>, refs: &mut Vec<u32>) -> wire::Result<()> {
 fn text_of(symbols: &Symbols<'_>, series: &Cursor<'_>) -> String {
     let mut refs = Vec::new();
     match all_refs(series, &mut refs) {
-        Ok(()) => lossy_text(&symbols.labels(&refs)),
-        Err(e) => cut(&e.to_string()),
+        Ok(()) => series_text(&symbols.labels(&refs)),
+        Err(e) => cut(e.to_string()),
     }
 }

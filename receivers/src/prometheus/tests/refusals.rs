@@ -355,6 +355,117 @@ fn bad_references() {
     check(&[], "label \"__name__\" is missing");
 }
 
+/// A 2.0 request with symbols that need not be UTF-8.
+fn with_symbols(symbols: &[&[u8]], timeseries: Vec<v2::TimeSeries>) -> Vec<u8> {
+    let mut body = v2::Request { symbols: Vec::new(), timeseries }.encode_to_vec();
+    for symbol in symbols {
+        body.push(4 << 3 | 2);
+        prost::encoding::encode_varint(symbol.len() as u64, &mut body);
+        body.extend_from_slice(symbol);
+    }
+    body
+}
+
+/// A 2.0 series with one sample.
+fn referring(labels_refs: Vec<u32>) -> v2::TimeSeries {
+    let sample = v2::Sample { value: 1.0, timestamp: NOW, start_timestamp: 0 };
+    v2::TimeSeries { labels_refs, samples: vec![sample], ..Default::default() }
+}
+
+/// A reference costs a byte: were the symbol looked at for each, the last one of these would take days.
+#[test]
+fn references_to_long_symbols() {
+    let check = |symbol: &[u8], series: Vec<v2::TimeSeries>, message: &str| {
+        let count = series.len() as u64;
+        let body = with_symbols(&[b"", b"__name__", b"m", symbol], series);
+        let decoded = decode_v2(&body, super::registry().encoder(), LIMITS).unwrap();
+        assert_eq!((decoded.rejected.errors(), decoded.write.rows()), (count, 0));
+        for rejection in &decoded.rejected.first {
+            assert_eq!(rejection.message, message);
+            assert!(rejection.series.len() < 300, "{} bytes", rejection.series.len());
+        }
+    };
+    let (noise, text) = (vec![0xff; 8 << 20], vec![b'x'; 8 << 20]);
+    let cut = format!("\"{}...\"", "\u{fffd}".repeat(85));
+    let name = format!("label name {cut} has 8388608 bytes; 1024 are allowed");
+    check(&noise, vec![referring(vec![3; 512])], &name);
+    let value = "value of label \"m\" has 8388608 bytes; 16384 are allowed";
+    check(&noise, vec![referring(vec![1, 2, 2, 3])], value);
+    check(&text, vec![referring(vec![1, 2, 2, 3])], value);
+    check(&text, vec![referring([2, 3].repeat(256)); 16_000], value);
+}
+
+#[test]
+fn descriptions_and_exemplars_that_refer_to_long_symbols() {
+    let long = vec![b'x'; 8 << 20];
+    let series = |help_ref, unit_ref, kind| v2::TimeSeries {
+        metadata: Some(v2::Metadata { kind, help_ref, unit_ref }),
+        exemplars: vec![v2::Exemplar { labels_refs: vec![3; 512], value: 1.0, timestamp: NOW }; 3],
+        ..referring(vec![1, 2])
+    };
+    let check = |help_ref, unit_ref, message: &str| {
+        // The sender's number of a kind that nobody knows makes no other description of it.
+        let all = (0..1000).map(|kind| series(help_ref, unit_ref, 8 + kind)).collect();
+        let body = with_symbols(&[b"", b"__name__", b"m", &long, &[b'x'; 257]], all);
+        let decoded = decode_v2(&body, super::registry().encoder(), LIMITS).unwrap();
+        assert_eq!(decoded.rejected.count(Reason::Exemplar), 3000);
+        assert_eq!(decoded.rejected.count(Reason::Metadata), u64::from(!message.is_empty()));
+        assert_eq!(decoded.rejected.first.first().map_or("", |r| &r.message), message);
+        assert_eq!(decoded.counts, Counts { samples: 1000, histograms: 0, exemplars: 0 });
+    };
+    check(3, 0, "help has 8388608 bytes; 16384 are allowed");
+    check(0, 3, "unit has 8388608 bytes; 256 are allowed");
+    check(0, 4, "unit has 257 bytes; 256 are allowed");
+    check(4, 0, "");
+}
+
+/// Short texts to which many references are made: what they stand for is bounded for all series together.
+#[test]
+fn references_that_stand_for_too_much() {
+    let check = |symbols: &[Vec<u8>], series: Vec<v2::TimeSeries>, message: &str| {
+        let symbols: Vec<&[u8]> = symbols.iter().map(Vec::as_slice).collect();
+        let body = with_symbols(&symbols, series);
+        assert!(body.len() < 100 << 10, "{} bytes", body.len());
+        let registry = Registry::new(TagHasher::new(7), 10_000);
+        let e = decode_v2(&body, registry.encoder(), LIMITS).map(|_| ()).unwrap_err();
+        assert_eq!((e.kind(), e.message()), (ErrorKind::LimitExceeded, message));
+    };
+    let names = (0..1100).map(|i| format!("n{i}").into_bytes());
+    let mut symbols: Vec<Vec<u8>> = ["", "__name__", "m"].map(|s| s.as_bytes().to_vec()).to_vec();
+    symbols.push(vec![b'x'; 16 << 10]);
+    symbols.extend(names);
+    let labels = |first: u32| [1, 2].into_iter().chain((0..255).flat_map(move |i| [4 + first + i, 3])).collect();
+    check(
+        &symbols,
+        (0..20).map(|first| referring(labels(first))).collect(),
+        "request holds new series with labels of more than 67108864 bytes; send less at a time",
+    );
+    let described = |i: u32| v2::TimeSeries {
+        metadata: Some(v2::Metadata { kind: 2, help_ref: 3, unit_ref: 0 }),
+        ..referring(vec![1, 4 + i])
+    };
+    check(
+        &symbols,
+        (0..1100).map(described).collect(),
+        "request holds metadata of more than 16777216 bytes; send less at a time",
+    );
+}
+
+#[test]
+fn a_long_unit_in_1_0() {
+    let metadata = |unit: &str| v1::MetricMetadata {
+        kind: 2,
+        metric_family_name: "m".to_owned(),
+        help: "x".repeat(16 << 10),
+        unit: unit.to_owned(),
+    };
+    let metadata = vec![metadata(&"u".repeat(257)), metadata(&"u".repeat(256))];
+    let (rows, decoded) =
+        decode(decode_v1, &v1::WriteRequest { timeseries: Vec::new(), metadata }.encode_to_vec()).unwrap();
+    assert_eq!(rows.len(), 1);
+    assert_eq!(decoded.rejected.first[0].message, "unit has 257 bytes; 256 are allowed");
+}
+
 #[test]
 fn symbols_begin_with_the_empty_text() {
     let symbols = vec!["a".to_owned(), String::new()];

@@ -175,3 +175,47 @@ fn known_forms_and_rows_of_all_kinds() {
         assert!(matches!(decoded.write.tags.sets[..], [EncodedSet::Known(_)]), "{:?}", decoded.write.tags.sets);
     }
 }
+
+/// A request of these label lists without what becomes of it: the message of what was refused first.
+fn refused(receiver: &Receiver, version: usize, all: &[&[(&str, &str)]]) -> (u64, String) {
+    let (decode, body) = &bodies(all)[version];
+    let limits =
+        Limits { now_ms: NOW, future_max_ms: 600_000, kept_from_ms: i64::MIN, replicas: Some(&receiver.replicas) };
+    let decoded = decode(body, receiver.registry.encoder(), limits).unwrap();
+    let rejected = decoded.rejected;
+    (rejected.errors(), rejected.first.first().map(|r| r.message.clone()).unwrap_or_default())
+}
+
+#[test]
+fn long_names_are_refused() {
+    let long = "x".repeat(257);
+    let of =
+        |label: &str| format!("value of label {label:?} has 257 bytes; 256 are allowed where it tells replicas apart");
+    let cluster: &[(&str, &str)] = &[("__name__", "up"), ("__replica__", "a"), ("cluster", &long)];
+    let replica: &[(&str, &str)] = &[("__name__", "up"), ("__replica__", &long), ("cluster", "c")];
+    for version in 0..2 {
+        let receiver = Receiver::new();
+        // Before they were too long, as when replicas were not told apart.
+        let apart = Limits { now_ms: NOW, future_max_ms: 600_000, kept_from_ms: i64::MIN, replicas: None };
+        let (decode, body) = &bodies(&[cluster, replica])[version];
+        publish(&receiver.registry, &decode(body, receiver.registry.encoder(), apart).unwrap());
+        for _ in 0..2 {
+            assert_eq!(refused(&receiver, version, &[cluster]), (1, of("cluster")));
+            assert_eq!(refused(&receiver, version, &[replica]), (1, of("__replica__")));
+            assert_eq!(refused(&receiver, version, &[UP_B, replica, cluster]), (2, of("__replica__")));
+        }
+        assert_eq!(refused(&receiver, version, &[UP_A]).0, 0);
+        check(&receiver, version, &[UP_A], 1, &[], 1);
+    }
+}
+
+#[test]
+fn a_series_that_is_refused_elects_nobody() {
+    let nameless: &[(&str, &str)] = &[("__replica__", "a"), ("cluster", "c")];
+    for version in 0..2 {
+        let receiver = Receiver::new();
+        let (count, message) = refused(&receiver, version, &[nameless]);
+        assert!(count == 1 && message.contains("label \"__name__\" is missing or empty"), "{message}");
+        check(&receiver, version, &[UP_B], 1, &[UP], 0);
+    }
+}
