@@ -69,6 +69,10 @@ pub fn routes(engine: Engine, settings: Settings) -> Routes {
         let values = |api: Arc<Api>, form, query| async move { series::label_values(&api, &name, &form, query).await };
         ask(&api, "label_values", form, values).await
     };
+    let tsdb = |State(api): State<Arc<Api>>, form: Form| async move {
+        let tsdb = |api: Arc<Api>, form, query| async move { status::tsdb(&api, &form, query).await };
+        ask(&api, "tsdb", form, tsdb).await
+    };
     let asking = [
         ("query", asks("query", |api, form, query| async move { query::instant(&api, &form, query).await })),
         ("query_range", asks("query_range", |api, form, query| async move { query::range(&api, &form, query).await })),
@@ -94,7 +98,7 @@ pub fn routes(engine: Engine, settings: Settings) -> Routes {
         ("status/runtimeinfo", only_get("runtimeinfo", |api, _| async move { status::runtime_info(&api).await })),
         ("status/flags", only_get("flags", |api, _| async move { status::flags(&api).await })),
         ("status/walreplay", only_get("walreplay", |_, _| async { status::wal_replay() })),
-        ("status/tsdb", only_get("tsdb", |api, form| async move { status::tsdb(&api, &form).await })),
+        ("status/tsdb", get(tsdb)),
     ];
     let deleting = [
         ("delete_series", change("delete_series", |api, form| async move { admin::delete_series(&api, &form).await })),
@@ -223,8 +227,17 @@ where
 }
 
 async fn begin(api: &Api, form: &Form) -> Result<Query> {
+    let text = match form.get("query") {
+        "" => form.all("match[]").collect::<Vec<_>>().join(", "),
+        text => text.to_owned(),
+    };
+    turn(api, form.timeout()?, form.user.clone(), text).await
+}
+
+/// Waits for the turn of a query, which may take so long at most.
+async fn turn(api: &Api, timeout: Option<Duration>, user: String, text: String) -> Result<Query> {
     let longest = api.engine.settings().query_timeout;
-    let timeout = form.timeout()?.map_or(longest, |t| t.min(longest));
+    let timeout = timeout.map_or(longest, |t| t.min(longest));
     let begun = api.engine.begin(QueryLimits { timeout }).await;
     let mut query = begun.map_err(|e| match QueryError::from(e) {
         QueryError { kind: QueryErrorKind::Timeout, .. } => {
@@ -232,11 +245,7 @@ async fn begin(api: &Api, form: &Form) -> Result<Query> {
         }
         e => e,
     })?;
-    let text = match form.get("query") {
-        "" => form.all("match[]").collect::<Vec<_>>().join(", "),
-        text => text.to_owned(),
-    };
-    query.describe(Description { language: "promql", user: form.user.clone(), text });
+    query.describe(Description { language: "promql", user, text });
     Ok(query)
 }
 

@@ -9,17 +9,24 @@ use arrow::record_batch::RecordBatch;
 use catalog::tables::EXEMPLARS;
 use catalog::{Code, Series};
 use datafusion::physical_plan::execute_stream;
-use engine::{Query, Selection, SeriesScanExec, Stop};
+use engine::memory::Kind;
+use engine::{Query, Reservation, Selection, SeriesScanExec};
 use futures::TryStreamExt;
 
 use super::params::Form;
 use super::reply::Reply;
 use super::{Api, json};
 use crate::error::{QueryError, Result};
+use crate::exec::out_of_memory;
 use crate::plan;
 
 /// Most exemplars in one answer.
 const EXEMPLARS_MAX: usize = 1_000_000;
+
+/// Bytes that an exemplar takes besides its labels, and as text.
+const EXEMPLAR_BYTES: usize = 128;
+/// Bytes that a series takes besides its text.
+const SERIES_BYTES: usize = 128;
 
 /// Columns of [`EXEMPLARS`] to read, after `series`.
 const COLUMNS: [&str; 3] = ["ts", "value", "labels"];
@@ -51,37 +58,45 @@ pub(super) async fn query(api: &Api, form: &Form, query: Query) -> Result<Reply>
     if selectors.is_empty() {
         return Ok(Reply::NoContent);
     }
+    // Of what is found, and of its text.
+    let mut memory = query.memory().reserve(Kind::Queries);
     let mut found = Vec::new();
     let mut done = HashSet::new();
     for matchers in selectors {
         let selection = Selection { table: EXEMPLARS.clone(), matchers, start_ms, end_ms };
-        read(api, (selection, query.stop()), &mut found, &mut done).await?;
+        read((api, &query), selection, (&mut found, &mut memory), &mut done).await?;
     }
     found.sort_by(|a, b| a.series.tags.iter().cmp(b.series.tags.iter()));
-    Ok(Reply::data(|out| json::list(out, &found, write)))
+    query.stop().check()?;
+    Ok(Reply::data(|out| json::list(out, &found, write)).holding(memory))
 }
 
 /// Adds the exemplars of a selection, except for series in `done`, to which it adds what it found.
 async fn read(
-    api: &Api,
-    (selection, stop): (Selection, &Stop),
-    found: &mut Vec<Found>,
+    (api, query): (&Api, &Query),
+    selection: Selection,
+    (found, memory): (&mut Vec<Found>, &mut Reservation),
     done: &mut HashSet<Code>,
 ) -> Result<()> {
-    let set = api.engine.select(&selection, stop).await?;
+    let set = api.engine.select(&selection, query.stop()).await?;
     let columns = COLUMNS.iter().filter_map(|name| EXEMPLARS.column(name).map(|(index, _)| index)).collect();
     let scan = Arc::new(SeriesScanExec::new(set.clone(), columns));
-    let mut stream = execute_stream(scan, api.engine.session().task_ctx())?;
+    let mut stream = execute_stream(scan, api.engine.task_context(query))?;
     let first = found.len();
     while let Some(batch) = stream.try_next().await? {
+        query.stop().check()?;
         for (index, exemplar) in rows(&batch)? {
             let series = &set.series[index as usize];
             if done.contains(&series.id.code) {
                 continue;
             }
+            memory.grow(2 * exemplar.labels.len() + EXEMPLAR_BYTES).map_err(out_of_memory)?;
             match found[first..].last_mut() {
                 Some(last) if Arc::ptr_eq(&last.series, series) => last.exemplars.push(exemplar),
-                _ => found.push(Found { series: series.clone(), exemplars: vec![exemplar] }),
+                _ => {
+                    memory.grow(series.tags.as_bytes().len() + SERIES_BYTES).map_err(out_of_memory)?;
+                    found.push(Found { series: series.clone(), exemplars: vec![exemplar] });
+                }
             }
         }
         let count: usize = found.iter().map(|f| f.exemplars.len()).sum();

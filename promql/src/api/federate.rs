@@ -14,7 +14,7 @@ use axum::http::HeaderMap;
 use axum::http::header::{ACCEPT, CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
 use catalog::tag::METRIC_NAME;
-use datafusion::execution::memory_pool::MemoryReservation;
+use engine::{Reservation, memory};
 use prost::Message;
 use prost::encoding::encode_varint;
 
@@ -22,10 +22,11 @@ use self::message::{HistogramMessage, Kind, LabelPair, Metric, Untyped};
 use super::params::{Form, invalid};
 use super::raw::{self, Asked, Sink};
 use super::read::message::field;
-use super::reply::error_type;
-use super::{Api, json};
+use super::reply::{Held, error_type};
+use super::{Api, begin, json};
 use crate::chunk::{Counts, Histogram, Points, STALE};
 use crate::error::Result;
+use crate::exec::out_of_memory;
 use crate::labels::Pairs;
 
 /// `GET /federate`. Errors are plain text.
@@ -44,13 +45,14 @@ pub(super) async fn federate(State(api): State<Arc<Api>>, headers: HeaderMap, fo
     }
 }
 
-async fn scrape(api: &Api, form: &Form, format: Format) -> Result<Vec<u8>> {
+async fn scrape(api: &Api, form: &Form, format: Format) -> Result<Held> {
     let selectors = form.selectors().map_err(|e| invalid("match[]", e))?;
     let end_ms = api.engine.now_ms();
     let start_ms = end_ms.saturating_sub(api.settings.lookback_ms).saturating_add(1);
     let asked = Asked { selectors, start_ms, end_ms, labels_only: false };
-    let mut newest = Newest::new(format, raw::reservation(api, "federation"));
-    raw::read(api, &[asked], &mut newest, None).await?;
+    let query = begin(api, form).await?;
+    let mut newest = Newest::new(format, query.memory().reserve(memory::Kind::Queries));
+    raw::read((api, &query), &[asked], &mut newest, None).await?;
     newest.finish()
 }
 
@@ -163,11 +165,11 @@ struct Newest {
     float: Option<(i64, f64)>,
     histogram: Option<Histogram>,
     entries: Vec<Entry>,
-    held: MemoryReservation,
+    held: Reservation,
 }
 
 impl Newest {
-    fn new(format: Format, held: MemoryReservation) -> Self {
+    fn new(format: Format, held: Reservation) -> Self {
         Self { format, labels: Vec::new(), float: None, histogram: None, entries: Vec::new(), held }
     }
 
@@ -220,11 +222,11 @@ impl Newest {
         metric.encode_to_vec()
     }
 
-    fn finish(mut self) -> Result<Vec<u8>> {
+    fn finish(mut self) -> Result<Held> {
         // Stable: series of a metric stay in the order of their labels.
         self.entries.sort_by(|a, b| (&a.metric, a.kind).cmp(&(&b.metric, b.kind)));
         // Messages are put together family by family.
-        self.held.try_grow(self.entries.iter().map(|e| 2 * e.bytes.len() + 64).sum())?;
+        self.held.grow(self.entries.iter().map(|e| 2 * e.bytes.len() + 64).sum()).map_err(out_of_memory)?;
         let mut out = Vec::new();
         for family in self.entries.chunk_by(|a, b| (&a.metric, a.kind) == (&b.metric, b.kind)) {
             let Some(Entry { metric, kind, .. }) = family.first() else { continue };
@@ -242,7 +244,9 @@ impl Newest {
             out.extend_from_slice(if *kind == Kind::Untyped { b" untyped\n" } else { b" histogram\n" });
             family.iter().for_each(|e| out.extend_from_slice(&e.bytes));
         }
-        Ok(out)
+        // What it was put together from is not needed to send it.
+        drop(self.entries);
+        Ok(Held::new(out, self.held))
     }
 }
 
@@ -292,7 +296,7 @@ impl Sink for Newest {
             }
             _ => return Ok(()),
         }
-        self.held.try_grow(lines.len() + metric.len() + 64)?;
+        self.held.grow(lines.len() + metric.len() + 64).map_err(out_of_memory)?;
         self.entries.push(Entry { metric, kind, bytes: lines });
         Ok(())
     }
@@ -301,21 +305,21 @@ impl Sink for Newest {
 #[cfg(test)]
 mod tests {
     use catalog::tag::tag_set;
-    use datafusion::execution::memory_pool::{MemoryConsumer, MemoryPool, UnboundedMemoryPool};
+    use engine::Memory;
 
     use super::*;
     use crate::chunk::{CUSTOM, Span};
 
     fn check(names: Names, series: &[(&[(&str, &str)], Points)], expected: &str) {
-        let pool: Arc<dyn MemoryPool> = Arc::new(UnboundedMemoryPool::default());
         let format = Format { protobuf: false, names };
-        let mut newest = Newest::new(format, MemoryConsumer::new("test").register(&pool));
+        let mut newest = Newest::new(format, Memory::new(1 << 20).reserve(memory::Kind::Queries));
         for (labels, points) in series {
             newest.series(tag_set(labels).expect("valid labels").as_bytes());
             newest.points(points).expect("points");
             newest.end().expect("an end");
         }
-        assert_eq!(String::from_utf8(newest.finish().expect("a text")).expect("UTF-8"), expected);
+        let body = newest.finish().expect("a text");
+        assert_eq!(std::str::from_utf8(body.as_ref()).expect("UTF-8"), expected);
     }
 
     fn floats(samples: &[(i64, f64)]) -> Points {
@@ -360,9 +364,8 @@ mod tests {
 
     #[test]
     fn messages() {
-        let pool: Arc<dyn MemoryPool> = Arc::new(UnboundedMemoryPool::default());
         let format = Format { protobuf: true, names: Names::Underscores };
-        let mut newest = Newest::new(format, MemoryConsumer::new("test").register(&pool));
+        let mut newest = Newest::new(format, Memory::new(1 << 20).reserve(memory::Kind::Queries));
         let native = |reset_hint, counts| Histogram {
             ts: 9,
             schema: 2,
@@ -390,7 +393,7 @@ mod tests {
             newest.end().expect("an end");
         }
         let body = newest.finish().expect("messages");
-        let mut rest = body.as_slice();
+        let mut rest = body.as_ref();
         let mut families: Vec<(String, i32, Vec<Metric>)> = Vec::new();
         while !rest.is_empty() {
             let family = Family::decode_length_delimited(&mut rest).expect("a message");

@@ -23,6 +23,8 @@ use crate::parse;
 
 /// Longest form body, in bytes: what Go's server accepts.
 const BODY_BYTES_MAX: usize = 10 << 20;
+/// Most parameters of a request. One takes two bytes of a body and some fifty here.
+const PARAMETERS_MAX: usize = 10_000;
 
 /// Earliest time that a parameter can name and the start of ranges that give none, milliseconds since the epoch.
 pub(super) const TIME_MIN: i64 = -9_223_309_901_257_974_000;
@@ -66,16 +68,24 @@ impl FromRequest<Arc<Api>> for Form {
                     "error parsing form values: {e}; at most {BODY_BYTES_MAX} bytes are allowed"
                 ))
             })?;
-            form.add(&body);
+            form.add(&body)?;
         }
-        form.add(parts.uri.query().unwrap_or("").as_bytes());
+        form.add(parts.uri.query().unwrap_or("").as_bytes())?;
         Ok(form)
     }
 }
 
 impl Form {
-    fn add(&mut self, encoded: &[u8]) {
-        self.pairs.extend(url::form_urlencoded::parse(encoded).map(|(k, v)| (k.into_owned(), v.into_owned())));
+    fn add(&mut self, encoded: &[u8]) -> Result<()> {
+        for (name, value) in url::form_urlencoded::parse(encoded) {
+            if self.pairs.len() == PARAMETERS_MAX {
+                return Err(QueryError::bad_data(format!(
+                    "error parsing form values: request has more than {PARAMETERS_MAX} parameters, which is the limit"
+                )));
+            }
+            self.pairs.push((name.into_owned(), value.into_owned()));
+        }
+        Ok(())
     }
 
     /// The first value of a parameter; an absent one is empty, as everywhere in this API.
@@ -296,9 +306,17 @@ mod tests {
 
     fn form(body: &str, query: &str) -> Form {
         let mut form = Form::default();
-        form.add(body.as_bytes());
-        form.add(query.as_bytes());
+        form.add(body.as_bytes()).expect("few parameters");
+        form.add(query.as_bytes()).expect("few parameters");
         form
+    }
+
+    #[test]
+    fn parameters_are_counted_before_they_are_kept() {
+        let mut form = form("", &"a&".repeat(PARAMETERS_MAX));
+        let refused = form.add(&b"b&".repeat(1 << 20)).expect_err("one too many");
+        assert!(refused.message.contains("more than 10000 parameters"), "{refused}");
+        assert_eq!(form.pairs.len(), PARAMETERS_MAX);
     }
 
     #[test]

@@ -14,17 +14,18 @@ use arrow::datatypes::{
 use bytes::Bytes;
 use catalog::tables::{HISTOGRAMS, SAMPLES};
 use catalog::{Code, Matcher, Series, TableSchema};
-use datafusion::execution::memory_pool::{MemoryConsumer, MemoryReservation};
 use datafusion::physical_plan::execute_stream;
-use engine::{QueryLimits, Selection, SeriesScanExec, SeriesSet, Stop};
+use engine::memory::Kind;
+use engine::{Query, Reservation, Selection, SeriesScanExec, SeriesSet};
 use futures::TryStreamExt;
 use hashbrown::HashMap;
 use tokio::sync::mpsc;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::timeout_at;
 
 use super::Api;
 use crate::chunk::{Counts, Histogram, Points, Span};
 use crate::error::{QueryError, QueryErrorKind, Result};
+use crate::exec::out_of_memory;
 use crate::{exec, labels};
 
 /// Most points that are held at a time, and the memory that they take while lists grow.
@@ -62,32 +63,25 @@ pub(super) trait Sink: Send {
     }
 }
 
-/// Memory of queries, to be taken by name.
-pub(super) fn reservation(api: &Api, name: &str) -> MemoryReservation {
-    MemoryConsumer::new(name).register(&api.engine.session_template().runtime_env().memory_pool)
-}
-
-/// Reads what all queries ask for, within the limits of one query.
+/// Reads what is asked for, within the limits of one query.
 pub(super) async fn read(
-    api: &Api,
+    (api, query): (&Api, &Query),
     asked: &[Asked],
     sink: &mut dyn Sink,
     to: Option<&mpsc::Sender<Result<Bytes>>>,
 ) -> Result<()> {
-    let timeout = api.engine.settings().query_timeout;
     let work = async {
-        let query = api.engine.begin(QueryLimits { timeout }).await?;
         // Dropped with this future, it stops what still computes.
         let _guard = query.guard();
-        let held = reservation(api, "raw points");
-        held.try_grow(POINTS_BYTES)?;
+        let mut held = query.memory().reserve(Kind::Queries);
+        held.grow(POINTS_BYTES).map_err(out_of_memory)?;
         for (number, asked) in asked.iter().enumerate() {
             sink.query(number);
-            Reader::open(api, asked, query.stop()).await?.read(sink, to).await?;
+            Reader::open(api, query, asked).await?.read(sink, to).await?;
         }
         Ok(())
     };
-    timeout_at(Instant::now() + timeout, work)
+    timeout_at(query.stop().deadline(), work)
         .await
         .unwrap_or_else(|_| Err(QueryError::new(QueryErrorKind::Timeout, "query timed out while series were read")))
 }
@@ -98,11 +92,17 @@ const FLOAT_COLUMNS: [&str; 2] = ["ts", "value"];
 /// The series that are asked for, sorted by labels, against one version of the data of each set.
 struct Reader<'a> {
     api: &'a Api,
+    query: &'a Query,
     asked: &'a Asked,
     /// Of floats and of histograms for each selector.
     sets: Vec<[Arc<SeriesSet>; 2]>,
     series: Vec<Place>,
+    /// What `series` takes.
+    _held: Reservation,
 }
+
+/// Bytes that a place takes where it is looked up and in the list that is sorted.
+const PLACE_BYTES: usize = 3 * size_of::<Place>();
 
 /// A series, and for floats and for histograms the set that has it and where it is there.
 struct Place {
@@ -111,16 +111,19 @@ struct Place {
 }
 
 impl<'a> Reader<'a> {
-    async fn open(api: &'a Api, asked: &'a Asked, stop: &Stop) -> Result<Self> {
+    async fn open(api: &'a Api, query: &'a Query, asked: &'a Asked) -> Result<Self> {
         let mut sets = Vec::with_capacity(asked.selectors.len());
         for matchers in &asked.selectors {
             let select = |table: &Arc<TableSchema>| {
                 let Asked { start_ms, end_ms, .. } = *asked;
                 let selection = Selection { table: Arc::clone(table), matchers: matchers.clone(), start_ms, end_ms };
-                async move { api.engine.select(&selection, stop).await }
+                async move { api.engine.select(&selection, query.stop()).await }
             };
             sets.push([select(&SAMPLES).await?, select(&HISTOGRAMS).await?]);
         }
+        let mut held = query.memory().reserve(Kind::Queries);
+        let found: usize = sets.iter().flatten().map(|set| set.series.len()).sum();
+        held.grow(found * PLACE_BYTES).map_err(out_of_memory)?;
         let mut places: HashMap<Code, Place> = HashMap::new();
         for (selector, tables) in sets.iter().enumerate() {
             for (table, set) in tables.iter().enumerate() {
@@ -134,7 +137,7 @@ impl<'a> Reader<'a> {
         }
         let mut series: Vec<Place> = places.into_values().collect();
         series.sort_unstable_by(|a, b| labels::compare(a.series.tags.as_bytes(), b.series.tags.as_bytes()));
-        Ok(Self { api, asked, sets, series })
+        Ok(Self { api, query, asked, sets, series, _held: held })
     }
 
     async fn read(&self, sink: &mut dyn Sink, to: Option<&mpsc::Sender<Result<Bytes>>>) -> Result<()> {
@@ -215,8 +218,9 @@ impl<'a> Reader<'a> {
                 let names: &[&str] = if table == 0 { &FLOAT_COLUMNS } else { &exec::HISTOGRAM_COLUMNS };
                 let columns = names.iter().filter_map(|name| set.table.column(name).map(|(index, _)| index)).collect();
                 let scan = Arc::new(SeriesScanExec::new(Arc::new(picked), columns));
-                let mut batches = execute_stream(scan, self.api.engine.session().task_ctx())?;
+                let mut batches = execute_stream(scan, self.api.engine.task_context(self.query))?;
                 while let Some(batch) = batches.try_next().await? {
+                    self.query.stop().check()?;
                     held += if table == 0 { batch.num_rows() } else { values(&batch) };
                     if held > POINTS_MAX {
                         return Ok(None);
@@ -338,4 +342,37 @@ fn differences(mut counts: Vec<i64>) -> Vec<i64> {
         before = std::mem::replace(count, difference);
     }
     counts
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use engine::QueryLimits;
+
+    use super::*;
+    use crate::api::Metrics;
+    use crate::api::tests::{NOW, serve};
+
+    #[tokio::test]
+    async fn a_query_that_is_stopped_reads_nothing_more() {
+        let server = serve().await;
+        let engine = server.engine.clone();
+        let metrics = Metrics::new(engine.telemetry());
+        let api = Api { engine, settings: crate::Settings::default(), metrics, started_ms: NOW };
+        let query = api.engine.begin(QueryLimits { timeout: Duration::from_secs(60) }).await.expect("a turn");
+        let selectors = vec![vec![Matcher::equal("__name__", "up")]];
+        let asked = Asked { selectors, start_ms: 0, end_ms: NOW, labels_only: false };
+        for flushed in [false, true] {
+            if flushed {
+                server.engine.flush().await.expect("flushed");
+            }
+            let reader = Reader::open(&api, &query, &asked).await.expect("two series");
+            assert!(reader.points(0..2, (0, NOW)).await.is_ok());
+        }
+        let reader = Reader::open(&api, &query, &asked).await.expect("two series");
+        drop(query.guard());
+        let stopped = reader.points(0..2, (0, NOW)).await.expect_err("the query was stopped");
+        assert_eq!(stopped.kind, QueryErrorKind::Canceled);
+    }
 }

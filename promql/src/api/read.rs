@@ -8,26 +8,30 @@ pub(super) mod message;
 
 use std::sync::Arc;
 
+use access::Caller;
 use axum::body::{Body, to_bytes};
 use axum::extract::{Request, State};
-use axum::http::header::{CONTENT_ENCODING, CONTENT_TYPE, RETRY_AFTER};
+use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use catalog::matcher::Patterns;
 use catalog::{MatchOp, Matcher};
 use datafusion::common::runtime::SpawnedTask;
-use datafusion::execution::memory_pool::MemoryReservation;
+use engine::Reservation;
+use engine::memory::Kind;
 use futures::stream;
-use prost::Message as _;
+use prost::encoding::{DecodeContext, WireType, decode_key, decode_varint, skip_field};
+use prost::{DecodeError, Message as _};
 use tokio::sync::mpsc;
 
-use super::Api;
 use super::params::noted;
 use super::raw::{self, Asked, Sink};
-use super::reply::error_type;
+use super::reply::{Held, error_type};
+use super::{Api, turn};
 use crate::chunk::{self, Points};
 use crate::error::{QueryError, QueryErrorKind, Result};
+use crate::exec::out_of_memory;
 use message::{Query, ReadRequest};
 
 /// Most bytes of a request as sent, and inflated.
@@ -35,6 +39,12 @@ const BODY_BYTES_MAX: usize = 1 << 20;
 const INFLATED_BYTES_MAX: usize = 4 << 20;
 /// Most queries of a request.
 const QUERIES_MAX: usize = 100;
+/// Most matchers of a query.
+const MATCHERS_MAX: usize = 1000;
+/// Most forms of an answer that a request accepts.
+const FORMS_MAX: usize = 100;
+/// Inflated bytes count so often in the account of memory: once for themselves and once for what they ask for.
+const INFLATED_WEIGHT: usize = 2;
 /// A frame is sent when its chunks have this many bytes.
 const FRAME_BYTES: usize = 1 << 20;
 /// Frames that may wait for a slow reader.
@@ -79,14 +89,17 @@ fn refusal(e: &QueryError) -> Response {
 }
 
 async fn answer(api: Arc<Api>, request: Request) -> Result<Response> {
-    let request = decode(request).await?;
+    let user = request.extensions().get::<Caller>().map(|c| c.name().to_owned()).unwrap_or_default();
+    let (request, memory) = decode(&api, request).await?;
     let mut patterns = Patterns::default();
     let asked = request.queries.iter().map(|q| asked(q, &mut patterns)).collect::<Result<Vec<_>>>()?;
-    match form(&request)? {
+    let form = form(&request)?;
+    let query = turn(&api, None, user, text(&asked)).await?;
+    match form {
         Form::Samples => {
-            let mut sink =
-                Samples::new(raw::reservation(&api, "samples for remote read"), api.settings.limits.read_samples_max);
-            raw::read(&api, &asked, &mut sink, None).await?;
+            let held = query.memory().reserve(Kind::Queries);
+            let mut sink = Samples::new(held, api.settings.limits.read_samples_max);
+            raw::read((&api, &query), &asked, &mut sink, None).await?;
             let headers = [(CONTENT_TYPE, "application/x-protobuf"), (CONTENT_ENCODING, "snappy")];
             Ok((headers, sink.finish()?).into_response())
         }
@@ -94,7 +107,8 @@ async fn answer(api: Arc<Api>, request: Request) -> Result<Response> {
             let (to, mut frames) = mpsc::channel::<Result<Bytes>>(FRAMES_AHEAD);
             // It is aborted when the client goes away, for then nobody holds the stream.
             let task = SpawnedTask::spawn(async move {
-                let result = raw::read(&api, &asked, &mut Chunks::default(), Some(&to)).await;
+                let _asked = memory;
+                let result = raw::read((&api, &query), &asked, &mut Chunks::default(), Some(&to)).await;
                 if let Err(e) = result {
                     let _ = to.send(Err(e)).await;
                 }
@@ -112,14 +126,18 @@ async fn answer(api: Arc<Api>, request: Request) -> Result<Response> {
     }
 }
 
-async fn decode(request: Request) -> Result<ReadRequest> {
+/// What is asked for, and the memory that it takes.
+async fn decode(api: &Api, request: Request) -> Result<(ReadRequest, Reservation)> {
+    let declared = request.headers().get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse().ok());
+    let mut memory = api.engine.memory().reserve(Kind::Bodies);
+    memory.grow(declared.unwrap_or(BODY_BYTES_MAX).min(BODY_BYTES_MAX))?;
     let body = to_bytes(request.into_body(), BODY_BYTES_MAX)
         .await
         .map_err(|e| QueryError::bad_data(format!("{e}; a request may have {BODY_BYTES_MAX} bytes")))?;
-    inflate(&body)
+    Ok((inflate(&body, &mut memory)?, memory))
 }
 
-fn inflate(body: &[u8]) -> Result<ReadRequest> {
+fn inflate(body: &[u8], memory: &mut Reservation) -> Result<ReadRequest> {
     let failed = |e: &dyn std::fmt::Display| QueryError::bad_data(format!("not a snappy block: {e}"));
     let inflated = snap::raw::decompress_len(body).map_err(|e| failed(&e))?;
     if inflated > INFLATED_BYTES_MAX {
@@ -127,16 +145,65 @@ fn inflate(body: &[u8]) -> Result<ReadRequest> {
             "request has {inflated} bytes when inflated; {INFLATED_BYTES_MAX} are allowed"
         )));
     }
+    memory.grow(INFLATED_WEIGHT * inflated)?;
     let message = snap::raw::Decoder::new().decompress_vec(body).map_err(|e| failed(&e))?;
-    let asked = ReadRequest::decode(message.as_slice())
-        .map_err(|e| QueryError::bad_data(format!("not a prometheus.ReadRequest: {e}")))?;
-    if asked.queries.len() > QUERIES_MAX {
-        return Err(QueryError::bad_data(format!(
-            "request has {} queries; {QUERIES_MAX} are allowed",
-            asked.queries.len()
-        )));
+    check_counts(&message)?;
+    ReadRequest::decode(message.as_slice()).map_err(malformed)
+}
+
+fn malformed(e: DecodeError) -> QueryError {
+    QueryError::bad_data(format!("not a prometheus.ReadRequest: {e}"))
+}
+
+/// Refuses a request that holds too much before anything is allocated for it: an empty query or matcher is two bytes
+/// there and up to a hundred here.
+fn check_counts(message: &[u8]) -> Result<()> {
+    const QUERY: u32 = 1;
+    const FORM: u32 = 2;
+    const MATCHER: u32 = 3;
+    let (mut queries, mut matchers, mut forms) = (0, 0, 0);
+    let counted = fields(message, |field, value| {
+        match field {
+            QUERY => {
+                queries += 1;
+                let mut own = 0;
+                fields(value, |field, _| {
+                    own += usize::from(field == MATCHER);
+                    Ok(())
+                })?;
+                matchers = matchers.max(own);
+            }
+            // One number or several; each ends with a byte that says so.
+            FORM => forms += value.iter().filter(|b| **b < 0x80).count(),
+            _ => {}
+        }
+        Ok(())
+    });
+    counted.map_err(malformed)?;
+    let all = [
+        (queries, QUERIES_MAX, "queries"),
+        (matchers, MATCHERS_MAX, "matchers in one query"),
+        (forms, FORMS_MAX, "response types"),
+    ];
+    match all.iter().find(|(count, max, _)| count > max) {
+        Some((count, max, what)) => Err(QueryError::bad_data(format!("request has {count} {what}; {max} are allowed"))),
+        None => Ok(()),
     }
-    Ok(asked)
+}
+
+/// Shows the fields of a message: their numbers, and their values without the length that some state.
+fn fields(mut message: &[u8], mut each: impl FnMut(u32, &[u8]) -> Result<(), DecodeError>) -> Result<(), DecodeError> {
+    while !message.is_empty() {
+        let (field, wire_type) = decode_key(&mut message)?;
+        let begun = message;
+        skip_field(wire_type, field, &mut message, DecodeContext::default())?;
+        let mut value = &begun[..begun.len() - message.len()];
+        if wire_type == WireType::LengthDelimited {
+            decode_varint(&mut value)?;
+        }
+        each(field, value)?;
+    }
+    Ok(())
 }
 
 /// The first form that the client accepts and we have; samples when it does not say.
@@ -152,6 +219,14 @@ fn form(asked: &ReadRequest) -> Result<Form> {
              (STREAMED_XOR_CHUNKS)"
         ))
     })
+}
+
+/// The selectors as PromQL writes them, to list the query with.
+fn text(asked: &[Asked]) -> String {
+    let matcher = |m: &Matcher| format!("{}{}{:?}", m.name(), m.op().symbol(), m.value());
+    let selector =
+        |matchers: &Vec<Matcher>| format!("{{{}}}", matchers.iter().map(matcher).collect::<Vec<_>>().join(","));
+    asked.iter().flat_map(|a| &a.selectors).map(selector).collect::<Vec<_>>().join(", ")
 }
 
 /// A query as the reader of points understands it.
@@ -184,28 +259,31 @@ fn matcher(m: &message::LabelMatcher) -> Result<Matcher> {
 /// Makes a `ReadResponse`.
 struct Samples {
     results: Vec<Vec<u8>>,
-    /// The series under way.
+    /// The series under way, and how long its labels are.
     series: Vec<u8>,
+    labels: usize,
     count: usize,
     /// Most of them.
     max: usize,
-    held: MemoryReservation,
+    held: Reservation,
 }
 
 impl Samples {
-    fn new(held: MemoryReservation, max: usize) -> Self {
-        Self { results: Vec::new(), series: Vec::new(), count: 0, max, held }
+    fn new(held: Reservation, max: usize) -> Self {
+        Self { results: Vec::new(), series: Vec::new(), labels: 0, count: 0, max, held }
     }
 
     /// The answer, compressed.
-    fn finish(self) -> Result<Vec<u8>> {
+    fn finish(mut self) -> Result<Held> {
         let message: usize = self.results.iter().map(|r| r.len() + 16).sum();
         // The message and its compressed form, besides the results.
-        self.held.try_grow(message + snap::raw::max_compress_len(message))?;
+        self.held.grow(message + snap::raw::max_compress_len(message)).map_err(out_of_memory)?;
         let mut out = Vec::with_capacity(message);
         self.results.iter().for_each(|result| message::field(1, result, &mut out));
         let too_large = |e| QueryError::execution(format!("the answer is too large for one message: {e}"));
-        snap::raw::Encoder::new().compress_vec(&out).map_err(too_large)
+        let body = snap::raw::Encoder::new().compress_vec(&out).map_err(too_large)?;
+        drop((out, self.results));
+        Ok(Held::new(body, self.held))
     }
 }
 
@@ -217,6 +295,7 @@ impl Sink for Samples {
     fn series(&mut self, labels: &[u8]) {
         self.series.clear();
         message::labels(labels, &mut self.series);
+        self.labels = self.series.len();
     }
 
     fn points(&mut self, points: &Points) -> Result<()> {
@@ -227,10 +306,11 @@ impl Sink for Samples {
         let before = self.series.len();
         points.floats.iter().for_each(|(ts, value)| message::sample(*ts, *value, &mut self.series));
         points.histograms.iter().for_each(|h| message::histogram(h, &mut self.series));
-        Ok(self.held.try_grow(self.series.len() - before)?)
+        self.held.grow(self.series.len() - before).map_err(out_of_memory)
     }
 
     fn end(&mut self) -> Result<()> {
+        self.held.grow(self.labels).map_err(out_of_memory)?;
         if let Some(result) = self.results.last_mut() {
             message::field(1, &self.series, result);
         }

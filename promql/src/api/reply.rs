@@ -15,11 +15,19 @@ const ANNOTATIONS_MAX: usize = 10;
 /// The warning of an answer that a `limit` has cut.
 pub(super) const TRUNCATED: &str = "results truncated due to limit";
 
-/// A body and its memory.
+/// A body with the memory that it takes until it is sent.
 #[derive(Debug)]
 pub(super) struct Held {
     body: Vec<u8>,
     _memory: Reservation,
+}
+
+impl Held {
+    /// Of what `memory` was taken for only the body is left.
+    pub(super) fn new(body: Vec<u8>, mut memory: Reservation) -> Self {
+        memory.shrink_to(body.capacity());
+        Self { body, _memory: memory }
+    }
 }
 
 impl AsRef<[u8]> for Held {
@@ -46,12 +54,9 @@ impl Reply {
     }
 
     /// The same answer, which holds `memory` until it is sent.
-    pub(super) fn holding(self, mut memory: Reservation) -> Self {
+    pub(super) fn holding(self, memory: Reservation) -> Self {
         match self {
-            Self::Json(body) => {
-                memory.shrink_to(body.capacity());
-                Self::Held(Held { body, _memory: memory })
-            }
+            Self::Json(body) => Self::Held(Held::new(body, memory)),
             other => other,
         }
     }
@@ -89,9 +94,15 @@ impl IntoResponse for Reply {
     fn into_response(self) -> Response {
         match self {
             Self::Json(body) => (json_type(), body).into_response(),
-            Self::Held(held) => (json_type(), Bytes::from_owner(held)).into_response(),
+            Self::Held(held) => (json_type(), held).into_response(),
             Self::NoContent => StatusCode::NO_CONTENT.into_response(),
         }
+    }
+}
+
+impl IntoResponse for Held {
+    fn into_response(self) -> Response {
+        Bytes::from_owner(self).into_response()
     }
 }
 

@@ -12,7 +12,7 @@ use catalog::tables::{self, HISTOGRAMS, SAMPLES};
 use catalog::tag::METRIC_NAME;
 use catalog::{Code, Matcher, Series, TableSchema, TagSet, TagValues};
 use engine::memory::Kind;
-use engine::{Query, Selection, Stop};
+use engine::{Query, Reservation, Selection, Stop};
 use hashbrown::HashTable;
 
 use super::params::{Form, unescape_label_name};
@@ -25,6 +25,8 @@ use crate::plan::source::Source;
 
 /// What it costs to write the labels of a series, about.
 const SERIES_COST: usize = 2000;
+/// Bytes that a text takes besides itself: where it is noted, and what is around it in the answer.
+const TEXT_BYTES: usize = 64;
 
 /// `series`: the label sets of all series that any `match[]` selects, sorted.
 pub(super) async fn series(api: &Api, form: &Form, query: Query) -> Result<Reply> {
@@ -61,7 +63,7 @@ pub(super) async fn series(api: &Api, form: &Form, query: Query) -> Result<Reply
 pub(super) async fn label_names(api: &Api, form: &Form, query: Query) -> Result<Reply> {
     let limit = form.limit()?;
     let range = form.range()?;
-    let mut names = Texts::default();
+    let mut names = Texts::new(&query);
     // Neighbours mostly have the same names in the same places.
     let mut previous: Vec<(usize, usize)> = Vec::new();
     visit((api, query.stop()), any(form)?, range, |series| {
@@ -72,10 +74,10 @@ pub(super) async fn label_names(api: &Api, form: &Form, query: Query) -> Result<
                 None => previous.push(names.insert(name)),
             }
         }
-        true
+        names.refused.is_ok()
     })
     .await?;
-    Ok(names.reply(limit))
+    names.reply(limit, query.stop())
 }
 
 /// `label/<name>/values`: the values of a label of the series that any `match[]` selects, or of all, sorted.
@@ -88,12 +90,12 @@ pub(super) async fn label_values(api: &Api, name: &str, form: &Form, query: Quer
     let range = form.range()?;
     let mut selectors = form.selectors()?;
     if selectors.is_empty() && !tables::metrics().any(|(table, _)| table.name_label == name) {
-        return all_values(api, &name, range, limit).await;
+        return all_values((api, &query), &name, range, limit).await;
     }
     if selectors.is_empty() {
         selectors = everything();
     }
-    let mut values = Texts::default();
+    let mut values = Texts::new(&query);
     let mut previous = None;
     visit((api, query.stop()), selectors, range, |series| {
         // Names are sorted: the first that is not less decides.
@@ -103,14 +105,19 @@ pub(super) async fn label_values(api: &Api, name: &str, form: &Form, query: Quer
         {
             previous = Some(values.insert(value));
         }
-        true
+        values.refused.is_ok()
     })
     .await?;
-    Ok(values.reply(limit))
+    values.reply(limit, query.stop())
 }
 
 /// The values of a label of all series. Pickers on dashboards ask for them all the time, so no series is looked at twice.
-async fn all_values(api: &Api, name: &str, range: (i64, i64), limit: Option<usize>) -> Result<Reply> {
+async fn all_values(
+    (api, query): (&Api, &Query),
+    name: &str,
+    range: (i64, i64),
+    limit: Option<usize>,
+) -> Result<Reply> {
     let mut lists: Vec<Arc<TagValues>> = Vec::new();
     let mut names: Vec<&str> = Vec::new();
     for table in tables::all().into_iter().filter(|t| is_usual(t) || !t.metrics.is_empty()) {
@@ -127,13 +134,19 @@ async fn all_values(api: &Api, name: &str, range: (i64, i64), limit: Option<usiz
             }
         }
     }
+    let mut memory = query.memory().reserve(Kind::Queries);
+    let found = lists.iter().map(|l| l.iter().len()).sum::<usize>() + names.len();
+    memory.grow(found * size_of::<&str>()).map_err(out_of_memory)?;
     let mut sorted: Vec<&str> = lists.iter().flat_map(|l| l.iter()).chain(names.iter().copied()).collect();
     if lists.len() + names.len() > 1 {
         sorted.sort_unstable();
         sorted.dedup();
     }
     let truncated = truncate(&mut sorted, limit);
-    Ok(Reply::cut(truncated, |out| json::list(out, sorted.iter(), |out, text| json::utf8(out, text.as_bytes()))))
+    query.stop().check()?;
+    memory.grow(sorted.iter().map(|text| text.len() + TEXT_BYTES).sum()).map_err(out_of_memory)?;
+    let reply = Reply::cut(truncated, |out| json::list(out, sorted.iter(), |out, t| json::utf8(out, t.as_bytes())));
+    Ok(reply.holding(memory))
 }
 
 /// The selectors of `match[]`, or those that select everything.
@@ -192,24 +205,39 @@ fn truncate<T>(items: &mut Vec<T>, limit: Option<usize>) -> bool {
 }
 
 /// Distinct texts, one after another in one buffer.
-#[derive(Default)]
 struct Texts {
     bytes: Vec<u8>,
     spans: HashTable<(usize, usize)>,
     hasher: foldhash::fast::FixedState,
+    memory: Reservation,
+    /// Fails once there is no memory for a text.
+    refused: engine::Result<()>,
 }
 
 impl Texts {
+    fn new(query: &Query) -> Self {
+        Self::within(query.memory().reserve(Kind::Queries))
+    }
+
+    fn within(memory: Reservation) -> Self {
+        let (bytes, spans, hasher) = (Vec::new(), HashTable::new(), foldhash::fast::FixedState::default());
+        Self { bytes, spans, hasher, memory, refused: Ok(()) }
+    }
+
     fn at(&self, span: (usize, usize)) -> &[u8] {
         slice(&self.bytes, span)
     }
 
     /// Where the text is, after adding it if it is new.
     fn insert(&mut self, text: &[u8]) -> (usize, usize) {
-        let Self { bytes, spans, hasher } = self;
+        let Self { bytes, spans, hasher, memory, refused } = self;
         let hash = hasher.hash_one(text);
         if let Some(span) = spans.find(hash, |span| slice(bytes, *span) == text) {
             return *span;
+        }
+        if refused.is_ok() {
+            // Here, and in the answer.
+            *refused = memory.grow(2 * text.len() + TEXT_BYTES);
         }
         let span = (bytes.len(), bytes.len() + text.len());
         spans.insert_unique(hash, span, |span| hasher.hash_one(slice(bytes, *span)));
@@ -217,11 +245,14 @@ impl Texts {
         span
     }
 
-    fn reply(&self, limit: Option<usize>) -> Reply {
+    fn reply(self, limit: Option<usize>, stop: &Stop) -> Result<Reply> {
+        self.refused.as_ref().map_err(|e| QueryError::execution(e.to_string()))?;
+        stop.check()?;
         let mut sorted: Vec<&[u8]> = self.spans.iter().map(|span| self.at(*span)).collect();
         sorted.sort_unstable();
         let truncated = truncate(&mut sorted, limit);
-        Reply::cut(truncated, |out| json::list(out, sorted.iter(), |out, text| json::utf8(out, text)))
+        let reply = Reply::cut(truncated, |out| json::list(out, sorted.iter(), |out, text| json::utf8(out, text)));
+        Ok(reply.holding(self.memory))
     }
 }
 
@@ -231,11 +262,14 @@ fn slice(bytes: &[u8], (from, to): (usize, usize)) -> &[u8] {
 
 #[cfg(test)]
 mod tests {
+    use engine::Memory;
+
     use super::*;
 
     #[test]
     fn texts_are_distinct_and_sorted() {
-        let mut texts = Texts::default();
+        let memory = Memory::new(16 << 20);
+        let mut texts = Texts::within(memory.reserve(Kind::Queries));
         for i in 0..1000 {
             let text = format!("v{}", i * 7 % 100);
             let span = texts.insert(text.as_bytes());
@@ -243,10 +277,24 @@ mod tests {
         }
         texts.insert(b"");
         assert_eq!(texts.spans.len(), 101);
-        let Reply::Json(body) = texts.reply(Some(3)) else { unreachable!("a JSON reply") };
+        let reply = texts.reply(Some(3), &Stop::default()).expect("few texts");
+        let Reply::Held(body) = reply else { unreachable!("an answer with its memory") };
         assert_eq!(
-            String::from_utf8(body).expect("UTF-8"),
+            std::str::from_utf8(body.as_ref()).expect("UTF-8"),
             r#"{"status":"success","data":["","v0","v1"],"warnings":["results truncated due to limit"]}"#
         );
+        assert_eq!(memory.used(), 1024, "what the answer takes");
+        drop(body);
+        assert_eq!(memory.used(), 0);
+    }
+
+    #[test]
+    fn texts_without_memory_are_refused() {
+        let mut texts = Texts::within(Memory::new(16 << 10).reserve(Kind::Queries));
+        for i in 0..1000 {
+            texts.insert(format!("v{i}").as_bytes());
+        }
+        let refused = texts.reply(None, &Stop::default()).expect_err("too many");
+        assert!(refused.message.contains("memory_limit is 16384"), "{refused}");
     }
 }

@@ -7,13 +7,15 @@ use std::sync::Arc;
 use catalog::tables::SAMPLES;
 use catalog::tag::{METRIC_NAME, TagIter};
 use catalog::{Registry, Series};
-use engine::{InMemory, MetricMetadata};
+use engine::memory::Kind;
+use engine::{InMemory, MetricMetadata, Query};
 use hashbrown::HashMap;
 
 use super::params::{Form, parse_integer};
 use super::reply::Reply;
 use super::{Api, json};
 use crate::error::{QueryError, Result};
+use crate::exec::out_of_memory;
 
 /// The release of Prometheus whose API this is. Clients read it from `status/buildinfo` to learn which parameters and
 /// endpoints they may use, so our own version would mislead them.
@@ -21,6 +23,10 @@ const PROMETHEUS_VERSION: &str = "3.14.0";
 
 /// Longest list that `status/tsdb` gives.
 const STATISTICS_MAX: i64 = 10_000;
+/// Series that `status/tsdb` counts before others have their turn at the thread.
+const SERIES_AT_ONCE: usize = 1024;
+/// Bytes that a pair takes where it is counted and where it is sorted.
+const PAIR_BYTES: usize = 160;
 
 /// `metadata`: type, help and unit by metric name.
 pub(super) async fn metadata(api: &Api, form: &Form) -> Result<Reply> {
@@ -142,7 +148,7 @@ pub(super) async fn features(api: &Api) -> Result<Reply> {
 }
 
 /// `status/tsdb`: how many series the active tag sets make, by name, label and pair.
-pub(super) async fn tsdb(api: &Api, form: &Form) -> Result<Reply> {
+pub(super) async fn tsdb(api: &Api, form: &Form, query: Query) -> Result<Reply> {
     let limit = match form.get("limit") {
         "" => 10,
         text => parse_integer(text)
@@ -153,36 +159,48 @@ pub(super) async fn tsdb(api: &Api, form: &Form) -> Result<Reply> {
     if limit > STATISTICS_MAX {
         return Err(QueryError::bad_data(format!("limit must not exceed {STATISTICS_MAX}")));
     }
-    Ok(statistics(api.engine.registry(), api.engine.in_memory(&SAMPLES), limit as usize))
+    statistics(api.engine.registry(), api.engine.in_memory(&SAMPLES), limit as usize, &query).await
 }
 
-fn statistics(registry: &Registry, head: InMemory, limit: usize) -> Reply {
+async fn statistics(registry: &Registry, head: InMemory, limit: usize, query: &Query) -> Result<Reply> {
+    let mut memory = query.memory().reserve(Kind::Queries);
+    memory.grow(registry.len() * size_of::<Arc<Series>>()).map_err(out_of_memory)?;
     let mut all = Vec::with_capacity(registry.len());
     registry.for_each(|_| true, None, |_, series: &Arc<Series>| all.push(series.clone()));
     let mut metrics: HashMap<&str, u64> = HashMap::new();
     let mut pairs: HashMap<(&str, &str), u64> = HashMap::new();
     let mut bytes: HashMap<&str, u64> = HashMap::new();
-    for series in &all {
-        for (name, value) in TagIter::new(series.tags.as_bytes()) {
-            if name == METRIC_NAME {
-                *metrics.entry(value).or_default() += 1;
+    for some in all.chunks(SERIES_AT_ONCE) {
+        let before = pairs.len();
+        for series in some {
+            for (name, value) in TagIter::new(series.tags.as_bytes()) {
+                if name == METRIC_NAME {
+                    *metrics.entry(value).or_default() += 1;
+                }
+                *pairs.entry((name, value)).or_default() += 1;
+                *bytes.entry(name).or_default() += value.len() as u64;
             }
-            *pairs.entry((name, value)).or_default() += 1;
-            *bytes.entry(name).or_default() += value.len() as u64;
         }
+        memory.grow((pairs.len() - before) * PAIR_BYTES).map_err(out_of_memory)?;
+        query.stop().check()?;
+        tokio::task::yield_now().await;
     }
     let mut values: HashMap<&str, u64> = HashMap::new();
     for (name, _) in pairs.keys() {
         *values.entry(name).or_default() += 1;
     }
-    let owned = |m: &HashMap<&str, u64>| m.iter().map(|(k, v)| ((*k).to_owned(), *v)).collect::<Vec<_>>();
+    let named = |m: &HashMap<&str, u64>| most(m, limit).into_iter().map(|(k, n)| (k.to_owned(), n)).collect::<Vec<_>>();
     let lists = [
-        ("seriesCountByMetricName", owned(&metrics)),
-        ("labelValueCountByLabelName", owned(&values)),
-        ("memoryInBytesByLabelName", owned(&bytes)),
-        ("seriesCountByLabelValuePair", pairs.iter().map(|((k, v), n)| (format!("{k}={v}"), *n)).collect()),
+        ("seriesCountByMetricName", named(&metrics)),
+        ("labelValueCountByLabelName", named(&values)),
+        ("memoryInBytesByLabelName", named(&bytes)),
+        (
+            "seriesCountByLabelValuePair",
+            most(&pairs, limit).into_iter().map(|((k, v), n)| (format!("{k}={v}"), n)).collect(),
+        ),
     ];
-    Reply::data(|out| {
+    query.stop().check()?;
+    let reply = Reply::data(|out| {
         out.extend_from_slice(br#"{"headStats":{"numSeries":"#);
         json::integer(out, all.len() as u64);
         out.extend_from_slice(br#","numLabelPairs":"#);
@@ -192,12 +210,11 @@ fn statistics(registry: &Registry, head: InMemory, limit: usize) -> Reply {
         // As in Prometheus, times of nothing are the extremes.
         let (min, max) = head.times.unwrap_or((i64::MAX, i64::MIN));
         out.extend_from_slice(format!(r#","minTime":{min},"maxTime":{max}}}"#).as_bytes());
-        for (name, mut counts) in lists {
-            counts.sort_unstable_by(|a, b| (Reverse(a.1), &a.0).cmp(&(Reverse(b.1), &b.0)));
+        for (name, counts) in lists {
             out.push(b',');
             json::text(out, name);
             out.push(b':');
-            json::list(out, counts.iter().take(limit), |out, (name, count)| {
+            json::list(out, &counts, |out, (name, count)| {
                 out.extend_from_slice(br#"{"name":"#);
                 json::text(out, name);
                 out.extend_from_slice(br#","value":"#);
@@ -206,7 +223,20 @@ fn statistics(registry: &Registry, head: InMemory, limit: usize) -> Reply {
             });
         }
         out.push(b'}');
-    })
+    });
+    Ok(reply.holding(memory))
+}
+
+/// So many of the largest counts, the largest first.
+fn most<K: Copy + Ord>(counts: &HashMap<K, u64>, limit: usize) -> Vec<(K, u64)> {
+    let order = |a: &(K, u64), b: &(K, u64)| (Reverse(a.1), a.0).cmp(&(Reverse(b.1), b.0));
+    let mut all: Vec<(K, u64)> = counts.iter().map(|(k, n)| (*k, *n)).collect();
+    if all.len() > limit {
+        all.select_nth_unstable_by(limit, order);
+        all.truncate(limit);
+    }
+    all.sort_unstable_by(order);
+    all
 }
 
 /// An object; `value` writes the value of each field.

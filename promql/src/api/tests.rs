@@ -36,15 +36,20 @@ fn disk() -> Arc<dyn catalog::FileSystem> {
 
 /// An empty database; all have the same seed.
 async fn open() -> (Engine, TempDir) {
+    open_with(|_| ()).await
+}
+
+async fn open_with(set: impl FnOnce(&mut Settings)) -> (Engine, TempDir) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let url = url::Url::from_directory_path(folder.path().join("store")).expect("an absolute path").to_string();
-    let settings = Settings {
+    let mut settings = Settings {
         data_dir: folder.path().join("data"),
         store_location: catalog::object::location(&url).expect("a location"),
         memory_limit: 256 << 20,
         cpu_threads: 2,
         ..Settings::default()
     };
+    set(&mut settings);
     let components = Components {
         store: catalog::object::open(&disk(), &url).expect("a store"),
         fs: disk(),
@@ -60,7 +65,12 @@ async fn open() -> (Engine, TempDir) {
 
 /// A server whose database holds `up` and `requests` of two instances, once a minute for an hour until [`NOW`].
 pub(super) async fn serve() -> Server {
-    let (engine, folder) = open().await;
+    serve_with(|_| ()).await
+}
+
+/// The same with other settings.
+pub(super) async fn serve_with(set: impl FnOnce(&mut Settings)) -> Server {
+    let (engine, folder) = open_with(set).await;
     fill(&engine).await;
     let router = routes(engine.clone(), crate::Settings::default()).behind(Access::open());
     Server { router, engine, _folder: folder }
@@ -614,17 +624,54 @@ async fn a_query_without_memory_is_refused_and_gives_back_what_it_had() {
     let memory = server.engine.memory().clone();
     let mut others = memory.reserve(Kind::Queries);
     others.force(memory.limit() / 16 * 9);
-    for path in ["query?query=up", "query?query=sum(up)", "query?query=up+*+up", "series?match[]=up"] {
+    let paths = [
+        "query?query=up",
+        "query?query=sum(up)",
+        "query?query=up+*+up",
+        "series?match[]=up",
+        "labels",
+        "label/instance/values",
+        "label/instance/values?match[]=up",
+        "query_exemplars?query=requests",
+        "status/tsdb",
+    ];
+    for path in paths {
         let (status, body) = server.get(path).await;
         assert_eq!((status, &body["errorType"]), (StatusCode::UNPROCESSABLE_ENTITY, &json!("execution")), "{body}");
         assert!(body["error"].as_str().is_some_and(|e| e.contains("memory_limit is")), "{body}");
         assert_eq!(memory.held(Kind::Queries), others.bytes(), "{path}");
     }
     drop(others);
-    let (status, body) = server.get("query?query=up").await;
-    assert_eq!(status, StatusCode::OK, "{body}");
-    drop(body);
-    assert_eq!(memory.held(Kind::Queries), 0);
+    for path in paths {
+        let request = Request::get(format!("/api/v1/{}", path.replace(' ', "%20"))).body(Body::empty());
+        let response = server.send(request.expect("a request")).await;
+        assert_eq!(response.status(), StatusCode::OK, "{path}");
+        let held = memory.held(Kind::Queries);
+        let body = to_bytes(response.into_body(), usize::MAX).await.expect("a body");
+        assert!(held >= body.len(), "{path}: {held} bytes are held for {}", body.len());
+        drop(body);
+        assert_eq!(memory.held(Kind::Queries), 0, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn statistics_wait_for_their_turn() {
+    let server = serve_with(|settings| settings.queries_max = 1).await;
+    let running = server.engine.begin(QueryLimits { timeout: Duration::from_secs(60) }).await.expect("a turn");
+    let (status, body) = server.get("status/tsdb?timeout=100ms").await;
+    assert_eq!((status, &body["errorType"]), (StatusCode::SERVICE_UNAVAILABLE, &json!("timeout")), "{body}");
+    drop(running);
+    server.data("status/tsdb").await;
+}
+
+#[tokio::test]
+async fn parameters_are_bounded() {
+    let server = serve().await;
+    let form = "application/x-www-form-urlencoded";
+    let (status, body) = server.post("labels", form, &"a&".repeat(1 << 20)).await;
+    assert_eq!((status, &body["errorType"]), (StatusCode::BAD_REQUEST, &json!("bad_data")), "{body}");
+    assert!(body["error"].as_str().is_some_and(|e| e.contains("more than 10000 parameters")), "{body}");
+    assert_eq!(server.engine.memory().held(Kind::Bodies), 0);
 }
 
 #[tokio::test]

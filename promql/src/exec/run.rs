@@ -132,14 +132,15 @@ async fn of_table(
     let (table, metric) = source.declared().ok_or_else(|| internal("a selector of a table that is not known"))?;
     let (start_ms, end_ms) = selector.reach(&node.grid);
     let selection = Selection { table: table.clone(), matchers: selector.matchers.clone(), start_ms, end_ms };
-    let set = engine.select(&selection, &Stop::of(session.config_options())).await.map_err(external)?.with_rows();
+    let stop = Stop::of(session.config_options());
+    let set = engine.select(&selection, &stop).await.map_err(external)?.with_rows();
     if let Some(notes) = session.config().get_extension::<Notes>() {
         notes.series.fetch_add(set.series.len() as u64, Ordering::Relaxed);
     }
     if set.series.is_empty() && !matches!(node.op, Op::Samples(_)) {
         return Ok(Arc::new(NodeExec::new(Op::Nothing, node.grid, node.place, vec![], None)));
     }
-    let mut memory = engine.memory().reserve(Kind::Queries);
+    let mut memory = stop.memory(engine.memory()).reserve(Kind::Queries);
     let mut labels = Vec::with_capacity(set.series.len());
     for series in &set.series {
         let own = source.labels(series.tags.as_bytes());

@@ -2,12 +2,12 @@
 
 use arrow::array::{ArrayRef, Float64Array, TimestampMillisecondArray, UInt32Array};
 use catalog::tables::SAMPLES;
-use engine::Write;
+use engine::{Memory, Write};
 
 use super::message::{LabelMatcher, ReadHints};
 use super::*;
 use crate::api::raw::POINTS_MAX;
-use crate::api::tests::{NOW, Server, batch, serve};
+use crate::api::tests::{NOW, Server, batch, serve, serve_with};
 
 /// A `ReadResponse`, as far as tests look at it.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -120,7 +120,7 @@ impl Server {
         let mut rest = body.as_slice();
         let mut out = Vec::new();
         while !rest.is_empty() {
-            let len = prost::encoding::decode_varint(&mut rest).expect("a length") as usize;
+            let len = decode_varint(&mut rest).expect("a length") as usize;
             let (sum, after) = rest.split_at(4);
             let (message, after) = after.split_at(len);
             rest = after;
@@ -139,10 +139,14 @@ impl Server {
     }
 }
 
+fn inflated(body: &[u8]) -> ReadRequest {
+    inflate(body, &mut Memory::new(1 << 20).reserve(Kind::Bodies)).expect("a request")
+}
+
 #[test]
 fn requests_of_prometheus() {
     let check = |body: &[u8], expected: Query| {
-        assert_eq!(inflate(body).expect("a request").queries, [expected]);
+        assert_eq!(inflated(body).queries, [expected]);
     };
     let hints = |func: &str, start_ms, end_ms| Some(ReadHints { func: func.into(), start_ms, end_ms });
     check(
@@ -158,7 +162,7 @@ fn requests_of_prometheus() {
         ..query(1, "mode", "idle", 0, 1795239022378)
     };
     let body = include_bytes!("../../../../tests/payloads/remote_read/prometheus-2.42-read-range-matchers.body");
-    let mut got = inflate(body).expect("a request").queries;
+    let mut got = inflated(body).queries;
     assert_eq!(got[0].matchers.pop().map(|m| (m.kind, m.value)), Some((0, "node_cpu_seconds_total".to_owned())));
     assert_eq!(got, [range]);
     check(
@@ -268,6 +272,50 @@ async fn refusals() {
     raw(&[0; 2 << 20], "a request may have 1048576 bytes").await;
     let message = snap::raw::Encoder::new().compress_vec(&[0x0a, 9]).expect("compressed");
     raw(&message, "not a prometheus.ReadRequest").await;
+    // What would be allocated for these takes fifty times as much as they do.
+    let empty =
+        |bytes: &[u8], count: usize| snap::raw::Encoder::new().compress_vec(&bytes.repeat(count)).expect("small");
+    raw(&empty(&[0x0a, 0], 2 << 20), "request has 2097152 queries; 100 are allowed").await;
+    let matchers = |count: usize| {
+        let mut message = vec![0x0a];
+        prost::encoding::encode_varint(2 * count as u64, &mut message);
+        message.extend([0x1a, 0].repeat(count));
+        message
+    };
+    raw(&empty(&matchers(1 << 20), 1), "request has 1048576 matchers in one query; 1000 are allowed").await;
+    raw(&empty(&[0x10, 7], 101), "request has 101 response types; 100 are allowed").await;
+    raw(&empty(&[&[0x12, 101][..], &[7; 101]].concat(), 1), "request has 101 response types; 100 are allowed").await;
     assert_eq!(server.samples(&[]).await.len(), 0);
     assert_eq!(server.chunks(&[]).await, []);
+}
+
+#[tokio::test]
+async fn what_is_read_counts_as_the_query_s() {
+    let mut server = serve_with(|settings| settings.query_memory_max = 12 << 20).await;
+    let up = [query(0, "__name__", "up", 0, NOW)];
+    for accepted in [0, 1] {
+        let (status, _, body) = server.read(&up, &[accepted]).await;
+        let text = String::from_utf8_lossy(&body).into_owned();
+        assert!(status == StatusCode::BAD_REQUEST && text.contains("see query_memory_max"), "{status} {text}");
+    }
+    let request = Request::get("/federate?match[]=up").body(Body::empty()).expect("a request");
+    let response = server.send(request).await;
+    assert_eq!(response.status(), StatusCode::UNPROCESSABLE_ENTITY);
+    assert_eq!(server.engine.memory().held(Kind::Queries), 0);
+
+    server = serve().await;
+    let memory = server.engine.memory().clone();
+    let asked = ReadRequest { queries: up.to_vec(), accepted_response_types: vec![] };
+    let body = snap::raw::Encoder::new().compress_vec(&asked.encode_to_vec()).expect("compressed");
+    let read = Request::post("/api/v1/read").body(Body::from(body)).expect("a request");
+    let federate = Request::get("/federate?match[]=up").body(Body::empty()).expect("a request");
+    for request in [read, federate] {
+        let response = server.send(request).await;
+        assert_eq!(response.status(), StatusCode::OK);
+        let held = memory.held(Kind::Queries);
+        let body = to_bytes(response.into_body(), usize::MAX).await.expect("a body");
+        assert!(!body.is_empty() && held >= body.len(), "{held} bytes are held for {}", body.len());
+        drop(body);
+        assert_eq!((memory.held(Kind::Queries), memory.held(Kind::Bodies)), (0, 0));
+    }
 }
