@@ -307,8 +307,7 @@ impl Reading {
 
     fn queries(&self) -> Vec<ArrayRef> {
         let mut all = self.engine.activities().all();
-        // What others ask is for those to see who may stop it.
-        all.retain(|a| self.caller.as_ref().is_some_and(|caller| caller.may_stop(a)));
+        all.retain(|a| self.caller.as_ref().is_some_and(|caller| caller.may_see(a)));
         let number =
             |get: fn(&Activity) -> u64| Arc::new(all.iter().map(|a| get(a) as i64).collect::<Int64Array>()) as ArrayRef;
         let text = |get: fn(&Activity) -> &str| {
@@ -330,7 +329,7 @@ impl Reading {
     }
 
     fn settings(&self) -> Result<Vec<ArrayRef>> {
-        if !self.caller.as_ref().is_some_and(|c| c.admin) {
+        if !self.caller.as_ref().is_some_and(|c| c.rights.admin) {
             return Err(denied("catalog.settings"));
         }
         let listed = &self.engine.settings().listed;
@@ -395,9 +394,14 @@ impl ScalarUDFImpl for Cancel {
     }
 
     fn invoke_with_args(&self, args: ScalarFunctionArgs) -> Result<ColumnarValue> {
+        if !self.caller.rights.stops {
+            let told =
+                "permission denied for catalog.cancel: over HTTP it must be sent by POST, and not from a web page";
+            return Err(DataFusionError::External(Box::new(SqlError::new("42501", told))));
+        }
         let stop = |id: i64| {
             let id = u64::try_from(id).unwrap_or(0);
-            self.engine.activities().cancel(id, |a| self.caller.may_stop(a))
+            self.engine.activities().cancel(id, |a| self.caller.may_see(a))
         };
         Ok(match args.args.first() {
             Some(ColumnarValue::Scalar(ScalarValue::Int64(id))) => {

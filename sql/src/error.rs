@@ -77,6 +77,11 @@ impl SqlError {
         self
     }
 
+    /// Memory that was refused to a statement: by the account, or since one query may hold no more.
+    pub fn no_memory(refused: &Error) -> Self {
+        Self::new("53200", refused.to_string())
+    }
+
     /// What the protocol has and this server does not.
     pub fn unsupported(what: impl fmt::Display) -> Self {
         Self::new("0A000", format!("{what} is not supported"))

@@ -7,7 +7,6 @@
 use std::io;
 use std::sync::Arc;
 
-use access::Scope;
 use arrow::array::RecordBatchOptions;
 use arrow::compute::cast;
 use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
@@ -33,11 +32,6 @@ use crate::statement::{CopyFormat, CopyKind, Names};
 /// Bytes of a row group: what a reader can hold several of, and enough to compress well.
 const ROW_GROUP_BYTES: usize = 64 << 20;
 
-/// Whether a caller may export.
-pub fn may(caller: &access::Caller) -> bool {
-    caller.is_known() && caller.may(Scope::Admin)
-}
-
 /// Writes the rows of a plan to a file or a URL, whole or not at all, and gives their number. Dropping this gives the export
 /// up.
 ///
@@ -55,9 +49,9 @@ pub async fn copy_to(
     let engine = session.engine();
     let target = engine.exports().target(to).map_err(failed)?.ok_or_else(|| outside(engine, to))?;
     let export = engine.begin_export(&target).await.map_err(failed)?;
-    let batches = session.run(plan).await?;
+    let (batches, memory) = session.run_within(plan, session.timeout()).await?;
     let rows = Rows::new(format, &batches.schema(), names, session.time_zone())?;
-    let writing = Writing { rows, export, memory: engine.memory().reserve(Kind::Queries), count: 0, bytes: 0 };
+    let writing = Writing { rows, export, memory: memory.reserve(Kind::Queries), count: 0, bytes: 0 };
     let (user, to) = (session.caller().name.clone(), to.to_owned());
     engine
         .run_to_end(move |left| async move {
@@ -147,7 +141,7 @@ impl Writing {
     fn account(&mut self) -> Result<()> {
         let held = self.rows.held() + self.export.held();
         match held.checked_sub(self.memory.bytes()) {
-            Some(more) => self.memory.grow(more).map_err(|e| SqlError::new("53200", e.to_string())),
+            Some(more) => self.memory.grow(more).map_err(|e| SqlError::no_memory(&e)),
             None => {
                 self.memory.shrink_to(held);
                 Ok(())

@@ -24,26 +24,55 @@ use arrow_flight::{
     Action, FlightDescriptor, FlightEndpoint, FlightInfo, HandshakeRequest, HandshakeResponse, IpcMessage, SchemaAsIpc,
     Ticket,
 };
+use axum::body::Body;
+use axum::middleware::map_request;
 use axum::routing::any_service;
 use bytes::Bytes;
 use datafusion::logical_expr::LogicalPlan;
-use engine::Engine;
+use engine::memory::Kind;
+use engine::{Engine, Memory};
 use futures::{Stream, StreamExt, TryStreamExt, stream};
 use prost::Message as _;
 use tonic::metadata::MetadataValue;
 use tonic::{Extensions, Request, Response, Status, Streaming};
 
 use crate::error::{Result, SqlError};
-use crate::session::{DATABASE, Frontend, Session};
+use crate::limits::TEXT_BYTES_MAX;
+use crate::session::{DATABASE, Frontend, Rights, Session};
 use crate::statement::{Command, Names};
+
+/// The longest message of a client: a statement, and what it is wrapped in.
+const MESSAGE_BYTES_MAX: usize = TEXT_BYTES_MAX + (64 << 10);
 
 /// The routes of the service.
 ///
 /// # Errors
 /// When the SQL side of the engine can't be built.
 pub fn routes(engine: &Engine) -> Result<Routes> {
+    let memory = engine.memory().clone();
+    let accounted = map_request(move |request: axum::extract::Request| {
+        let request = request.map(|body| accounted(&memory, body));
+        std::future::ready(request)
+    });
+    let service = any_service(service(engine)?);
+    Ok(Routes::new().route(Scope::Read, "/arrow.flight.protocol.FlightService/{method}", service).layer(accounted))
+}
+
+fn service(engine: &Engine) -> Result<FlightServiceServer<FlightSql>> {
     let service = FlightServiceServer::new(FlightSql { frontend: Frontend::new(engine)? });
-    Ok(Routes::new().route(Scope::Read, "/arrow.flight.protocol.FlightService/{method}", any_service(service)))
+    Ok(service.max_decoding_message_size(MESSAGE_BYTES_MAX))
+}
+
+/// A body for whose bytes memory is reserved: they are gathered until a message is whole, of many requests at a time.
+fn accounted(memory: &Memory, body: Body) -> Body {
+    let mut share = memory.reserve(Kind::Bodies);
+    Body::from_stream(body.into_data_stream().map(move |data| {
+        let data = data?;
+        match share.grow(data.len()) {
+            Ok(()) => Ok(data),
+            Err(e) => Err(axum::Error::new(status(SqlError::no_memory(&e)))),
+        }
+    }))
 }
 
 /// The service.
@@ -78,8 +107,7 @@ struct Planned {
 impl FlightSql {
     fn session(&self, extensions: &Extensions) -> Session {
         let caller = extensions.get::<Caller>();
-        let admin = caller.is_some_and(|c| c.may(Scope::Admin));
-        self.frontend.session(caller.map_or("flight", Caller::name), admin)
+        self.frontend.session(caller.map_or("flight", Caller::name), Rights::of(caller))
     }
 
     async fn plan(&self, text: &str, extensions: &Extensions) -> Result<Planned, Status> {
@@ -357,4 +385,45 @@ impl FlightSqlService for FlightSql {
     }
 
     async fn register_sql_info(&self, _id: i32, _result: &SqlInfo) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use arrow_flight::flight_service_client::FlightServiceClient;
+    use tonic::Code;
+
+    use super::*;
+    use crate::tests::Fixture;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn statements_are_bounded() {
+        let fixture = Fixture::new().await;
+        let mut client = FlightServiceClient::new(service(&fixture.engine).unwrap());
+        let mut ask = async |length: usize| {
+            let query = CommandStatementQuery { query: " ".repeat(length) + "SELECT 1", transaction_id: None };
+            let asked = client.get_flight_info(FlightDescriptor::new_cmd(query.as_any().encode_to_vec())).await;
+            asked.map(drop).map_err(|e| e.code())
+        };
+        assert_eq!(ask(1 << 10).await, Ok(()));
+        assert_eq!(ask(TEXT_BYTES_MAX).await, Err(Code::ResourceExhausted), "as everywhere");
+        assert_eq!(ask(MESSAGE_BYTES_MAX).await, Err(Code::OutOfRange), "nor is it kept");
+    }
+
+    #[tokio::test]
+    async fn bodies_are_accounted() {
+        let memory = Memory::new(1 << 20);
+        let parts = |count| stream::iter((0..count).map(|_| Ok::<_, std::io::Error>(Bytes::from(vec![0; 1 << 10]))));
+        let mut few = accounted(&memory, Body::from_stream(parts(10))).into_data_stream();
+        while let Some(part) = few.next().await {
+            part.unwrap();
+        }
+        assert_eq!(memory.held(Kind::Bodies), 10 << 10);
+        drop(few);
+        let many = accounted(&memory, Body::from_stream(parts(200)));
+        let refused = axum::body::to_bytes(many, usize::MAX).await.unwrap_err();
+        let refused = Status::from_error(Box::new(refused));
+        assert_eq!(refused.code(), Code::ResourceExhausted);
+        assert!(refused.message().contains("53200"), "{refused}");
+        assert_eq!(memory.held(Kind::Bodies), 0);
+    }
 }

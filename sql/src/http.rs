@@ -17,7 +17,7 @@ use arrow::datatypes::{Schema, SchemaRef};
 use arrow::ipc::writer::StreamWriter;
 use axum::Extension;
 use axum::body::Body;
-use axum::extract::{DefaultBodyLimit, RawQuery, State};
+use axum::extract::{RawQuery, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
@@ -27,19 +27,20 @@ use datafusion::execution::SendableRecordBatchStream;
 use datafusion::logical_expr::LogicalPlan;
 use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use engine::memory::Kind;
-use engine::{Engine, Notice};
+use engine::{Engine, Memory, Notice, Reservation};
 use futures::{Stream, StreamExt, stream};
 use serde_json::{Value, json};
 
 use crate::error::{Result, SqlError};
 use crate::export;
 use crate::format::{Column, csv_field, quoted};
+use crate::limits::TEXT_BYTES_MAX;
 use crate::pg::wire_type;
-use crate::session::{Frontend, Session};
+use crate::session::{Frontend, Rights, Session};
 use crate::statement::{Command, Names};
 
-/// The longest statement, in bytes.
-const STATEMENT_BYTES_MAX: usize = 1 << 20;
+/// The longest body, in bytes: it is a statement, or has one in it.
+const BODY_BYTES_MAX: usize = TEXT_BYTES_MAX;
 
 /// Whether there are more rows than the request's limit.
 const TRUNCATED: HeaderName = HeaderName::from_static("thalweg-truncated");
@@ -51,7 +52,7 @@ const TRUNCATED: HeaderName = HeaderName::from_static("thalweg-truncated");
 pub fn routes(engine: &Engine) -> Result<Routes> {
     let frontend = Frontend::new(engine)?;
     let routes = Routes::new().route(Scope::Read, "/api/v1/sql", get(by_get).post(by_post));
-    Ok(routes.layer(DefaultBodyLimit::max(STATEMENT_BYTES_MAX)).with_state(frontend))
+    Ok(routes.with_state(frontend))
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -150,12 +151,40 @@ async fn by_post(
     caller: Option<Extension<Caller>>,
     RawQuery(query): RawQuery,
     headers: HeaderMap,
-    body: Bytes,
+    body: Body,
 ) -> Response {
-    match read(query.as_deref().unwrap_or_default(), &headers, &body) {
-        Ok(request) => answer(&frontend, caller, request, &headers, true).await,
+    let request = async {
+        let (body, memory) = whole(frontend.engine().memory(), &headers, body).await?;
+        let request = read(query.as_deref().unwrap_or_default(), &headers, &body)?;
+        Ok::<_, SqlError>((request, memory))
+    };
+    match request.await {
+        // What was reserved for the body is held for the request's texts until there is an answer.
+        Ok((request, _memory)) => answer(&frontend, caller, request, &headers, true).await,
         Err(e) => failed(&e),
     }
+}
+
+/// All of a body, and the memory that is reserved for it as it comes.
+async fn whole(memory: &Memory, headers: &HeaderMap, body: Body) -> Result<(Vec<u8>, Reservation)> {
+    let too_large = |size: usize| {
+        SqlError::new("54000", format!("request body has {size} bytes or more; {BODY_BYTES_MAX} are allowed"))
+    };
+    let declared = headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse().ok());
+    if let Some(size) = declared.filter(|size| *size > BODY_BYTES_MAX) {
+        return Err(too_large(size));
+    }
+    let (mut all, mut memory) = (Vec::new(), memory.reserve(Kind::Bodies));
+    let mut parts = body.into_data_stream();
+    while let Some(part) = parts.next().await {
+        let part = part.map_err(|e| SqlError::new("08P01", format!("request body can't be read: {e}")))?;
+        if part.len() > BODY_BYTES_MAX - all.len() {
+            return Err(too_large(all.len() + part.len()));
+        }
+        memory.grow(part.len()).map_err(|e| SqlError::no_memory(&e))?;
+        all.extend_from_slice(&part);
+    }
+    Ok((all, memory))
 }
 
 fn read(query: &str, headers: &HeaderMap, body: &[u8]) -> Result<Request> {
@@ -187,21 +216,17 @@ async fn answer(
     posted: bool,
 ) -> Response {
     let name = caller.as_ref().map_or("http", |c| c.name());
-    // What a browser sends for a page may ask, as any caller may, but not do anything.
-    let admin = caller.as_ref().is_some_and(|c| c.may(Scope::Admin)) && !headers.contains_key(header::ORIGIN);
-    // Browsers follow a link with the credentials that they remember, and do not say for which page.
-    let posted = posted && !headers.contains_key(header::ORIGIN);
-    let may = |what: fn(&Caller) -> bool| posted && caller.as_ref().is_some_and(|c| what(c));
-    let session = frontend.session(name, admin).writing(may(may_write)).exporting(may(export::may));
-    match respond(&session, request, headers).await {
+    let rights = Rights::of(caller.as_deref());
+    let rights = match posted {
+        // What a browser sends for a page may ask, as any caller may, but not do anything.
+        _ if headers.contains_key(header::ORIGIN) => Rights::default(),
+        true => rights,
+        false => rights.of_link(),
+    };
+    match respond(&frontend.session(name, rights), request, headers).await {
         Ok(response) => response,
         Err(e) => failed(&e),
     }
-}
-
-/// Whether a caller may make views.
-pub(crate) fn may_write(caller: &Caller) -> bool {
-    caller.is_known() && caller.may(Scope::Write)
 }
 
 fn failed(e: &SqlError) -> Response {
@@ -238,9 +263,9 @@ async fn respond(session: &Session, request: Request, headers: &HeaderMap) -> Re
     let text = request.query.ok_or_else(|| SqlError::new("42601", "no statement: send it as the body or as query="))?;
     // The first batch tells whether there is an answer at all. Planning has the same time as running.
     let begun = async {
-        let (batches, names) = run(session, &text, request.parameters).await?;
+        let Given { batches, names, memory } = run(session, &text, request.parameters).await?;
         let (mut batches, truncated) = match limit {
-            Some(limit) => held(session, batches, limit).await?,
+            Some(limit) => held(memory.reserve(Kind::Queries), batches, limit).await?,
             None => (batches, None),
         };
         let first = batches.next().await.transpose()?;
@@ -270,18 +295,17 @@ async fn respond(session: &Session, request: Request, headers: &HeaderMap) -> Re
 
 /// The first `limit` rows, and whether there are more.
 async fn held(
-    session: &Session,
+    mut memory: Reservation,
     mut batches: SendableRecordBatchStream,
     limit: usize,
 ) -> Result<(SendableRecordBatchStream, Option<bool>)> {
     let schema = batches.schema();
-    let mut memory = session.engine().memory().reserve(Kind::Queries);
     let (mut all, mut rows, mut truncated) = (Vec::new(), 0, false);
     while let Some(batch) = batches.next().await.transpose()? {
         let wanted = batch.num_rows().min(limit - rows);
         truncated |= wanted < batch.num_rows();
         if wanted > 0 {
-            memory.grow(batch.get_array_memory_size())?;
+            memory.grow(batch.get_array_memory_size()).map_err(|e| SqlError::no_memory(&e))?;
             all.push(batch.slice(0, wanted));
             rows += wanted;
         }
@@ -307,7 +331,20 @@ fn until_error<T>(stream: impl Stream<Item = Result<T>>) -> impl Stream<Item = R
     })
 }
 
-async fn run(session: &Session, text: &str, parameters: Option<Value>) -> Result<(SendableRecordBatchStream, Names)> {
+/// What a statement gives.
+struct Given {
+    batches: SendableRecordBatchStream,
+    names: Names,
+    /// What to reserve from for holding the rows.
+    memory: Memory,
+}
+
+async fn run(session: &Session, text: &str, parameters: Option<Value>) -> Result<Given> {
+    let given = |batch: RecordBatch| Given {
+        batches: Box::pin(RecordBatchStreamAdapter::new(batch.schema(), stream::iter([Ok(batch)]))),
+        names: Names::default(),
+        memory: session.engine().memory().clone(),
+    };
     let mut commands = session.parse(text).await?;
     match (commands.pop(), commands.is_empty()) {
         (Some(Command::Query { statement, names }), true) => {
@@ -315,7 +352,8 @@ async fn run(session: &Session, text: &str, parameters: Option<Value>) -> Result
             if let Some(parameters) = parameters {
                 plan = with_parameters(plan, &parameters)?;
             }
-            Ok((session.run(plan).await?, names))
+            let (batches, memory) = session.run_within(plan, session.timeout()).await?;
+            Ok(Given { batches, names, memory })
         }
         (Some(Command::Show(name)), true) => Ok(given(session.show(&name)?)),
         (Some(Command::CopyOut { statement, names, format, to: Some(to) }), true) => {
@@ -331,19 +369,12 @@ async fn run(session: &Session, text: &str, parameters: Option<Value>) -> Result
         }
         (Some(command @ (Command::CreateView { .. } | Command::DropView { .. })), true) => {
             session.change(&command).await?;
-            let none = RecordBatchStreamAdapter::new(Arc::new(Schema::empty()), stream::empty());
-            Ok((Box::pin(none), Names::default()))
+            Ok(given(RecordBatch::new_empty(Arc::new(Schema::empty()))))
         }
         (Some(_), true) => Err(SqlError::unsupported("a statement without rows over HTTP, which has no sessions,")),
         (Some(_), false) => Err(SqlError::unsupported("more than one statement in a request")),
         (None, _) => Err(SqlError::new("42601", "no statement was given")),
     }
-}
-
-/// Rows that are there already.
-fn given(batch: RecordBatch) -> (SendableRecordBatchStream, Names) {
-    let schema = batch.schema();
-    (Box::pin(RecordBatchStreamAdapter::new(schema, stream::iter([Ok(batch)]))), Names::default())
 }
 
 /// A plan with the values of its parameters, which take the types that the statement gives them.
@@ -518,7 +549,10 @@ impl Writer {
 
 #[cfg(test)]
 mod tests {
+    use engine::Settings;
+
     use super::*;
+    use crate::tests::Fixture;
 
     #[test]
     fn forms_are_decoded() {
@@ -529,5 +563,98 @@ mod tests {
         check("%zz%4", "%zz%4");
         check("%C3%A9", "é");
         check("é%", "é%");
+    }
+
+    struct Asked {
+        fixture: Fixture,
+        frontend: Arc<Frontend>,
+    }
+
+    impl Asked {
+        async fn with(settings: Settings) -> Self {
+            let fixture = Fixture::with(settings).await;
+            let frontend = Frontend::new(&fixture.engine).unwrap();
+            Self { fixture, frontend }
+        }
+
+        async fn get(&self, query: &str) -> (u16, String) {
+            let query = RawQuery(Some(query.to_owned()));
+            told(by_get(State(self.frontend.clone()), None, query, HeaderMap::new()).await).await
+        }
+
+        async fn post(&self, headers: HeaderMap, body: impl Into<Body>) -> (u16, String) {
+            told(by_post(State(self.frontend.clone()), None, RawQuery(None), headers, body.into()).await).await
+        }
+    }
+
+    /// Status, and the SQLSTATE of an error or the body of an answer.
+    async fn told(response: Response) -> (u16, String) {
+        let status = response.status().as_u16();
+        let body = axum::body::to_bytes(response.into_body(), usize::MAX).await.unwrap();
+        let text = String::from_utf8(body.to_vec()).unwrap();
+        let value: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("no JSON ({e}): {text}"));
+        (status, value["code"].as_str().map_or(text, str::to_owned))
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn bodies_are_bounded_and_accounted() {
+        let asked = Asked::with(Settings::default()).await;
+        let memory = asked.fixture.engine.memory();
+        let long = " ".repeat(BODY_BYTES_MAX) + "SELECT 1";
+        assert_eq!(asked.post(HeaderMap::new(), long.clone()).await, (422, "54000".to_owned()));
+        let declared = HeaderMap::from_iter([(header::CONTENT_LENGTH, HeaderValue::from(long.len()))]);
+        // Not even a byte of it is waited for.
+        let never = Body::from_stream(stream::pending::<std::io::Result<Bytes>>());
+        assert_eq!(asked.post(declared, never).await, (422, "54000".to_owned()));
+        let broken = stream::iter([Ok("SELECT"), Err(std::io::Error::other("gone"))]);
+        assert_eq!(asked.post(HeaderMap::new(), Body::from_stream(broken)).await, (400, "08P01".to_owned()));
+        let mut others = memory.reserve(Kind::Bodies);
+        others.grow(memory.max(Kind::Bodies) - 1000).unwrap();
+        assert_eq!(asked.post(HeaderMap::new(), "SELECT 1").await.0, 200);
+        assert_eq!(asked.post(HeaderMap::new(), " ".repeat(1001)).await, (422, "53200".to_owned()));
+        assert_eq!(memory.held(Kind::Bodies), others.bytes());
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn rows_that_are_held_count_as_their_querys() {
+        const MANY: &str = "query=SELECT+value+FROM+generate_series(1,1000000)&limit=1000000";
+        let asked = Asked::with(Settings { query_memory_max: 1 << 20, ..Settings::default() }).await;
+        assert_eq!(asked.get("query=SELECT+1&limit=1").await.0, 200);
+        assert_eq!(asked.get(MANY).await, (422, "53200".to_owned()));
+        // What there is for all is refused in the same words.
+        let asked = Asked::with(Settings::default()).await;
+        let memory = asked.fixture.engine.memory();
+        let mut others = memory.reserve(Kind::Queries);
+        others.grow(memory.max(Kind::Queries) - (1 << 20)).unwrap();
+        assert_eq!(asked.get(MANY).await, (422, "53200".to_owned()));
+        drop(others);
+        assert_eq!(asked.get(MANY).await.0, 200);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_an_export_holds_counts_as_its_querys() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = dir.path().canonicalize().unwrap().display().to_string();
+        let locations = vec![place.clone()];
+        let settings = Settings { query_memory_max: 1 << 20, export_locations: locations, ..Settings::default() };
+        let asked = Asked::with(settings).await;
+        let session = asked.frontend.session("me", Rights { exports: true, ..Rights::default() });
+        let copy = async |count: usize| {
+            let rows = format!("SELECT value FROM generate_series(1, {count})");
+            let text = format!("COPY ({rows}) TO '{place}/{count}.parquet' (FORMAT parquet)");
+            run(&session, &text, None).await.map(drop).map_err(|e| e.code)
+        };
+        assert_eq!(copy(10).await, Ok(()));
+        assert_eq!(copy(3_000_000).await, Err("53200"));
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_link_stops_no_query() {
+        let asked = Asked::with(Settings::default()).await;
+        let cancel = "SELECT catalog.cancel(id) AS c FROM catalog.queries WHERE state = 'running'";
+        assert_eq!(asked.get(&format!("query={}", cancel.replace(' ', "+"))).await, (400, "42501".to_owned()));
+        let origin = HeaderMap::from_iter([(header::ORIGIN, HeaderValue::from_static("https://example.com"))]);
+        assert_eq!(asked.post(origin, cancel).await, (400, "42501".to_owned()));
+        assert_eq!(asked.post(HeaderMap::new(), "SELECT catalog.cancel(0) AS c").await.0, 200);
     }
 }

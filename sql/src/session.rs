@@ -4,6 +4,7 @@ use std::ops::ControlFlow;
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
+use access::Scope;
 use arrow::array::timezone::Tz;
 use arrow::array::{ArrayRef, StringArray};
 use arrow::datatypes::{DataType, Field, Schema};
@@ -18,7 +19,7 @@ use datafusion::sql::parser::Statement as DfStatement;
 use datafusion::sql::sqlparser::ast::{ObjectName, Statement, visit_relations};
 use datafusion_pg_catalog::pg_catalog::oid_type_planner::PgOidTypePlanner;
 use datafusion_pg_catalog::sql::PostgresCompatibilityParser;
-use engine::{Activity, Description, Engine, ErrorKind, Notices, QueryLimits, View};
+use engine::{Activity, Description, Engine, ErrorKind, Memory, Notices, QueryLimits, View};
 use parking_lot::Mutex;
 
 use crate::bounded::{BoundedResults, Results};
@@ -124,8 +125,8 @@ impl Frontend {
     }
 
     /// A session of its own state.
-    pub fn session(self: &Arc<Self>, user: &str, admin: bool) -> Session {
-        let caller = Arc::new(Caller { name: user.to_owned(), admin });
+    pub fn session(self: &Arc<Self>, user: &str, rights: Rights) -> Session {
+        let caller = Arc::new(Caller { name: user.to_owned(), rights });
         let mut state = self.template.state();
         state.config_mut().set_extension(caller.clone());
         let notices = Arc::new(Notices::default());
@@ -137,18 +138,7 @@ impl Frontend {
         let variables = Arc::new(Mutex::new(Variables::new(user)));
         functions::register_session(&context, &variables);
         let (asked, transaction) = (Mutex::new("".into()), Mutex::default());
-        Session {
-            frontend: self.clone(),
-            context,
-            variables,
-            caller,
-            notices,
-            connection,
-            writes: false,
-            exports: false,
-            asked,
-            transaction,
-        }
+        Session { frontend: self.clone(), context, variables, caller, notices, connection, asked, transaction }
     }
 }
 
@@ -161,10 +151,6 @@ pub struct Session {
     /// What there is to say of the statement that runs.
     notices: Arc<Notices>,
     connection: Arc<Connection>,
-    /// Whether views may be made and dropped.
-    writes: bool,
-    /// Whether rows may be exported to files and URLs.
-    exports: bool,
     /// The text that runs next.
     asked: Mutex<Arc<str>>,
     transaction: Mutex<Transaction>,
@@ -215,14 +201,48 @@ pub fn catalogs(database: Arc<Database>) -> Arc<dyn CatalogProviderList> {
 pub struct Caller {
     /// The user or the name of the token.
     pub name: String,
-    /// Whether they have the scope admin.
-    pub admin: bool,
+    /// What they may do beyond reading.
+    pub rights: Rights,
 }
 
 impl Caller {
-    /// Whether they may see and stop a query.
-    pub fn may_stop(&self, activity: &Activity) -> bool {
-        self.admin || self.name == activity.user
+    /// Whether they may see a query, and stop it if they may stop queries.
+    pub fn may_see(&self, activity: &Activity) -> bool {
+        self.rights.admin || self.name == activity.user
+    }
+}
+
+/// What a session may do beyond reading.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub struct Rights {
+    /// See what others ask, and the settings.
+    pub admin: bool,
+    /// Stop the queries that they see.
+    pub stops: bool,
+    /// Make and drop views.
+    pub writes: bool,
+    /// Export rows to files and URLs.
+    pub exports: bool,
+}
+
+impl Rights {
+    /// Those of a caller, in a session that is no page's.
+    pub fn of(caller: Option<&access::Caller>) -> Self {
+        let may = |scope| caller.is_some_and(|c| c.may(scope));
+        let is_known = caller.is_some_and(access::Caller::is_known);
+        Self {
+            admin: may(Scope::Admin),
+            stops: true,
+            writes: is_known && may(Scope::Write),
+            exports: is_known && may(Scope::Admin),
+        }
+    }
+
+    /// What is left of them in a request that a link can make: browsers follow one with the credentials that they
+    /// remember, and do not say for which page.
+    #[must_use]
+    pub fn of_link(self) -> Self {
+        Self { admin: self.admin, ..Self::default() }
     }
 }
 
@@ -286,12 +306,6 @@ impl Session {
         lists_tables(statement) || names_views(statement, &self.frontend.engine)
     }
 
-    /// The session of who has shown credentials that may write.
-    #[must_use]
-    pub fn writing(self, writes: bool) -> Self {
-        Self { writes, ..self }
-    }
-
     /// Makes or drops views; durable when it returns. Returns what the client is told, or `None` for another command.
     ///
     /// # Errors
@@ -304,7 +318,7 @@ impl Session {
             Command::DropView { .. } => "DROP VIEW",
             _ => return Ok(None),
         };
-        if !self.writes {
+        if !self.caller.rights.writes {
             let told = format!("permission denied for {tag}: it needs a login with the scope write or admin");
             return Err(SqlError::new("42501", told).hint(
                 "Views are made by a user or a token of auth_file with such a scope; over HTTP by POST, and not from a web page.",
@@ -348,18 +362,12 @@ impl Session {
         Ok(Some(tag))
     }
 
-    /// The session of an administrator who has shown credentials, if `exports`.
-    #[must_use]
-    pub fn exporting(self, exports: bool) -> Self {
-        Self { exports, ..self }
-    }
-
     /// Whether rows may be exported to files and URLs.
     ///
     /// # Errors
     /// 42501.
     pub fn check_export(&self) -> Result<()> {
-        if self.exports {
+        if self.caller.rights.exports {
             return Ok(());
         }
         let hint = "Only an administrator who has logged in may, over HTTP by POST. COPY TO STDOUT is for everybody, and so is \
@@ -434,14 +442,19 @@ impl Session {
     /// # Errors
     /// 53300 when too many queries run; those of planning; the stream ends with those of running.
     pub async fn run(&self, plan: LogicalPlan) -> Result<SendableRecordBatchStream> {
-        self.run_within(plan, self.timeout()).await
+        Ok(self.run_within(plan, self.timeout()).await?.0)
     }
 
-    /// Runs a plan whose rows may be asked for until so long from now.
+    /// Runs a plan whose rows may be asked for until so long from now; with them comes the query's view of the account, for
+    /// what holds its rows.
     ///
     /// # Errors
     /// Those of [`Session::run`].
-    pub async fn run_within(&self, plan: LogicalPlan, timeout: Duration) -> Result<SendableRecordBatchStream> {
+    pub async fn run_within(
+        &self,
+        plan: LogicalPlan,
+        timeout: Duration,
+    ) -> Result<(SendableRecordBatchStream, Memory)> {
         let engine = &self.frontend.engine;
         let mut query = engine.begin(QueryLimits { timeout }).await.map_err(|e| match e.kind() {
             ErrorKind::Unavailable => SqlError::new("53300", e.to_string()),
@@ -454,7 +467,8 @@ impl Session {
         });
         let mut state = self.state(self.moment().await?.as_ref());
         state.config_mut().options_mut().extensions.insert(Results::default());
-        Ok(engine.execute(&state, plan, query).await?)
+        let memory = query.memory().clone();
+        Ok((engine.execute(&state, plan, query).await?, memory))
     }
 
     /// How long a client may be idle, within a transaction or outside, before the connection is ended.

@@ -12,7 +12,7 @@ use futures::TryStreamExt;
 
 use crate::error::Result;
 use crate::format::Column;
-use crate::session::{Frontend, Session};
+use crate::session::{Frontend, Rights, Session};
 
 /// 2026-11-21 07:00:00 UTC.
 const START: i64 = 1_795_244_400_000;
@@ -23,8 +23,8 @@ pub struct Fixture {
     pub session: Session,
 }
 
-async fn open(dir: &Path) -> Engine {
-    let settings = Settings { data_dir: dir.to_owned(), memory_limit: 256 << 20, ..Settings::default() };
+async fn open(dir: &Path, settings: Settings) -> Engine {
+    let settings = Settings { data_dir: dir.to_owned(), memory_limit: 256 << 20, ..settings };
     let components = Components {
         store: Arc::new(object_store::memory::InMemory::new()),
         fs: Arc::new(catalog::fs::Disk),
@@ -55,15 +55,21 @@ async fn write(engine: &Engine, labels: &str, samples: &[(i64, f64)]) {
 
 impl Fixture {
     pub async fn new() -> Self {
+        Self::with(Settings::default()).await
+    }
+
+    /// With these settings, but for those of places and of memory.
+    pub async fn with(settings: Settings) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let engine = open(dir.path()).await;
+        let engine = open(dir.path(), settings).await;
         write(&engine, "__name__=up,job=api,host=h1", &[(0, 1.0), (60, 1.0), (120, 0.0)]).await;
         write(&engine, "__name__=up,job=api,host=h2", &[(0, 1.0), (60, 0.0)]).await;
         write(&engine, "__name__=up,job=db,host=h3", &[(0, 1.0)]).await;
         write(&engine, "__name__=http_requests,job=api,host=h1,code=200,ts=x", &[(0, 10.0), (60, 20.0)]).await;
         write(&engine, "__name__=http_requests,job=api,host=h1,code=500", &[(0, 1.0), (60, 3.0)]).await;
         write(&engine, "__name__=http_requests,job=api,host=h2,code=200", &[(0, 7.5)]).await;
-        let session = Frontend::new(&engine).unwrap().session("tester", true);
+        let rights = Rights { admin: true, ..Rights::default() };
+        let session = Frontend::new(&engine).unwrap().session("tester", rights);
         Self { _dir: dir, engine, session }
     }
 

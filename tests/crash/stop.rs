@@ -1,12 +1,14 @@
 //! SIGTERM under load: it ends in order and soon, and everything that was acknowledged is there afterwards.
 
+use std::io::Write as _;
+use std::net::TcpStream;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::ledger::Ledger;
 use super::{extent, figures};
 use crate::harness::server::signal;
-use crate::harness::{Random, Server};
+use crate::harness::{Random, Server, now_ms, series};
 
 fn run(seed: u64, stops: u64) {
     let mut random = Random(seed);
@@ -50,4 +52,29 @@ fn a_stop_under_load_loses_nothing() {
     for seed in 0..extent("CRASH_SEEDS", 1) {
         run(seed, extent("CRASH_CYCLES", 2));
     }
+}
+
+/// Clients of PostgreSQL that never say who they are, or never read what they are answered, hold nothing up.
+#[test]
+fn a_stop_waits_for_no_silent_client() {
+    let mut server = Server::start();
+    let now = now_ms();
+    let samples: Vec<(i64, f64)> = (0..100).map(|i| (now - i * 1000, i as f64)).collect();
+    server.write(&[series("m", &[], &samples)]);
+    let connect = || TcpStream::connect(server.postgres).expect("a connection");
+    let (silent, mut undecided, mut deaf) = (connect(), connect(), connect());
+    undecided.write_all(&[0, 0, 0, 8, 4, 210, 22, 47]).expect("a question for TLS");
+    deaf.write_all(b"\0\0\0\x11\0\x03\0\0user\0me\0\0").expect("a start");
+    for text in ["SET statement_timeout = '500ms'", "SELECT * FROM generate_series(1, 1000000000)"] {
+        let head = [&b"Q"[..], &(text.len() as u32 + 5).to_be_bytes()].concat();
+        deaf.write_all(&[&head, text.as_bytes(), b"\0"].concat()).expect("a statement");
+    }
+    std::thread::sleep(Duration::from_millis(1500));
+    let begun = Instant::now();
+    let status = server.terminate();
+    assert!(status.success(), "it stopped with {status}: {}", server.log());
+    assert!(begun.elapsed() < Duration::from_secs(8), "it took {:?}", begun.elapsed());
+    drop((silent, undecided, deaf));
+    server = server.down().start();
+    assert_eq!(server.sql("SELECT count(*), sum(value) FROM samples"), ["100,4950"]);
 }

@@ -13,7 +13,7 @@ use datafusion::execution::SendableRecordBatchStream;
 use datafusion::logical_expr::{Expr, LogicalPlan};
 use datafusion::sql::sqlparser::ast;
 use engine::Notice;
-use engine::memory::Kind;
+use engine::memory::{Kind, Reservation};
 use futures::{Sink, SinkExt, Stream, StreamExt, TryStreamExt, stream};
 use parking_lot::Mutex;
 use pgwire::api::portal::{Format, Portal, PortalExecutionState};
@@ -117,8 +117,8 @@ impl Room {
 #[derive(Debug, Default)]
 struct Kept {
     statements: HashMap<String, Opened>,
-    /// With their bytes.
-    portals: HashMap<String, usize>,
+    /// With what their parameters take.
+    portals: HashMap<String, Reservation>,
     cursors: HashMap<String, Open>,
     /// Statements of `PREPARE`; their texts are among `statements`.
     named: HashMap<String, Command>,
@@ -213,9 +213,11 @@ impl Answers {
     {
         let name = key(message.portal_name.as_deref());
         let bytes = message.parameters.iter().flatten().map(Bytes::len).sum();
-        PORTALS.check(self.kept.lock().portals.iter().map(|(name, bytes)| (name, *bytes)), &name, bytes)?;
+        PORTALS.check(self.kept.lock().portals.iter().map(|(name, kept)| (name, kept.bytes())), &name, bytes)?;
+        let mut memory = self.session.engine().memory().reserve(Kind::Queries);
+        memory.grow(bytes).map_err(|e| pg_error(SqlError::no_memory(&e)))?;
         self.on_bind(client, message).await?;
-        self.kept.lock().portals.insert(name, bytes);
+        self.kept.lock().portals.insert(name, memory);
         Ok(())
     }
 
@@ -455,8 +457,8 @@ impl Answers {
                     CURSORS.check(others, cursor, prepared.text.len())?;
                 }
                 let lifetime = LIFETIME.max(self.session.timeout());
-                let batches = self.session.run_within(plan()?, lifetime).await.map_err(pg_error)?;
-                let memory = scroll.then(|| self.session.engine().memory().reserve(Kind::Queries));
+                let (batches, memory) = self.session.run_within(plan()?, lifetime).await.map_err(pg_error)?;
+                let memory = scroll.then(|| memory.reserve(Kind::Queries));
                 let what = What::Cursor { holdable: *hold, binary: *binary, scrollable: *scroll };
                 let opened = self.opened(prepared.text.clone(), what);
                 let cursor_of = Cursor::new(batches, names.clone(), (*binary, *hold), memory);

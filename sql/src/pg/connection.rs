@@ -21,17 +21,18 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest, Re
 use tokio::net::TcpStream;
 use tokio_rustls::server::TlsStream;
 use tokio_util::codec::Framed;
-use tokio_util::sync::CancellationToken;
 
 use super::answer::{Answers, Prepared, pg_error};
-use super::frames::Checked;
-use super::{Running, Server};
+use super::frames::{Checked, READ_BYTES};
+use super::{Listed, Server};
 use crate::error::SqlError;
-use crate::export;
-use crate::http::may_write;
+use crate::session::Rights;
 
 /// A client must have said who it is by then.
 const STARTUP_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a client may take to read that something failed.
+const TELL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How often a client with unread messages is looked at for having gone away.
 const GONE_INTERVAL: Duration = Duration::from_millis(200);
@@ -143,54 +144,66 @@ pub async fn run(server: Arc<Server>, stream: TcpStream, admitted: bool) {
     }
 }
 
-async fn serve(server: &Server, mut stream: TcpStream, admitted: bool) -> io::Result<()> {
+async fn serve(server: &Arc<Server>, stream: TcpStream, admitted: bool) -> io::Result<()> {
+    let begun = tokio::select! {
+        begun = tokio::time::timeout(STARTUP_TIMEOUT, begin(server, stream, admitted)) => begun,
+        () = server.shutdown.cancelled() => return Ok(()),
+    };
+    match begun {
+        Ok(begun) => match begun? {
+            Some(begun) => answer_all(server, begun).await,
+            None => Ok(()),
+        },
+        // A client that says nothing is told nothing.
+        Err(_) => Ok(()),
+    }
+}
+
+/// A session whose client has said who it is.
+struct Begun {
+    connection: Connection,
+    stream: Arc<TcpStream>,
+    answers: Answers,
+    listed: Listed,
+}
+
+/// Begins a session, unless the client wanted something else or was refused.
+async fn begin(server: &Arc<Server>, mut stream: TcpStream, admitted: bool) -> io::Result<Option<Begun>> {
     stream.set_nodelay(true)?;
     let address = stream.peer_addr()?;
     let offered = server.encryption.as_ref();
-    let Ok(encrypts) = tokio::time::timeout(STARTUP_TIMEOUT, negotiate(&mut stream, offered.is_some())).await else {
-        return Ok(());
-    };
+    let encrypts = negotiate(&mut stream, offered.is_some()).await;
     let stream = Arc::new(stream);
     let transport = match offered.filter(|_| matches!(encrypts, Ok(true))) {
         None => Stream::Plain(Socket(stream.clone())),
         Some(encryption) => {
-            let handshake = (encryption.acceptor)().accept(Socket(stream.clone()));
-            let Ok(agreed) = tokio::time::timeout(STARTUP_TIMEOUT, handshake).await else { return Ok(()) };
-            Stream::Encrypted(Box::new(agreed?))
+            let agreed = (encryption.acceptor)().accept(Socket(stream.clone())).await?;
+            Stream::Encrypted(Box::new(agreed))
         }
     };
     let encrypted = matches!(transport, Stream::Encrypted(_));
     let codec = PgWireMessageServerCodec::new(DefaultClient::new(address, encrypted));
     let mut connection: Connection = Framed::new(Checked::new(transport), codec);
     connection.set_state(PgWireConnectionState::AwaitingStartup);
-    let first = match tokio::time::timeout(STARTUP_TIMEOUT, connection.next()).await {
-        Ok(Some(first)) => first.map_err(io::Error::from)?,
-        _ => return Ok(()),
-    };
-    match first {
+    let Some(first) = connection.next().await else { return Ok(None) };
+    let refused = match first.map_err(io::Error::from)? {
         PgWireFrontendMessage::CancelRequest(cancel) => {
             server.cancel(cancel.pid, &cancel.secret_key);
-            Ok(())
+            return Ok(None);
         }
         PgWireFrontendMessage::Startup(_) if !encrypted && offered.is_some_and(|e| e.required) => {
             let message = "this server only takes connections with TLS; use sslmode=require or better";
-            fatal(&mut connection, pg_error(SqlError::new("28000", message))).await
+            pg_error(SqlError::new("28000", message))
         }
-        PgWireFrontendMessage::Startup(startup) if admitted => {
-            let answers = match start(server, &mut connection, &startup).await {
-                Ok(answers) => answers,
-                Err(e) => return fatal(&mut connection, e).await,
-            };
-            let (pid, _) = connection.pid_and_secret_key();
-            let served = answer_all(server, &mut connection, &stream, &answers, pid).await;
-            server.running.lock().remove(&pid);
-            served
-        }
-        PgWireFrontendMessage::Startup(_) => {
-            fatal(&mut connection, pg_error(SqlError::new("53300", "sorry, too many clients already"))).await
-        }
-        _ => fatal(&mut connection, PgWireError::InvalidStartupMessage).await,
-    }
+        PgWireFrontendMessage::Startup(startup) if admitted => match start(server, &mut connection, &startup).await {
+            Ok((answers, listed)) => return Ok(Some(Begun { connection, stream, answers, listed })),
+            Err(e) => e,
+        },
+        PgWireFrontendMessage::Startup(_) => pg_error(SqlError::new("53300", "sorry, too many clients already")),
+        _ => PgWireError::InvalidStartupMessage,
+    };
+    fatal(&mut connection, refused).await?;
+    Ok(None)
 }
 
 /// Answers requests for TLS and GSSAPI, upon which clients go on without or go away; whether TLS was agreed on.
@@ -223,23 +236,35 @@ async fn negotiate(stream: &mut TcpStream, offered: bool) -> io::Result<bool> {
     }
 }
 
+/// Tells the client why its connection ends. One that does not read must not hold up the end.
 async fn fatal(connection: &mut Connection, error: PgWireError) -> io::Result<()> {
     let mut info: ErrorInfo = error.into();
     info.severity = "FATAL".to_owned();
     info.severity_nonlocalized = Some("FATAL".to_owned());
-    connection.send(PgWireBackendMessage::ErrorResponse(info.into())).await
+    let told = connection.send(PgWireBackendMessage::ErrorResponse(info.into()));
+    tokio::time::timeout(TELL_TIMEOUT, told).await.unwrap_or(Ok(()))
+}
+
+/// What is wrong with a message that was not handed on whole, in the words of who looked at it.
+fn of_message(error: PgWireError) -> PgWireError {
+    match error {
+        PgWireError::IoError(e) => e.downcast::<SqlError>().map_or_else(PgWireError::from, pg_error),
+        other => other,
+    }
 }
 
 /// Greets a client.
-async fn start(server: &Server, connection: &mut Connection, startup: &Startup) -> PgWireResult<Answers> {
+async fn start(
+    server: &Arc<Server>,
+    connection: &mut Connection,
+    startup: &Startup,
+) -> PgWireResult<(Answers, Listed)> {
     protocol_negotiation(connection, startup).await?;
     save_startup_parameters_to_metadata(connection, startup);
     let user = connection.metadata().get(METADATA_USER).cloned().ok_or(PgWireError::UserNameRequired)?;
     let caller = log_in(server, connection, &user).await?;
-    connection.get_mut().trust();
-    let admin = caller.as_ref().is_some_and(|c| c.may(Scope::Admin));
-    let may = |what: fn(&Caller) -> bool| caller.as_ref().is_some_and(what);
-    let session = server.frontend.session(&user, admin).writing(may(may_write)).exporting(may(export::may));
+    connection.get_mut().trust(server.frontend.engine().memory());
+    let session = server.frontend.session(&user, Rights::of(caller.as_ref()));
     for (name, value) in
         startup.parameters.get("options").map(|o| options(o)).transpose().map_err(pg_error)?.unwrap_or_default()
     {
@@ -257,12 +282,12 @@ async fn start(server: &Server, connection: &mut Connection, startup: &Startup) 
     }
     let (pid, key) = server.keys.generate(connection);
     connection.set_pid_and_secret_key(pid, key.clone());
-    server.running.lock().insert(pid, Running { key: key.clone(), cancel: CancellationToken::new() });
+    let listed = server.list(pid, key.clone());
     connection.feed(PgWireBackendMessage::BackendKeyData(BackendKeyData::new(pid, key))).await?;
     let ready = ReadyForQuery::new(TransactionStatus::Idle);
     connection.send(PgWireBackendMessage::ReadyForQuery(ready)).await?;
     connection.set_state(PgWireConnectionState::ReadyForQuery);
-    Ok(Answers::new(Arc::new(session)))
+    Ok((Answers::new(Arc::new(session)), listed))
 }
 
 /// Settings in the form of a command line, as clients give them: `-c name=value` or `--name=value`.
@@ -342,9 +367,9 @@ async fn log_in(server: &Server, connection: &mut Connection, user: &str) -> PgW
 /// Asks for the next message of a login. What it holds is looked at here: `pgwire` panics on lengths that lie.
 async fn ask(connection: &mut Connection, question: Authentication) -> PgWireResult<BytesMut> {
     connection.send(PgWireBackendMessage::Authentication(question)).await?;
-    match tokio::time::timeout(STARTUP_TIMEOUT, connection.next()).await {
-        Ok(Some(Ok(PgWireFrontendMessage::PasswordMessageFamily(PasswordMessageFamily::Raw(body))))) => Ok(body),
-        Ok(Some(Err(e))) => Err(e),
+    match connection.next().await {
+        Some(Ok(PgWireFrontendMessage::PasswordMessageFamily(PasswordMessageFamily::Raw(body)))) => Ok(body),
+        Some(Err(e)) => Err(of_message(e)),
         _ => Err(pg_error(SqlError::new("28000", "no password was sent"))),
     }
 }
@@ -368,16 +393,16 @@ enum Ended {
     Shutdown,
 }
 
-async fn answer_all(
-    server: &Server,
-    connection: &mut Connection,
-    stream: &TcpStream,
-    answers: &Answers,
-    pid: i32,
-) -> io::Result<()> {
+async fn answer_all(server: &Server, begun: Begun) -> io::Result<()> {
+    let Begun { mut connection, stream, answers, listed } = begun;
+    let (connection, answers) = (&mut connection, &answers);
     // Whether the client has the answers to all that it has sent.
     let mut idle = true;
     loop {
+        if connection.get_mut().answered() {
+            // Empty, since messages come one at a time, and as large as the last one.
+            *connection.read_buffer_mut() = BytesMut::with_capacity(READ_BYTES);
+        }
         let in_transaction = connection.transaction_status() != TransactionStatus::Idle;
         let patience = answers.session().idle_timeout(in_transaction).filter(|_| idle);
         let message = tokio::select! {
@@ -389,21 +414,15 @@ async fn answer_all(
                 } else {
                     SqlError::new("57P05", "terminating connection due to idle-session timeout")
                 };
-                return end(connection, error).await;
+                return fatal(connection, pg_error(error)).await;
             }
         };
         let message = match message {
             None | Some(Ok(PgWireFrontendMessage::Terminate(_))) => return Ok(()),
-            Some(Err(PgWireError::IoError(e))) if e.kind() == io::ErrorKind::InvalidData => {
-                return fatal(connection, pg_error(SqlError::new("08P01", e.to_string()))).await;
-            }
-            Some(Err(e)) => return fatal(connection, e).await,
+            Some(Err(e)) => return fatal(connection, of_message(e)).await,
             Some(Ok(message)) => message,
         };
-        let cancel = CancellationToken::new();
-        if let Some(running) = server.running.lock().get_mut(&pid) {
-            running.cancel = cancel.clone();
-        }
+        let cancel = listed.runs();
         let extended = message.is_extended_query();
         idle = !extended || matches!(message, PgWireFrontendMessage::Sync(_));
         let deadline = answers.session().timeout();
@@ -414,14 +433,18 @@ async fn answer_all(
                 let e = SqlError::new("57014", "canceling statement due to statement timeout");
                 Ended::Answered(Err(pg_error(e)))
             }
-            () = gone(stream) => Ended::ClientGone,
+            () = gone(&stream) => Ended::ClientGone,
             () = server.shutdown.cancelled() => Ended::Shutdown,
         };
         match ended {
             Ended::Answered(Ok(())) => {}
             Ended::Answered(Err(error)) => {
                 answers.fail(connection);
-                process_error(connection, error, extended).await?;
+                match tokio::time::timeout(TELL_TIMEOUT, process_error(connection, error, extended)).await {
+                    Ok(told) => told?,
+                    // It does not read, and half of a message can't be taken back.
+                    Err(_) => return Ok(()),
+                }
             }
             Ended::ClientGone => return Ok(()),
             Ended::Shutdown => return shut_down(connection).await,
@@ -430,13 +453,8 @@ async fn answer_all(
 }
 
 async fn shut_down(connection: &mut Connection) -> io::Result<()> {
-    end(connection, SqlError::new("57P01", "terminating connection due to administrator command")).await
-}
-
-async fn end(connection: &mut Connection, error: SqlError) -> io::Result<()> {
-    // A client that does not read must not hold up the server's end.
-    let _ = tokio::time::timeout(Duration::from_millis(200), fatal(connection, pg_error(error))).await;
-    Ok(())
+    let error = SqlError::new("57P01", "terminating connection due to administrator command");
+    fatal(connection, pg_error(error)).await
 }
 
 async fn answer(connection: &mut Connection, answers: &Answers, message: PgWireFrontendMessage) -> PgWireResult<()> {

@@ -2,18 +2,40 @@
 //!
 //! Messages go on whole or not at all, one at a time: whatever parses them never sees a message that ends early, that
 //! has something behind its end, or half of one. The layouts are those of PostgreSQL's protocol 3 ("Message Formats").
+//!
+//! Until a message is whole its bytes are kept, so it must come within a time, and those of a large one are reserved in
+//! the engine's account until the message is answered.
 
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::BytesMut;
+use engine::memory::Kind;
+use engine::{Memory, Reservation};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Sleep, sleep};
 
-/// Largest message of a client that is known: statements are texts, and parameters seldom large.
-const MESSAGE_BYTES_MAX: usize = 16 << 20;
-/// Largest message of a client that is not known yet, as in PostgreSQL.
-const STARTUP_BYTES_MAX: usize = 10_000;
+use crate::error::{Result, SqlError};
+use crate::limits::TEXT_BYTES_MAX;
+
+/// How much is read at a time.
+pub const READ_BYTES: usize = 8192;
+
+/// Largest message with a statement: its text, a name, and the types of as many parameters as the protocol can count.
+const STATEMENT_BYTES_MAX: usize = TEXT_BYTES_MAX + (512 << 10);
+/// Largest message with the values of parameters, which are seldom large.
+const VALUES_BYTES_MAX: usize = 16 << 20;
+/// Largest of all other messages, and of all from a client that is not known yet, as in PostgreSQL.
+const OTHER_BYTES_MAX: usize = 10_000;
+
+/// Up to here nothing is reserved for a message.
+const SMALL_BYTES: usize = 16 << 10;
+/// A message's bytes are kept here and, once they are handed on, by who parses them.
+const COPIES: usize = 2;
+/// A message that has begun must be whole after this long.
+const WHOLE_WITHIN: Duration = Duration::from_secs(30);
 /// In the place of a protocol version, in the message that cancels what another connection runs.
 const CANCEL: [u8; 4] = 80_877_102u32.to_be_bytes();
 
@@ -26,43 +48,76 @@ pub struct Checked<S> {
     passed: usize,
     /// Whether the first message, which has no kind, has passed.
     started: bool,
-    /// Largest message from now on.
-    bytes_max: usize,
+    /// For a large message; `None` until the client is known, which may send none before.
+    memory: Option<Reservation>,
+    /// Until when a message that has begun must be whole.
+    patience: Option<Pin<Box<Sleep>>>,
 }
 
 impl<S> Checked<S> {
     /// Nothing was read of the stream.
     pub fn new(inner: S) -> Self {
-        Self { inner, buffer: BytesMut::new(), passed: 0, started: false, bytes_max: STARTUP_BYTES_MAX }
+        Self { inner, buffer: BytesMut::new(), passed: 0, started: false, memory: None, patience: None }
     }
 
-    /// The client is known and may send large messages.
-    pub fn trust(&mut self) {
-        self.bytes_max = MESSAGE_BYTES_MAX;
+    /// The client is known and may send large messages, for which there is memory in this account.
+    pub fn trust(&mut self, memory: &Memory) {
+        self.memory = Some(memory.reserve(Kind::Bodies));
+    }
+
+    /// Gives back what the last message took, if it was a large one, and says so.
+    pub fn answered(&mut self) -> bool {
+        let Some(memory) = self.memory.as_mut().filter(|m| m.bytes() > 0) else { return false };
+        self.buffer = BytesMut::from(&self.buffer[..]);
+        memory.shrink_to(0);
+        true
+    }
+
+    /// Keeps more bytes of a message.
+    fn keep(&mut self, bytes: &[u8]) -> Result<()> {
+        let length = self.buffer.len() + bytes.len();
+        if let Some(memory) = self.memory.as_mut().filter(|_| length > SMALL_BYTES) {
+            let more = (COPIES * length).saturating_sub(memory.bytes());
+            memory.grow(more).map_err(|e| SqlError::no_memory(&e))?;
+        }
+        self.buffer.extend_from_slice(bytes);
+        Ok(())
     }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Checked<S> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    /// What is refused is an error that holds a [`SqlError`].
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
         loop {
-            if self.passed > 0 {
-                let length = self.passed.min(out.remaining());
-                out.put_slice(&self.buffer.split_to(length));
-                self.passed -= length;
+            if this.passed > 0 {
+                let length = this.passed.min(out.remaining());
+                out.put_slice(&this.buffer.split_to(length));
+                this.passed -= length;
                 return Poll::Ready(Ok(()));
             }
-            if let Some(length) = first_message(&self.buffer, self.started, self.bytes_max)? {
-                (self.passed, self.started) = (length, true);
+            let is_known = this.memory.is_some();
+            if let Some(length) = first_message(&this.buffer, this.started, is_known).map_err(refused)? {
+                (this.passed, this.started, this.patience) = (length, true, None);
                 continue;
             }
-            let mut space = [0; 8192];
+            let mut space = [0; READ_BYTES];
             let mut chunk = ReadBuf::new(&mut space);
-            ready!(Pin::new(&mut self.inner).poll_read(cx, &mut chunk))?;
+            match Pin::new(&mut this.inner).poll_read(cx, &mut chunk) {
+                Poll::Ready(read) => read?,
+                Poll::Pending if this.buffer.is_empty() => return Poll::Pending,
+                Poll::Pending => {
+                    let patience = this.patience.get_or_insert_with(|| Box::pin(sleep(WHOLE_WITHIN)));
+                    ready!(patience.as_mut().poll(cx));
+                    let seconds = WHOLE_WITHIN.as_secs();
+                    return Poll::Ready(Err(refused(invalid(format!("message was not whole after {seconds} s")))));
+                }
+            }
             if chunk.filled().is_empty() {
                 // Half a message that nobody will complete goes with the connection.
                 return Poll::Ready(Ok(()));
             }
-            self.buffer.extend_from_slice(chunk.filled());
+            this.keep(chunk.filled()).map_err(refused)?;
         }
     }
 }
@@ -84,12 +139,21 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Checked<S> {
 /// Length of the message that `bytes` begin with, once all of it is there.
 ///
 /// # Errors
-/// `InvalidData` for a message that is too large or does not hold together.
-fn first_message(bytes: &[u8], started: bool, most: usize) -> io::Result<Option<usize>> {
+/// 54000 for a statement that is too long, 08P01 for another message that is too large or one that does not hold together.
+fn first_message(bytes: &[u8], started: bool, is_known: bool) -> Result<Option<usize>> {
     let kind = if started { bytes.first().copied() } else { None };
     let offset = usize::from(started);
     let Some(length) = bytes.get(offset..offset + 4) else { return Ok(None) };
     let length = u32::from_be_bytes([length[0], length[1], length[2], length[3]]) as usize;
+    let most = match kind {
+        Some(b'Q' | b'P') if is_known => STATEMENT_BYTES_MAX,
+        Some(b'B') if is_known => VALUES_BYTES_MAX,
+        _ => OTHER_BYTES_MAX,
+    };
+    if length > most && most == STATEMENT_BYTES_MAX {
+        let told = format!("statement of a message of {length} bytes is too long; {TEXT_BYTES_MAX} are allowed");
+        return Err(SqlError::new("54000", told));
+    }
     if !(4..=most).contains(&length) {
         return Err(invalid(format!("message declares {length} bytes; 4 to {most} are allowed")));
     }
@@ -105,8 +169,12 @@ fn name(kind: Option<u8>) -> String {
     kind.map_or_else(|| "the first message".to_owned(), |k| format!("a message of kind '{}'", k.escape_ascii()))
 }
 
-fn invalid(message: String) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, message)
+fn invalid(message: String) -> SqlError {
+    SqlError::new("08P01", message)
+}
+
+fn refused(e: SqlError) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, e)
 }
 
 /// What is left of a message behind its fields, or nothing when it ends too early.
@@ -169,7 +237,7 @@ impl<'a> Body<'a> {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::AsyncReadExt;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
 
@@ -182,8 +250,7 @@ mod tests {
     }
 
     fn check(bytes: &[u8], started: bool, expected: Result<Option<usize>, &str>) {
-        let most = if started { MESSAGE_BYTES_MAX } else { STARTUP_BYTES_MAX };
-        let found = first_message(bytes, started, most).map_err(|e| e.to_string());
+        let found = first_message(bytes, started, started).map_err(|e| e.to_string());
         assert_eq!(found, expected.map_err(str::to_owned), "{}", bytes.escape_ascii());
     }
 
@@ -204,12 +271,16 @@ mod tests {
         check(&typed(b'Q', b"SELECT 1\0"), true, Ok(Some(14)));
         check(&typed(b'Q', b"SELECT 1"), true, Err("a message of kind 'Q' ends too early"));
         check(&typed(b'Q', b"SELECT 1\0x"), true, Err("1 bytes behind the end of a message of kind 'Q'"));
-        check(
-            &[b'Q', 0xff, 0xff, 0xff, 0xff],
-            true,
-            Err("message declares 4294967295 bytes; 4 to 16777216 are allowed"),
-        );
-        check(&[b'S', 0, 0, 0, 3], true, Err("message declares 3 bytes; 4 to 16777216 are allowed"));
+        check(&[b'S', 0, 0, 0, 3], true, Err("message declares 3 bytes; 4 to 10000 are allowed"));
+        check(&[b'S', 0, 0, 0x40, 0], true, Err("message declares 16384 bytes; 4 to 10000 are allowed"));
+        check(&[b'B', 0xff, 0, 0, 0], true, Err("message declares 4278190080 bytes; 4 to 16777216 are allowed"));
+        check(&[b'B', 1, 0, 0, 0], true, Ok(None));
+        for kind in [b'Q', b'P'] {
+            check(&[kind, 0, 0x18, 0, 0], true, Ok(None));
+            let long = "statement of a message of 1572865 bytes is too long; 1048576 are allowed";
+            check(&[kind, 0, 0x18, 0, 1], true, Err(long));
+            check(&[kind, 0, 0, 0, 3], true, Err("message declares 3 bytes; 4 to 1572864 are allowed"));
+        }
         check(&typed(b'P', b"s\0SELECT $1\0\0\x01\0\0\0\x14"), true, Ok(Some(23)));
         check(&typed(b'P', b"s\0SELECT $1\0\0\x02\0\0\0\x14"), true, Err("a message of kind 'P' ends too early"));
         let bind = |length: i32, bytes: &[u8]| {
@@ -295,12 +366,12 @@ mod tests {
     #[tokio::test]
     async fn a_stranger_sends_little() {
         let start = startup(b"\0\x03\0\0user\0me\0\0");
-        let large = typed(b'p', &[b'x'; STARTUP_BYTES_MAX]);
+        let large = typed(b'Q', &[&[b'x'; OTHER_BYTES_MAX][..], b"\0"].concat());
         let bytes = [&start[..], &large].concat();
-        let end = Checked::new(&bytes[..]).read_to_end(&mut Vec::new()).await.expect_err("a large password");
-        assert_eq!(end.to_string(), "message declares 10004 bytes; 4 to 10000 are allowed");
+        let end = Checked::new(&bytes[..]).read_to_end(&mut Vec::new()).await.expect_err("a large message");
+        assert_eq!(end.to_string(), "message declares 10005 bytes; 4 to 10000 are allowed");
         let mut checked = Checked::new(&bytes[..]);
-        checked.trust();
+        checked.trust(&Memory::new(1 << 20));
         assert_eq!(checked.read_to_end(&mut Vec::new()).await.expect("all of it"), bytes.len());
     }
 
@@ -316,5 +387,65 @@ mod tests {
         let mut out = Vec::new();
         Checked::new(&bytes[..5]).read_to_end(&mut out).await.expect("an end");
         assert_eq!(out, b"");
+    }
+
+    #[tokio::test]
+    async fn memory_is_reserved_for_what_is_large() {
+        let memory = Memory::new(16 << 20);
+        let (client, server) = tokio::io::duplex(1 << 20);
+        let (_, mut client) = tokio::io::split(client);
+        let mut checked = Checked::new(server);
+        checked.trust(&memory);
+        checked.started = true;
+        let mut pass = async |bytes: &[u8], whole: bool| {
+            client.write_all(bytes).await.expect("a client");
+            let mut out = vec![0; bytes.len()];
+            let passed = tokio::time::timeout(Duration::from_millis(50), checked.read_exact(&mut out)).await;
+            assert_eq!(passed.is_ok(), whole);
+            (memory.held(Kind::Bodies), checked.answered())
+        };
+        let small = typed(b'Q', &[&[b' '; SMALL_BYTES / 2][..], b"\0"].concat());
+        assert_eq!(pass(&small, true).await, (0, false));
+        let large = typed(b'Q', &[&[b' '; 400_000][..], b"\0"].concat());
+        assert_eq!(pass(&large[..300_000], false).await, (600_000, true));
+        assert_eq!(pass(&large[300_000..], true).await, (2 * large.len(), true));
+        assert_eq!(memory.held(Kind::Bodies), 0);
+    }
+
+    #[tokio::test]
+    async fn memory_that_is_not_there_is_refused() {
+        let memory = Memory::new(1 << 20);
+        let mut bytes = typed(b'Q', &[&[b' '; 400_000][..], b"\0"].concat());
+        bytes.truncate(300_000);
+        let mut checked = Checked::new(&bytes[..]);
+        checked.trust(&memory);
+        checked.started = true;
+        let refused = checked.read_to_end(&mut Vec::new()).await.expect_err("no memory");
+        assert_eq!(refused.downcast::<SqlError>().map(|e| e.code).ok(), Some("53200"));
+        drop(checked);
+        assert_eq!(memory.held(Kind::Bodies), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn half_a_message_is_waited_for_as_long_as_one_should_take() {
+        let (mut client, server) = tokio::io::duplex(1 << 10);
+        let mut checked = Checked::new(server);
+        checked.started = true;
+        let mut out = [0; 6];
+        // Nothing may come for as long as it likes.
+        let idle = tokio::time::timeout(Duration::from_secs(3600), checked.read_exact(&mut out)).await;
+        assert!(idle.is_err());
+        let begun = tokio::time::Instant::now();
+        let trickle = async {
+            for byte in typed(b'Q', &[b' '; 100]) {
+                client.write_all(&[byte]).await.expect("a client");
+                sleep(Duration::from_secs(1)).await;
+            }
+        };
+        let refused = tokio::select! {
+            read = checked.read_exact(&mut out) => read.expect_err("it never ends"),
+            () = trickle => panic!("it was waited for"),
+        };
+        assert_eq!((refused.to_string().as_str(), begun.elapsed().as_secs()), ("message was not whole after 30 s", 30));
     }
 }
