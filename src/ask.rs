@@ -184,8 +184,13 @@ impl Table {
         let widths: Vec<usize> = (0..self.columns.len()).map(width).collect();
         let mut out = String::new();
         let mut line = |row: &[String]| {
-            let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
-            out.push_str(cells.join("  ").trim_end());
+            let begun = out.len();
+            for (cell, width) in row.iter().zip(&widths) {
+                out.push_str(cell);
+                // Formatting pads to 65,535 characters at most.
+                out.extend(std::iter::repeat_n(' ', width - cell.chars().count() + 2));
+            }
+            out.truncate(begun + out[begun..].trim_end().len());
             out.push('\n');
         };
         line(&self.columns);
@@ -235,6 +240,13 @@ mod tests {
             )),
             "time  value\n----  -----\n1     1\n2     3\n(2 rows)\n",
         );
+    }
+
+    #[test]
+    fn a_cell_may_be_long() {
+        let rows = vec![vec!["x".repeat(70_000), "y".into()], vec!["z".into(), "y".into()]];
+        let text = Table { columns: vec!["a".into(), "b".into()], rows }.text();
+        assert_eq!(text.lines().filter(|l| l.len() == 70_003).count(), 4, "the columns' names, a rule and two rows");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use catalog::{Error, Secret};
 use clap::Args;
 use reqwest::redirect::Policy;
-use reqwest::{Certificate, Client, Identity, Method, RequestBuilder, Url};
+use reqwest::{Certificate, Client, ClientBuilder, Identity, Method, RequestBuilder, Url};
 
 /// A server and how to be let in.
 #[derive(Debug, Args)]
@@ -68,6 +68,19 @@ impl Server {
     /// # Errors
     /// Files that can't be read or hold no certificates.
     pub fn client(&self) -> Result<Client> {
+        let mut builder = self.builder()?;
+        if let Some(path) = &self.client_cert {
+            let identity = Identity::from_pem(&read(path)?);
+            builder = builder.identity(identity.context("the --client-cert file is not a certificate with its key")?);
+        }
+        Ok(builder.build()?)
+    }
+
+    /// What a client of any server begins with: the authorities to trust.
+    ///
+    /// # Errors
+    /// Files that can't be read or hold no certificates.
+    pub fn builder(&self) -> Result<ClientBuilder> {
         // A token is for this server alone: neither a proxy nor another server that it points to may see it.
         let mut builder = Client::builder().no_proxy().redirect(Policy::none()).use_rustls_tls();
         if let Some(path) = &self.ca {
@@ -75,11 +88,7 @@ impl Server {
                 builder = builder.add_root_certificate(certificate);
             }
         }
-        if let Some(path) = &self.client_cert {
-            let identity = Identity::from_pem(&read(path)?);
-            builder = builder.identity(identity.context("the --client-cert file is not a certificate with its key")?);
-        }
-        Ok(builder.build()?)
+        Ok(builder)
     }
 }
 

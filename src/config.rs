@@ -186,7 +186,8 @@ settings! {
 }
 
 /// The prefix of environment variables.
-const PREFIX: &str = "THALWEG_";
+/// What the names of environment variables that are settings begin with.
+pub const PREFIX: &str = "THALWEG_";
 
 /// Variables with the prefix that aren't settings: the file's path, and what client commands talk to with which rights.
 const OTHER_VARIABLES: [&str; 4] = ["THALWEG_CONFIG", "THALWEG_SERVER", "THALWEG_TOKEN", "THALWEG_SOURCE_TOKEN"];
@@ -393,10 +394,20 @@ fn texts<'t>(list: &'t DeArray<'_>) -> Option<Vec<&'t str>> {
 /// Kubernetes sets `THALWEG_SERVICE_HOST`, `THALWEG_PORT=tcp://...` and the like for a service called thalweg; those
 /// aren't mistyped settings.
 fn is_service_link(name: &str, text: &str) -> bool {
-    name.contains("service_host")
-        || name.contains("service_port")
-        || name.contains("port_")
-        || (name.ends_with("port") && text.contains("://"))
+    // The service may have a longer name, which comes before; its ports may have names, which come after.
+    let is_port = |part: &str| {
+        let (number, protocol) = part.split_once('_').unwrap_or((part, ""));
+        let is_number = !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit());
+        is_number && ["tcp", "udp", "sctp"].contains(&protocol.split('_').next().unwrap_or(""))
+    };
+    let words = || std::iter::once(name).chain(name.match_indices('_').map(|(i, _)| &name[i + 1..]));
+    words().any(|rest| {
+        rest == "service_host"
+            || rest == "service_port"
+            || rest.starts_with("service_port_")
+            || rest == "port" && text.contains("://")
+            || rest.strip_prefix("port_").is_some_and(is_port)
+    })
 }
 
 /// The setting whose name is closest to `name`, if any is close.

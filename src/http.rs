@@ -1,9 +1,9 @@
 //! The HTTP and gRPC listeners: accept connections, encrypt them, bound how long and how many, and stop in order.
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -14,17 +14,19 @@ use axum::middleware::map_response;
 use axum::response::Response;
 use hyper::Request;
 use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
+use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use hyper_util::service::TowerToHyperService;
+use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, Sleep};
+use tokio_io_timeout::TimeoutStream;
 use tokio_util::sync::CancellationToken;
-use tower::Layer as _;
-use tower::util::MapRequestLayer;
+use tokio_util::task::AbortOnDropHandle;
+use tower::Service as _;
 
 use crate::tls::Tls;
 
@@ -35,20 +37,44 @@ const BODY_IDLE: Duration = Duration::from_secs(30);
 /// So many bytes of a body must come in a second, after as long as it may be idle: one that comes byte by byte holds a
 /// connection and memory just as long as one that never comes.
 const BODY_BYTES_PER_SECOND: u64 = 1024;
+/// A client that has taken nothing of its answer for this long has gone, or means harm: the answer holds memory. Some who
+/// read rows look at them for a while in between.
+const ANSWER_IDLE: Duration = Duration::from_secs(120);
+/// So many bytes of an answer must be taken in each second for which it waits for its reader beyond that.
+const ANSWER_BYTES_PER_SECOND: u64 = 1024;
+/// An answer is given to the connection in pieces of this size: what a piece waits for is seen, and ended.
+const PIECE_BYTES: usize = 64 << 10;
+/// A connection without requests is closed after this long; over HTTP/1.1 already when no head has come in time.
+const CONNECTION_IDLE: Duration = Duration::from_secs(300);
+/// How often the other end of an HTTP/2 connection is asked whether it is still there, and how long it may take to say so.
+const PING: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(20));
 /// Requests under way get this long to end when the server stops.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 /// Most connections at a time; further ones wait in the kernel's queue.
 const CONNECTIONS_MAX: usize = 8192;
+/// The part of the memory limit that the heads of all connections may take.
+const HEADS_PARTS: usize = 4;
 /// Seconds after which a refused request may come again, unless the refusal says otherwise.
 const RETRY_AFTER_SECONDS: HeaderValue = HeaderValue::from_static("1");
 /// The largest head: long PromQL queries travel in URLs.
 const HEAD_BYTES_MAX: usize = 128 << 10;
 
+/// How many connections a listener takes: each may hold a head before anybody knows whose it is.
+pub fn connections_max(memory_limit: usize) -> usize {
+    (memory_limit / HEADS_PARTS / HEAD_BYTES_MAX).clamp(64, CONNECTIONS_MAX)
+}
+
 /// Serves `router` over HTTP/1.1 and HTTP/2, encrypted if there is `tls`, until `shutdown`, then lets requests under way
-/// end.
-pub async fn serve(listener: TcpListener, router: Router, tls: Option<Arc<Tls>>, shutdown: CancellationToken) {
+/// end. At most so many `connections` are open at a time.
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    tls: Option<Arc<Tls>>,
+    connections: usize,
+    shutdown: CancellationToken,
+) {
     let router = router.layer(map_response(completed));
-    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let slots = Arc::new(Semaphore::new(connections));
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
@@ -110,37 +136,201 @@ async fn completed(mut response: Response) -> Response {
 }
 
 async fn connection(
-    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    stream: impl AsyncRead + AsyncWrite + Send + 'static,
     peer: SocketAddr,
     router: Router,
     shutdown: CancellationToken,
 ) {
-    let began = Arc::new(AtomicBool::new(false));
-    let begins = Arc::clone(&began);
-    let with_peer = MapRequestLayer::new(move |mut request: Request<Incoming>| {
-        begins.store(true, Ordering::Relaxed);
+    let activity = Arc::new(Activity::default());
+    let serving = Arc::clone(&activity);
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        let underway = Underway::new(&serving);
         request.extensions_mut().insert(Peer(peer.ip()));
-        request.map(Awaited::new)
+        // A router is always ready.
+        let response = router.clone().call(request.map(Awaited::new));
+        async move { Ok::<_, Infallible>(response.await?.map(|body| Answer::new(body, underway))) }
     });
-    let service = TowerToHyperService::new(with_peer.layer(router));
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(HEAD_BYTES_MAX);
     builder.http2().timer(TokioTimer::new()).max_header_list_size(HEAD_BYTES_MAX as u32).max_concurrent_streams(128);
-    let mut connection = std::pin::pin!(builder.serve_connection(TokioIo::new(stream), service));
-    // Before there is a request nobody knows which version of HTTP it will be, and whose limits hold.
-    let no_head = async {
-        tokio::time::sleep(HEAD_TIMEOUT).await;
-        if began.load(Ordering::Relaxed) {
-            std::future::pending::<()>().await;
-        }
-    };
+    builder.http2().keep_alive_interval(PING.0).keep_alive_timeout(PING.1);
+    let mut stream = TimeoutStream::new(stream);
+    stream.set_write_timeout(Some(ANSWER_IDLE));
+    let mut connection = std::pin::pin!(builder.serve_connection(TokioIo::new(Box::pin(stream)), service));
     tokio::select! {
         result = connection.as_mut() => report(result),
         () = shutdown.cancelled() => {
             connection.as_mut().graceful_shutdown();
             report(connection.await);
         }
-        () = no_head => tracing::debug!(%peer, "no request in time"),
+        // Before there is a request nobody knows which version of HTTP it will be, and whose limits hold.
+        () = activity.idle() => {
+            connection.as_mut().graceful_shutdown();
+            if tokio::time::timeout(DRAIN_TIMEOUT, connection).await.is_err() {
+                tracing::debug!(%peer, "no request in time");
+            }
+        }
+        () = activity.stalled.cancelled() => tracing::debug!(%peer, "an answer was not read in time"),
+    }
+}
+
+/// What the requests of a connection are at.
+#[derive(Default)]
+struct Activity {
+    requests: Mutex<Requests>,
+    /// Canceled when an answer waits for its reader for too long.
+    stalled: CancellationToken,
+}
+
+struct Requests {
+    underway: usize,
+    /// When the last one ended, or the connection began.
+    last: Instant,
+    /// How long there may be none.
+    patience: Duration,
+}
+
+impl Default for Requests {
+    fn default() -> Self {
+        Self { underway: 0, last: Instant::now(), patience: HEAD_TIMEOUT }
+    }
+}
+
+impl Activity {
+    /// Waits until there has been no request for too long.
+    async fn idle(&self) {
+        loop {
+            let until = {
+                let requests = self.requests.lock();
+                let from = if requests.underway > 0 { Instant::now() } else { requests.last };
+                from + requests.patience
+            };
+            if until <= Instant::now() {
+                return;
+            }
+            tokio::time::sleep_until(until).await;
+        }
+    }
+}
+
+/// A request, until its answer is sent.
+struct Underway(Arc<Activity>);
+
+impl Underway {
+    fn new(activity: &Arc<Activity>) -> Self {
+        let mut requests = activity.requests.lock();
+        requests.underway += 1;
+        requests.patience = CONNECTION_IDLE;
+        Self(Arc::clone(activity))
+    }
+}
+
+impl Drop for Underway {
+    fn drop(&mut self) {
+        let mut requests = self.0.requests.lock();
+        requests.underway -= 1;
+        requests.last = Instant::now();
+    }
+}
+
+/// An answer's body in pieces. When they wait for their reader for too long the connection ends, and gives their memory
+/// back: over HTTP/2 neither the socket nor the body notices.
+struct Answer<B> {
+    body: B,
+    /// What the body has given that is not handed on yet.
+    rest: Bytes,
+    reader: Arc<Mutex<Reader>>,
+    underway: Underway,
+    /// Runs from the second piece on.
+    watch: Option<AbortOnDropHandle<()>>,
+}
+
+/// How soon an answer is taken.
+#[derive(Default)]
+struct Reader {
+    /// Since when it is waited for.
+    since: Option<Instant>,
+    /// How long it was waited for before.
+    waited: Duration,
+    taken: u64,
+}
+
+impl Reader {
+    /// How much longer is waited for it.
+    fn patience(&self) -> Duration {
+        let Some(since) = self.since else { return ANSWER_IDLE };
+        let in_all = ANSWER_IDLE + Duration::from_secs(self.taken / ANSWER_BYTES_PER_SECOND);
+        ANSWER_IDLE.min(in_all.saturating_sub(self.waited)).saturating_sub(since.elapsed())
+    }
+}
+
+impl<B> Answer<B> {
+    fn new(body: B, underway: Underway) -> Self {
+        Self { body, rest: Bytes::new(), reader: Arc::default(), underway, watch: None }
+    }
+
+    /// The next piece of what the body has given.
+    fn piece(&mut self) -> Bytes {
+        let piece = self.rest.split_to(self.rest.len().min(PIECE_BYTES));
+        let mut reader = self.reader.lock();
+        (reader.since, reader.taken) = (Some(Instant::now()), reader.taken + piece.len() as u64);
+        piece
+    }
+
+    fn watch(&mut self) {
+        let (reader, stalled) = (Arc::clone(&self.reader), self.underway.0.stalled.clone());
+        let watch = async move {
+            loop {
+                let patience = reader.lock().patience();
+                if patience.is_zero() {
+                    return stalled.cancel();
+                }
+                tokio::time::sleep(patience).await;
+            }
+        };
+        self.watch.get_or_insert_with(|| AbortOnDropHandle::new(tokio::spawn(watch)));
+    }
+}
+
+impl<B: Body<Data = Bytes> + Unpin> Body for Answer<B> {
+    type Data = Bytes;
+    type Error = B::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+        {
+            let mut reader = self.reader.lock();
+            if let Some(since) = reader.since.take() {
+                reader.waited += since.elapsed();
+            }
+        }
+        if self.rest.is_empty() {
+            let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+            match frame.map(|frame| frame.map(Frame::into_data)) {
+                Some(Ok(Ok(data))) => self.rest = data,
+                Some(Ok(Err(trailers))) => return Poll::Ready(Some(Ok(trailers))),
+                Some(Err(e)) => return Poll::Ready(Some(Err(e))),
+                None => return Poll::Ready(None),
+            }
+        }
+        let piece = self.piece();
+        if !self.is_end_stream() {
+            self.watch();
+        }
+        Poll::Ready(Some(Ok(Frame::data(piece))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.rest.is_empty() && self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let (hint, rest) = (self.body.size_hint(), self.rest.len() as u64);
+        let mut out = SizeHint::new();
+        out.set_lower(hint.lower() + rest);
+        if let Some(upper) = hint.upper() {
+            out.set_upper(upper + rest);
+        }
+        out
     }
 }
 
@@ -246,5 +436,58 @@ mod tests {
         assert_eq!(read(0, 0, 3600).await, (false, 30));
         assert_eq!(read(5, 1 << 20, 3600).await, (false, 35));
         assert_eq!(read(100_000, 1, 0).await, (false, 30));
+    }
+
+    /// A reader that takes a piece after each of these pauses, seconds. Gives how many it got and whether its connection
+    /// was ended meanwhile.
+    async fn taken(bytes: usize, pauses: &[u64]) -> (usize, bool) {
+        let activity = Arc::new(Activity::default());
+        let body = axum::body::Body::from(vec![7u8; bytes]);
+        let mut answer = Answer::new(body, Underway::new(&activity));
+        assert_eq!(answer.size_hint().exact(), Some(bytes as u64));
+        let mut pieces = 0;
+        for pause in pauses {
+            tokio::time::sleep(Duration::from_secs(*pause)).await;
+            if activity.stalled.is_cancelled() {
+                return (pieces, true);
+            }
+            let piece = std::future::poll_fn(|cx| Pin::new(&mut answer).poll_frame(cx)).await;
+            let Some(piece) = piece else { break };
+            let piece = piece.expect("a piece").into_data().expect("data");
+            assert!(piece.len() <= PIECE_BYTES);
+            pieces += 1;
+            if answer.is_end_stream() {
+                break;
+            }
+        }
+        (pieces, activity.stalled.is_cancelled())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_is_hardly_read_ends_its_connection() {
+        assert_eq!(taken(10, &[0]).await, (1, false));
+        assert_eq!(taken(PIECE_BYTES, &[0]).await, (1, false));
+        assert_eq!(taken(3 * PIECE_BYTES, &[0, 100, 100]).await, (3, false));
+        assert_eq!(taken(3 * PIECE_BYTES, &[0, 121, 0]).await, (1, true));
+        // At 64 bytes a second, which is below the least; the first 120 seconds are free.
+        let slow = taken(100 * PIECE_BYTES, &[119; 100]).await;
+        assert!(slow.0 < 5 && slow.1, "{slow:?}");
+        assert_eq!(taken(100 * PIECE_BYTES, &[60; 100]).await, (100, false));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_without_requests_is_idle() {
+        let activity = Arc::new(Activity::default());
+        let begun = Instant::now();
+        activity.idle().await;
+        assert_eq!(begun.elapsed(), HEAD_TIMEOUT);
+        let underway = Underway::new(&activity);
+        let end = async {
+            tokio::time::sleep(Duration::from_secs(1000)).await;
+            drop(underway);
+        };
+        let begun = Instant::now();
+        tokio::join!(activity.idle(), end);
+        assert!((1300..=1600).contains(&begun.elapsed().as_secs()), "{:?}", begun.elapsed());
     }
 }

@@ -154,7 +154,7 @@ pub fn run(import: &Import) -> Result<()> {
 async fn prometheus(options: &Options) -> Result<()> {
     let range = options.range()?;
     let batcher = options.batcher()?;
-    let client = reqwest::Client::builder().build().context("cannot make an HTTP client")?;
+    let client = options.server.builder()?.build().context("cannot make an HTTP client")?;
     let report = Report::new();
     let target = Target::new(&options.server, report.progress.clone())?;
     let url = options.source.contains("://").then(|| remote::Source::new(client, options)).transpose()?;

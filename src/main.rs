@@ -22,7 +22,7 @@ mod verify;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use config::Config;
@@ -119,8 +119,14 @@ impl Sources {
         flag("postgres", self.postgres.as_ref());
         flag("standard_ports", self.standard_ports.map(|s| matches!(s, OnOff::On).to_string()).as_ref());
         flag("insecure", self.insecure.then(|| "true".to_owned()).as_ref());
-        // A variable that isn't UTF-8 can't be one of ours that is right; its name would be refused below.
-        let environment = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
+        // A name that isn't UTF-8 is none of ours. A value that isn't is refused: without it others would hold.
+        let named = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value)));
+        let ours = named.filter(|(name, _)| name.starts_with(config::PREFIX));
+        let read = |(name, value): (String, std::ffi::OsString)| match value.into_string() {
+            Ok(value) => Ok((name, value)),
+            Err(_) => bail!("environment variable {name} is not UTF-8"),
+        };
+        let environment = ours.map(read).collect::<Result<Vec<_>>>()?;
         Config::load(self.config.as_deref(), environment, &flags)
     }
 }

@@ -28,8 +28,10 @@ use crate::reload::{self, Seen, Watched};
 use crate::tls::{self, Tls};
 use crate::{http, memory, notify, print};
 
-/// What a stop may spend on writing memory to data files; the rest is in the log.
-const FLUSH_WITHIN: Duration = Duration::from_secs(8);
+/// What a stop may spend on requests that wait for the log and on writing memory to data files; the rest is in the log.
+const FLUSH_WITHIN: Duration = Duration::from_secs(7);
+/// What a stop may spend on connections that end by themselves.
+const LISTENERS_WITHIN: Duration = Duration::from_secs(2);
 /// Room in the data folder that is set aside for a full disk.
 const RESERVE_BYTES: u64 = 32 << 20;
 /// Threads of the network runtime. Decoding and queries run elsewhere.
@@ -90,8 +92,9 @@ async fn serve(config: &Config) -> Result<()> {
     let gate = Gate::new(stopping.clone(), Arc::clone(&telemetry), access.clone());
     let mut tasks = JoinSet::new();
     let (router, http_tls, token) = (gate.clone().router(), tls.clone(), stopping.clone());
+    let connections = http::connections_max(memory_limit(config));
     tasks.spawn(async move {
-        http::serve(listeners.http, router, http_tls, token).await;
+        http::serve(listeners.http, router, http_tls, connections, token).await;
         Ok(())
     });
     let (self_metrics, token) = (Arc::clone(&telemetry), stopping.clone());
@@ -112,7 +115,8 @@ async fn serve(config: &Config) -> Result<()> {
         tasks.spawn(async move { Ok(sql::pg::serve(listener, engine, access, encryption, token).await?) });
     }
     if let Some(listener) = listeners.grpc {
-        tasks.spawn(grpc(listener, sql::flight::routes(&engine)?, access, tls, stopping.clone()));
+        let routes = sql::flight::routes(&engine)?;
+        tasks.spawn(grpc(listener, routes, access, tls, connections, stopping.clone()));
     }
     gate.open(engine.clone(), routes(&engine, config)?, config);
     tracing::info!("ready");
@@ -126,7 +130,11 @@ async fn serve(config: &Config) -> Result<()> {
     notify::tell(notify::STOPPING);
     stopping.cancel();
     let stopped = async {
-        while tasks.join_next().await.is_some() {}
+        let ended = async { while tasks.join_next().await.is_some() {} };
+        if tokio::time::timeout(LISTENERS_WITHIN, ended).await.is_err() {
+            tracing::warn!("connections that do not end are left");
+            tasks.abort_all();
+        }
         engine.shutdown(FLUSH_WITHIN).await
     };
     tokio::select! {
@@ -228,15 +236,21 @@ pub fn parts(config: &Config, telemetry: Arc<Telemetry>) -> Result<(Settings, Co
     Ok((settings(config)?, components))
 }
 
+/// What the process may take in all, bytes.
+fn memory_limit(config: &Config) -> usize {
+    let bytes = match config.memory_limit.0 {
+        0 => memory::available() / 10 * 6,
+        bytes => bytes,
+    };
+    bytes as usize
+}
+
 /// The engine's settings. Sizes that follow from the memory limit are not settings of their own.
 ///
 /// # Errors
 /// For an object store whose name says nothing.
 pub fn settings(config: &Config) -> Result<Settings> {
-    let memory = match config.memory_limit.0 {
-        0 => memory::available() / 10 * 6,
-        bytes => bytes,
-    };
+    let memory = memory_limit(config) as u64;
     let threads = match config.cpu_threads {
         0 => std::thread::available_parallelism().map_or(2, usize::from),
         threads => threads as usize,
@@ -359,13 +373,14 @@ async fn grpc(
     flight: Routes,
     access: Access,
     tls: Option<Arc<Tls>>,
+    connections: usize,
     stopping: CancellationToken,
 ) -> Result<()> {
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
     let routes =
         Routes::new().route(Scope::Public, "/grpc.health.v1.Health/{method}", any_service(health)).merge(flight);
-    http::serve(listener, routes.behind(access), tls, stopping).await;
+    http::serve(listener, routes.behind(access), tls, connections, stopping).await;
     Ok(())
 }
 

@@ -27,6 +27,12 @@ fn mistakes_end_with_a_message() {
     check(&["check-config"], &[("THALWEG_GRCP", "off")], "did you mean THALWEG_GRPC?");
     check(&["query", "promql", "up", "--server", "http://127.0.0.1:1"], &[], "cannot reach a server");
     check(&["serve", "--data-dir", "/proc/nothing"], &[], "cannot create data folder");
+    // Passed over, it would leave a server that asks nobody who they are.
+    let path: &std::ffi::OsStr = std::os::unix::ffi::OsStrExt::from_bytes(b"/etc/\xff");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_thalweg"));
+    let output = command.arg("check-config").env("THALWEG_AUTH_FILE", path).output().expect("the binary runs");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && stderr.contains("THALWEG_AUTH_FILE is not UTF-8"), "{stderr}");
 }
 
 #[test]

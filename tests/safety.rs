@@ -158,6 +158,16 @@ fn every_route_wants_its_scope() {
     assert!(metrics.contains("thalweg_access_denied_total{reason=\"scope\"}"), "{metrics}");
 }
 
+/// Who is let in nowhere must not fill the disk with lines.
+#[test]
+fn a_denial_is_a_short_line() {
+    let guarded = Guarded::start("", &["access denied"]);
+    let path = format!("/api/v1/label/{}/values", "x".repeat(100_000));
+    assert_eq!(guarded.ask("GET", &path, None).status, 401);
+    let log = wait_for("the line", || Some(guarded.server.log()).filter(|log| log.contains("access denied")));
+    assert!(log.lines().all(|line| line.len() < 1000), "{log}");
+}
+
 #[test]
 fn sql_clients_show_a_password_or_a_token() {
     let Some(psql) = program("psql") else { return };

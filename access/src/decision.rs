@@ -30,6 +30,8 @@ const WAITING_MAX: usize = 64;
 const VERIFIED_MAX: usize = 1024;
 /// The least time between two lines of the log about denials.
 const LOG_INTERVAL: Duration = Duration::from_secs(1);
+/// Of what was asked for a line says so much.
+const WHAT_BYTES_MAX: usize = 256;
 
 /// How many requests were denied, by reason.
 pub type DeniedTotal = Family<Vec<(&'static str, &'static str)>, Counter>;
@@ -354,6 +356,8 @@ impl Access {
             std::mem::replace(&mut *logged, (Some(now), 0)).1
         };
         let peer = peer.map(|p| p.0.to_string()).unwrap_or_default();
+        // Who is not let in must not fill the log.
+        let what = &what[..what.floor_char_boundary(WHAT_BYTES_MAX)];
         tracing::info!(reason = denied.reason(), peer, what, suppressed, "access denied");
     }
 }

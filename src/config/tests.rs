@@ -163,10 +163,17 @@ fn variables_of_the_platform_are_no_settings() {
         ("THALWEG_SERVICE_HOST", "10.0.0.1"),
         ("THALWEG_PORT", "tcp://10.0.0.1:7300"),
         ("THALWEG_PORT_7300_TCP_ADDR", "10.0.0.1"),
+        ("THALWEG_SERVICE_PORT_HTTP", "7300"),
+        ("THALWEG_GRPC_SERVICE_HOST", "10.0.0.1"),
+        ("THALWEG_GRPC_PORT_4317_TCP", "tcp://10.0.0.1:4317"),
         ("THALWEG_CONFIG", "x"),
         ("PATH", "/bin"),
     ];
     assert_eq!(load("", &environment, &[]).expect("none is a setting"), Config::default());
+    for mistyped in ["THALWEG_EXPORT_LOCATION", "THALWEG_PORT_A", "THALWEG_SERVICE_HOSTS"] {
+        let message = format!("{:#}", load("", &[(mistyped, "/srv")], &[]).expect_err(mistyped));
+        assert!(message.contains(&format!("unknown environment variable {mistyped}")), "{message}");
+    }
 }
 
 #[test]
