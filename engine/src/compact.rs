@@ -96,6 +96,9 @@ pub(crate) async fn fold_deletes(inner: &Arc<Inner>) -> Result<()> {
 
 async fn run(inner: &Arc<Inner>, all: bool) -> Result<()> {
     let _one = inner.days.compacting.lock().await;
+    if all {
+        inner.days.forget_wide();
+    }
     let result = Round::new(inner, all).run().await;
     inner.days.tight.store(result.is_err(), Ordering::Relaxed);
     result
@@ -474,7 +477,8 @@ struct Inputs<'a> {
 }
 
 impl<'a> Inputs<'a> {
-    async fn new(inner: &Inner, table: &'a Arc<TableSchema>, files: &'a [Arc<DataFile>]) -> Result<Self> {
+    /// `None` when of several runs not even the first two can be merged.
+    async fn new(inner: &Inner, table: &'a Arc<TableSchema>, files: &'a [Arc<DataFile>]) -> Result<Option<Self>> {
         let (ids, version) = {
             let _ids = inner.days.deleting.lock().await;
             let outputs = 4 + files.iter().map(|f| f.bytes).sum::<u64>() / (file_bytes_max(inner) as u64 / 2).max(1);
@@ -483,7 +487,7 @@ impl<'a> Inputs<'a> {
         let max = merged_keys_max(inner.memory.limit());
         let mut held = inner.memory.reserve(Kind::Files);
         let mut keys: Vec<Key> = Vec::new();
-        let (mut taken, mut reading) = (0, 0);
+        let (mut runs, mut taken, mut reading, mut needed) = (0, 0, 0, 0);
         'runs: for run in files.chunk_by(of_one_run) {
             let (mut more, mut bytes) = (Vec::new(), 0);
             for (i, f) in run.iter().enumerate() {
@@ -496,14 +500,18 @@ impl<'a> Inputs<'a> {
                     break 'runs;
                 }
             }
-            held.force(more.len() * (size_of::<Key>() + size_of::<u32>()) + bytes);
             reading += bytes;
+            needed += more.len() * (size_of::<Key>() + size_of::<u32>()) + bytes;
             keys.extend(more);
             keys.sort_unstable();
             keys.dedup();
-            taken += run.len();
+            (runs, taken) = (runs + 1, taken + run.len());
+        }
+        if runs < 2 && taken < files.len() {
+            return Ok(None);
         }
         let files = &files[..taken];
+        held.force(needed);
         let (mut taken, mut start_ms) = (None, i64::MIN);
         if let Some(table) = version.table(table.id) {
             start_ms = table.floors.least();
@@ -519,7 +527,7 @@ impl<'a> Inputs<'a> {
             columns: (1..table.columns.len()).collect(),
             cuts: None,
         };
-        Ok(Self { table, files, _held: held, ids, request, taken })
+        Ok(Some(Self { table, files, _held: held, ids, request, taken }))
     }
 
     fn request(&self, file: &DataFile) -> Request {
@@ -605,12 +613,12 @@ fn merged_keys_max(memory_limit: usize) -> usize {
 /// Merges files, or the first runs if all are too much. The first run is left as it is from now on when it is too much
 /// together with the second.
 async fn merge(inner: &Arc<Inner>, table: &Arc<TableSchema>, files: &[Arc<DataFile>], level: u8) -> Result<()> {
-    let inputs = Inputs::new(inner, table, files).await?;
-    if inputs.files.chunk_by(of_one_run).count() < 2 {
-        tracing::debug!(table = table.name, day = files[0].day, files = inputs.files.len(), "files too many to merge");
-        inner.days.set_wide(inputs.files);
+    let Some(inputs) = Inputs::new(inner, table, files).await? else {
+        let first = files.chunk_by(of_one_run).next().unwrap_or_default();
+        tracing::debug!(table = table.name, day = files[0].day, files = first.len(), "files too many to merge");
+        inner.days.set_wide(first);
         return Ok(());
-    }
+    };
     let level = if inputs.files.len() < files.len() { level.min(1) } else { level };
     inputs.merge(inner, level).await
 }
@@ -662,7 +670,7 @@ pub(crate) struct Checked {
 
 /// Writes a file again if it holds rows to leave out; returns whether it did.
 async fn fold_file(inner: &Arc<Inner>, table: &Arc<TableSchema>, file: &Arc<DataFile>) -> Result<bool> {
-    let inputs = Inputs::new(inner, table, std::slice::from_ref(file)).await?;
+    let Some(inputs) = Inputs::new(inner, table, std::slice::from_ref(file)).await? else { return Ok(false) };
     let loses = inputs.loses(inner).await?;
     if loses {
         inputs.merge(inner, file.level).await?;

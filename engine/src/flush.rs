@@ -114,6 +114,11 @@ impl Days {
         self.wide.lock().extend(files.iter().map(|f| f.id));
     }
 
+    /// Lets merges try all files again: the next ones may be others by now.
+    pub fn forget_wide(&self) {
+        self.wide.lock().clear();
+    }
+
     /// Forgets what is known of files that are gone.
     pub fn keep_files(&self, live: &HashSet<i64>) {
         self.wide.lock().retain(|id| live.contains(id));
