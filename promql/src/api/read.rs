@@ -109,6 +109,8 @@ async fn answer(api: Arc<Api>, request: Request) -> Result<Response> {
             let task = SpawnedTask::spawn(async move {
                 let _asked = memory;
                 let result = raw::read((&api, &query), &asked, &mut Chunks::default(), Some(&to)).await;
+                // The client may pause before it takes what comes last; others run meanwhile.
+                drop(query);
                 if let Err(e) = result {
                     let _ = to.send(Err(e)).await;
                 }
