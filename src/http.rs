@@ -14,8 +14,9 @@ use axum::middleware::map_response;
 use axum::response::Response;
 use hyper::Request;
 use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
+use hyper::rt::Executor;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -46,8 +47,9 @@ const ANSWER_BYTES_PER_SECOND: u64 = 1024;
 const PIECE_BYTES: usize = 64 << 10;
 /// A connection without requests is closed after this long; over HTTP/1.1 already when no head has come in time.
 const CONNECTION_IDLE: Duration = Duration::from_secs(300);
-/// How often the other end of an HTTP/2 connection is asked whether it is still there, and how long it may take to say so.
-const PING: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(20));
+/// How often the other end of an HTTP/2 connection is asked whether it is still there, and how long it may take to say so:
+/// one that pauses while it reads does not hear the question.
+const PING: (Duration, Duration) = (Duration::from_secs(30), ANSWER_IDLE);
 /// Requests under way get this long to end when the server stops.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 /// Most connections at a time; further ones wait in the kernel's queue.
@@ -150,7 +152,7 @@ async fn connection(
         let response = router.clone().call(request.map(Awaited::new));
         async move { Ok::<_, Infallible>(response.await?.map(|body| Answer::new(body, underway))) }
     });
-    let mut builder = auto::Builder::new(TokioExecutor::new());
+    let mut builder = auto::Builder::new(Streams);
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(HEAD_BYTES_MAX);
     builder.http2().timer(TokioTimer::new()).max_header_list_size(HEAD_BYTES_MAX as u32).max_concurrent_streams(128);
     builder.http2().keep_alive_interval(PING.0).keep_alive_timeout(PING.1);
@@ -166,11 +168,34 @@ async fn connection(
         // Before there is a request nobody knows which version of HTTP it will be, and whose limits hold.
         () = activity.idle() => {
             connection.as_mut().graceful_shutdown();
-            if tokio::time::timeout(DRAIN_TIMEOUT, connection).await.is_err() {
-                tracing::debug!(%peer, "no request in time");
+            // One may have come at this moment.
+            let ended = async {
+                tokio::time::sleep(DRAIN_TIMEOUT).await;
+                activity.idle().await;
+            };
+            tokio::select! {
+                result = connection => report(result),
+                () = ended => tracing::debug!(%peer, "no request in time"),
             }
         }
         () = activity.stalled.cancelled() => tracing::debug!(%peer, "an answer was not read in time"),
+    }
+}
+
+tokio::task_local! {
+    /// Ends the HTTP/2 stream whose task this is.
+    static STREAM: CancellationToken;
+}
+
+/// Runs the streams of an HTTP/2 connection, each until its [`STREAM`] is canceled: that resets it and no other.
+#[derive(Clone)]
+struct Streams;
+
+impl<S: Future<Output: Send> + Send + 'static> Executor<S> for Streams {
+    fn execute(&self, stream: S) {
+        let end = CancellationToken::new();
+        let stream = STREAM.scope(end.clone(), stream);
+        tokio::spawn(async move { end.run_until_cancelled(stream).await.is_some() });
     }
 }
 
@@ -178,7 +203,7 @@ async fn connection(
 #[derive(Default)]
 struct Activity {
     requests: Mutex<Requests>,
-    /// Canceled when an answer waits for its reader for too long.
+    /// Canceled when an answer over HTTP/1.1 waits for its reader for too long.
     stalled: CancellationToken,
 }
 
@@ -233,15 +258,15 @@ impl Drop for Underway {
     }
 }
 
-/// An answer's body in pieces. When they wait for their reader for too long the connection ends, and gives their memory
-/// back: over HTTP/2 neither the socket nor the body notices.
+/// An answer's body in pieces. When they wait for their reader for too long its HTTP/2 stream ends, or its HTTP/1.1
+/// connection, and gives their memory back: over HTTP/2 neither the socket nor the body notices.
 struct Answer<B> {
     body: B,
     /// What the body has given that is not handed on yet.
     rest: Bytes,
     reader: Arc<Mutex<Reader>>,
     underway: Underway,
-    /// Runs from the second piece on.
+    /// Runs while a piece waits.
     watch: Option<AbortOnDropHandle<()>>,
 }
 
@@ -264,9 +289,13 @@ impl Reader {
     }
 }
 
-impl<B> Answer<B> {
+impl<B: Body> Answer<B> {
     fn new(body: B, underway: Underway) -> Self {
         Self { body, rest: Bytes::new(), reader: Arc::default(), underway, watch: None }
+    }
+
+    fn is_all_given(&self) -> bool {
+        self.rest.is_empty() && self.body.is_end_stream()
     }
 
     /// The next piece of what the body has given.
@@ -277,8 +306,15 @@ impl<B> Answer<B> {
         piece
     }
 
+    /// Ends the stream or the connection when the reader takes too long.
     fn watch(&mut self) {
-        let (reader, stalled) = (Arc::clone(&self.reader), self.underway.0.stalled.clone());
+        let stream = STREAM.try_with(CancellationToken::clone);
+        // The socket shows whether the last piece waits, but not over HTTP/2.
+        if stream.is_err() && self.is_all_given() {
+            return;
+        }
+        let stalled = stream.unwrap_or_else(|_| self.underway.0.stalled.clone());
+        let reader = Arc::clone(&self.reader);
         let watch = async move {
             loop {
                 let patience = reader.lock().patience();
@@ -313,14 +349,12 @@ impl<B: Body<Data = Bytes> + Unpin> Body for Answer<B> {
             }
         }
         let piece = self.piece();
-        if !self.is_end_stream() {
-            self.watch();
-        }
+        self.watch();
         Poll::Ready(Some(Ok(Frame::data(piece))))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.rest.is_empty() && self.body.is_end_stream()
+        self.is_all_given()
     }
 
     fn size_hint(&self) -> SizeHint {
@@ -456,7 +490,7 @@ mod tests {
             let piece = piece.expect("a piece").into_data().expect("data");
             assert!(piece.len() <= PIECE_BYTES);
             pieces += 1;
-            if answer.is_end_stream() {
+            if answer.is_all_given() {
                 break;
             }
         }
@@ -473,6 +507,25 @@ mod tests {
         let slow = taken(100 * PIECE_BYTES, &[119; 100]).await;
         assert!(slow.0 < 5 && slow.1, "{slow:?}");
         assert_eq!(taken(100 * PIECE_BYTES, &[60; 100]).await, (100, false));
+    }
+
+    /// Over HTTP/2 nothing else shows that the only piece waits; and no other stream ends with it.
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_that_is_not_read_ends_alone() {
+        let activity = Arc::new(Activity::default());
+        let (ended_to, ended) = tokio::sync::oneshot::channel::<()>();
+        let mut answer = Answer::new(axum::body::Body::from("a"), Underway::new(&activity));
+        Streams.execute(async move {
+            let _ended = ended_to;
+            let piece = std::future::poll_fn(|cx| Pin::new(&mut answer).poll_frame(cx)).await;
+            assert!(piece.is_some_and(|piece| piece.is_ok()));
+            std::future::pending::<()>().await;
+        });
+        let begun = Instant::now();
+        assert!(ended.await.is_err(), "the stream is dropped");
+        assert_eq!(begun.elapsed(), ANSWER_IDLE);
+        assert!(!activity.stalled.is_cancelled());
+        assert_eq!(activity.requests.lock().underway, 0);
     }
 
     #[tokio::test(start_paused = true)]

@@ -32,7 +32,7 @@ use crate::session::Rights;
 const STARTUP_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long a client may take to read that something failed.
-const TELL_TIMEOUT: Duration = Duration::from_secs(5);
+const TELL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How often a client with unread messages is looked at for having gone away.
 const GONE_INTERVAL: Duration = Duration::from_millis(200);
